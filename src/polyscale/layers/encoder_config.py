@@ -1,0 +1,156 @@
+"""The configuration fields of the ViT encoder in `encoder.py`, inherited by the config of each family that uses it."""
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
+from transformers.backbone_utils import BackboneConfigMixin
+
+
+POOLINGS = ("cls", "mean", "cls_mean", "pooler")
+MLP_TYPES = ("mlp", "swiglu")
+
+# width, layers, heads of the published sizes (timm, big_vision, flexivit_pytorch)
+ENCODER_SIZES = {
+    "tiny": (192, 12, 3),
+    "small": (384, 12, 6),
+    "base": (768, 12, 12),
+    "large": (1024, 24, 16),
+    "huge": (1280, 32, 16),
+}
+
+
+def check_choice(name: str, value: object, choices: tuple) -> None:
+    """Raises ValueError naming `name`, its legal values and what came, if `value` is not one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+
+
+@strict
+class EncoderConfig(BackboneConfigMixin, PreTrainedConfig):
+    """Fields of a ViT encoder wide enough for ViT, DeiT, DINOv2, CLIP's vision part and timm's `vit_*`.
+
+    Args:
+        hidden_size: width of a token.
+        num_hidden_layers: number of transformer layers.
+        num_attention_heads: heads; must divide `hidden_size`.
+        intermediate_size: width inside the MLP; four times `hidden_size` by default.
+        hidden_act: activation inside the MLP, a name that transformers knows ("gelu", "gelu_pytorch_tanh",
+            "quick_gelu"). Ignored by "swiglu", which uses SiLU.
+        mlp_type: "mlp" (two linear layers) or "swiglu" (gate, up and down projection, as in DINOv2 giant).
+        qkv_bias: whether queries, keys and values have a bias.
+        hidden_dropout_prob: dropout on the embeddings and on what each attention and MLP adds.
+        attention_probs_dropout_prob: dropout on attention weights.
+        drop_path_rate: stochastic depth of the last layer; it grows linearly from 0 at the first.
+        layer_scale_init_value: initial value of the layer scale; None means no layer scale.
+        layer_norm_eps: epsilon of every LayerNorm.
+        initializer_range: standard deviation of the initial weights.
+        pre_norm: whether a LayerNorm comes before the first layer (CLIP).
+        final_norm: whether a LayerNorm comes after the last layer, on every token.
+        pooled_norm: whether a LayerNorm comes after pooling (CLIP; timm's `fc_norm`).
+        pooling: "cls", "mean" (over patch tokens), "cls_mean" (both, concatenated: DINOv2's classifier) or "pooler"
+            (CLS through a linear layer and an activation: ViT's).
+        pooler_output_size: width of the "pooler"; `hidden_size` by default.
+        pooler_act: activation of the "pooler".
+        use_cls_token: whether a CLS token comes first.
+        use_distillation_token: whether DeiT's distillation token follows CLS.
+        use_distillation_head: whether a second classifier reads the distillation token; logits are the mean of both.
+        num_register_tokens: register tokens, after CLS and distillation token.
+        num_channels: channels of a picture.
+        image_size: (height, width) in pixels, or int: the size the positions were made for.
+
+    Raises:
+        ValueError: for an unknown choice, or parts that do not fit together.
+    """
+
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int | None = None
+    hidden_act: str = "gelu"
+    mlp_type: str = "mlp"
+    qkv_bias: bool = True
+    hidden_dropout_prob: float | int = 0.0
+    attention_probs_dropout_prob: float | int = 0.0
+    drop_path_rate: float | int = 0.0
+    layer_scale_init_value: float | int | None = None
+    layer_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+    pre_norm: bool = False
+    final_norm: bool = True
+    pooled_norm: bool = False
+    pooling: str = "cls"
+    pooler_output_size: int | None = None
+    pooler_act: str = "tanh"
+    use_cls_token: bool = True
+    use_distillation_token: bool = False
+    use_distillation_head: bool = False
+    num_register_tokens: int = 0
+    num_channels: int = 3
+    image_size: int | list[int] | tuple[int, int] = 224
+    _out_features: list[str] | None = None
+    _out_indices: list[int] | None = None
+    apply_layernorm: bool = True
+    reshape_hidden_states: bool = True
+
+    base_model_tp_plan = {
+        "layers.*.attention.q_proj": "colwise",
+        "layers.*.attention.k_proj": "colwise",
+        "layers.*.attention.v_proj": "colwise",
+        "layers.*.attention.o_proj": "rowwise",
+        "layers.*.mlp.fc1": "colwise",
+        "layers.*.mlp.fc2": "rowwise",
+        "layers.*.mlp.gate_proj": "colwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
+
+    def __post_init__(self, **kwargs):
+        if self.intermediate_size is None:
+            self.intermediate_size = 4 * self.hidden_size
+        self._check_encoder()
+        self.stage_names = ["stem"] + [f"stage{index}" for index in range(1, self.num_hidden_layers + 1)]
+        self.set_output_features_output_indices(
+            out_indices=kwargs.pop("out_indices", None), out_features=kwargs.pop("out_features", None)
+        )
+        super().__post_init__(**kwargs)
+
+    def _check_encoder(self) -> None:
+        check_choice("mlp_type", self.mlp_type, MLP_TYPES)
+        check_choice("pooling", self.pooling, POOLINGS)
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"`hidden_act` must be an activation that transformers knows, got {self.hidden_act!r}.")
+        for name in ("hidden_size", "num_attention_heads", "intermediate_size", "num_channels"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        if self.num_hidden_layers < 0 or self.num_register_tokens < 0:
+            raise ValueError("`num_hidden_layers` and `num_register_tokens` must not be negative.")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"`hidden_size` must be a multiple of `num_attention_heads`, got {self.hidden_size} and "
+                f"{self.num_attention_heads}."
+            )
+        if self.pooling != "mean" and not self.use_cls_token:
+            raise ValueError(
+                f"`pooling={self.pooling!r}` needs a CLS token: set `use_cls_token=True` or pool by 'mean'."
+            )
+        if self.use_distillation_token and not self.use_cls_token:
+            raise ValueError("`use_distillation_token=True` needs `use_cls_token=True`: it comes after CLS.")
+        if self.use_distillation_head and not self.use_distillation_token:
+            raise ValueError("`use_distillation_head=True` needs `use_distillation_token=True`: it reads that token.")
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Tokens in front of the patch tokens: CLS, distillation token, registers."""
+        return int(self.use_cls_token) + int(self.use_distillation_token) + self.num_register_tokens
+
+    @property
+    def pooled_size(self) -> int:
+        """Width of `pooler_output`."""
+        if self.pooling == "cls_mean":
+            return 2 * self.hidden_size
+        if self.pooling == "pooler":
+            return self.pooler_output_size or self.hidden_size
+        return self.hidden_size
+
+
+__all__ = ["ENCODER_SIZES", "EncoderConfig", "check_choice"]

@@ -1,0 +1,233 @@
+"""Resizing of patch kernels and position embeddings.
+
+Both are separable: a resize of a (height, width) grid is `rows @ grid @ columns.T` with two small matrices. The
+pseudo-inverse resize (PI-resize) of FlexiViT (arXiv 2212.08013, section 3.3; official code: google-research/big_vision,
+`models/proj/flexi/vit.py`) is separable too, because the pseudo-inverse of a Kronecker product is the product of the
+pseudo-inverses. The matrices are made once per size in float64 with NumPy, so that they are the same on every device,
+and constants inside `torch.compile` and `torch.export`.
+
+A resized kernel is computed in each forward and never stored: two small matrix products cost less than proving that a
+stored one is still right (`_version` is not bumped by fused optimisers or by `.data`).
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from .sizes import to_pair
+
+
+INTERPOLATIONS = ("bilinear", "bicubic")
+
+
+def _cubic(distance: np.ndarray, a: float) -> np.ndarray:
+    """Keys' cubic convolution kernel at `distance` >= 0 with parameter `a`."""
+    near = ((a + 2) * distance - (a + 3)) * distance**2 + 1
+    far = a * (((distance - 5) * distance + 8) * distance - 4)
+    return np.where(distance <= 1, near, np.where(distance < 2, far, 0.0))
+
+
+@lru_cache(maxsize=1024)
+def interpolation_matrix(old: int, new: int, interpolation: str, antialias: bool) -> np.ndarray:
+    """The matrix (new, old) that resizes a signal of length `old` to `new`, as `torch.nn.functional.interpolate`
+    with `align_corners=False` does along one axis (float64).
+
+    Antialiased kernels follow Pillow: parameter -0.5 for the cubic one, support widened by the scale, weights
+    normalised within the signal. Without antialias the cubic parameter is -0.75 and the border is repeated.
+
+    Raises:
+        ValueError: for an interpolation other than "bilinear" and "bicubic".
+    """
+    if interpolation not in INTERPOLATIONS:
+        raise ValueError(f"`interpolation` must be one of {INTERPOLATIONS}, got {interpolation!r}.")
+    scale = old / new
+    centers = (np.arange(new) + 0.5) * scale  # in pixels of the old signal, borders at 0 and `old`
+    if antialias:
+        stretch = max(scale, 1.0)
+        distance = np.abs(np.arange(old)[None] + 0.5 - centers[:, None]) / stretch
+        weights = np.maximum(0.0, 1 - distance) if interpolation == "bilinear" else _cubic(distance, a=-0.5)
+        return weights / weights.sum(axis=1, keepdims=True)
+
+    source = centers - 0.5
+    if interpolation == "bilinear":
+        source = np.maximum(source, 0.0)
+    first = np.floor(source).astype(int)
+    fraction = source - first
+    if interpolation == "bilinear":
+        taps = {0: 1 - fraction, 1: fraction}
+    else:
+        taps = {tap: _cubic(np.abs(fraction - tap), a=-0.75) for tap in (-1, 0, 1, 2)}
+    matrix = np.zeros((new, old))
+    for tap, weight in taps.items():
+        np.add.at(matrix, (np.arange(new), np.clip(first + tap, 0, old - 1)), weight)
+    return matrix
+
+
+@lru_cache(maxsize=1024)
+def pseudo_inverse_matrix(old: int, new: int, interpolation: str, antialias: bool) -> np.ndarray:
+    """One axis of the PI-resize: the matrix A (new, old) with `new_kernel = A_rows @ kernel @ A_columns.T` (float64).
+
+    A is the transposed pseudo-inverse of the interpolation matrix. Singular values below 1e-5 of the largest count as
+    zero, which is where float32 implementations cut.
+    """
+    return np.linalg.pinv(interpolation_matrix(old, new, interpolation, antialias), rcond=1e-5).T
+
+
+_matrix_makers = {"interpolate": interpolation_matrix, "pi": pseudo_inverse_matrix}
+_matrices_on_device: dict[tuple, torch.Tensor] = {}
+
+
+def _matrix_data(method: str, old: int, new: int, interpolation: str, antialias: bool) -> list[list[float]]:
+    return _matrix_makers[method](old, new, interpolation, antialias).tolist()
+
+
+# A plain list is a constant for every tracer: the values are made while tracing and never traced themselves.
+_constant_matrix_data = torch.compiler.assume_constant_result(_matrix_data)
+
+
+def _matrix(
+    method: str, old: int, new: int, interpolation: str, antialias: bool, device: torch.device
+) -> torch.Tensor:
+    """The matrix as a float32 tensor on `device`; made once per device outside of tracing."""
+    if torch.compiler.is_compiling():
+        data = _constant_matrix_data(method, old, new, interpolation, antialias)
+        return torch.tensor(data, dtype=torch.float32, device=device)
+    key = (method, old, new, interpolation, antialias, device)
+    matrix = _matrices_on_device.get(key)
+    if matrix is None:
+        # outside of inference mode, so that the cached tensor may later take part in a backward pass
+        with torch.inference_mode(False):
+            data = np.ascontiguousarray(_matrix_makers[method](old, new, interpolation, antialias), dtype=np.float32)
+            matrix = torch.tensor(data).to(device)
+        if type(matrix) is torch.Tensor and device.type != "meta":  # a tracer's stand-in tensor must not be kept
+            _matrices_on_device[key] = matrix
+    return matrix
+
+
+def _resize_separable(
+    grid: torch.Tensor, new_size: tuple[int, int], method: str, interpolation: str, antialias: bool
+) -> torch.Tensor:
+    """(..., rows, columns) -> (..., *new_size): two matrix products in float32, outside of autocast."""
+    rows, columns = grid.shape[-2:]
+    with torch.autocast(device_type=grid.device.type, enabled=False):
+        resized = grid.float()
+        if columns != new_size[1]:
+            resized = resized @ _matrix(method, columns, new_size[1], interpolation, antialias, grid.device).T
+        if rows != new_size[0]:
+            resized = _matrix(method, rows, new_size[0], interpolation, antialias, grid.device) @ resized
+    return resized.to(grid.dtype)
+
+
+def _check_kernel(patch_embed: torch.Tensor) -> None:
+    if patch_embed.ndim != 4:
+        raise ValueError(
+            "`patch_embed` must be a convolution kernel of shape (width, channels, height, width), got "
+            f"{tuple(patch_embed.shape)}."
+        )
+
+
+def pi_resize_patch_embed(
+    patch_embed: torch.Tensor,
+    new_patch_size: int | Sequence[int],
+    interpolation: str = "bicubic",
+    antialias: bool = True,
+) -> torch.Tensor:
+    """Resizes a patch-embedding kernel by the pseudo-inverse of an image resize (FlexiViT, arXiv 2212.08013, eq. 3).
+
+    The inner products of the new kernel with resized patches equal those of the old kernel with the patches, where
+    that is possible. The arguments are those of `flexivit_pytorch.pi_resize_patch_embed`. Differentiable; computed in
+    float32, returned in the dtype of `patch_embed`.
+
+    Args:
+        patch_embed: kernel of shape (embedding width, channels, height, width), in pixels.
+        new_patch_size: int or (height, width), in pixels.
+        interpolation: "bicubic" or "bilinear" (FlexiViT's released weights: "bilinear").
+        antialias: whether the image resize that is inverted is antialiased (FlexiViT's released weights: no).
+
+    Returns:
+        Kernel of shape (embedding width, channels, *new_patch_size).
+
+    Raises:
+        ValueError: for a kernel that is not 4-dimensional, a size below 1 or an unknown interpolation.
+    """
+    _check_kernel(patch_embed)
+    return _resize_separable(patch_embed, to_pair(new_patch_size, "new_patch_size"), "pi", interpolation, antialias)
+
+
+def interpolate_resize_patch_embed(
+    patch_embed: torch.Tensor,
+    new_patch_size: int | Sequence[int],
+    interpolation: str = "bicubic",
+    antialias: bool = True,
+) -> torch.Tensor:
+    """Resizes a patch-embedding kernel as if it were an image: the weaker baseline to `pi_resize_patch_embed`.
+
+    The arguments are those of `flexivit_pytorch.interpolate_resize_patch_embed`: see `pi_resize_patch_embed`;
+    `interpolation` may be any mode of `torch.nn.functional.interpolate` for images.
+    """
+    _check_kernel(patch_embed)
+    new_size = to_pair(new_patch_size, "new_patch_size")
+    if interpolation in INTERPOLATIONS:
+        return _resize_separable(patch_embed, new_size, "interpolate", interpolation, antialias)
+    return F.interpolate(patch_embed, new_size, mode=interpolation, antialias=antialias)
+
+
+def resize_abs_pos_embed(
+    pos_embed: torch.Tensor,
+    new_size: int | Sequence[int],
+    old_size: int | Sequence[int] | None = None,
+    num_prefix_tokens: int = 1,
+    interpolation: str = "bicubic",
+    antialias: bool = True,
+) -> torch.Tensor:
+    """Resizes absolute position embeddings from one grid to another; prefix positions are kept.
+
+    The arguments are those of `flexivit_pytorch.resize_abs_pos_embed`. The grids are compared by shape, not by
+    count: a 4 x 4 grid is resized to 2 x 8.
+
+    Args:
+        pos_embed: (1, num_prefix_tokens + rows * columns, width).
+        new_size: int or (rows, columns) of the new grid.
+        old_size: int or (rows, columns) of the old grid; a square by default.
+        num_prefix_tokens: positions in front that belong to no place (CLS, registers).
+        interpolation: "bicubic" or "bilinear".
+        antialias: whether a resize to a smaller grid is antialiased.
+
+    Returns:
+        (1, num_prefix_tokens + new rows * new columns, width).
+
+    Raises:
+        ValueError: if the number of positions is not that of `old_size`, or is no square when it is not given.
+    """
+    if pos_embed.ndim != 3:
+        raise ValueError(f"`pos_embed` must have the shape (1, positions, width), got {tuple(pos_embed.shape)}.")
+    rows, columns = to_pair(new_size, "new_size")
+    num_positions = pos_embed.shape[1] - num_prefix_tokens
+    if old_size is None:
+        old_rows = old_columns = int(max(num_positions, 0) ** 0.5)
+    else:
+        old_rows, old_columns = to_pair(old_size, "old_size")
+    if old_rows * old_columns != num_positions or num_positions < 1:
+        raise ValueError(
+            f"`pos_embed` has {pos_embed.shape[1]} positions, {num_prefix_tokens} of them prefix tokens; the other "
+            f"{num_positions} are not the grid {old_size or 'of a square'}. Give `old_size` and `num_prefix_tokens`."
+        )
+    if (rows, columns) == (old_rows, old_columns):
+        return pos_embed
+    prefix, grid = pos_embed[:, :num_prefix_tokens], pos_embed[:, num_prefix_tokens:]
+    grid = grid.reshape(-1, old_rows, old_columns, pos_embed.shape[-1]).permute(0, 3, 1, 2)
+    grid = _resize_separable(grid, (rows, columns), "interpolate", interpolation, antialias)
+    return torch.cat([prefix, grid.flatten(2).transpose(1, 2)], dim=1)
+
+
+__all__ = [
+    "INTERPOLATIONS",
+    "interpolate_resize_patch_embed",
+    "interpolation_matrix",
+    "pi_resize_patch_embed",
+    "pseudo_inverse_matrix",
+    "resize_abs_pos_embed",
+]

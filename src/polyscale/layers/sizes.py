@@ -1,0 +1,44 @@
+"""Checks and arithmetic on sizes, shared by every family. Sizes are (height, width) in pixels."""
+
+from collections.abc import Sequence
+from operator import index
+
+
+def to_pair(value: int | Sequence[int], name: str = "size") -> tuple[int, int]:
+    """An int or (height, width) as (height, width).
+
+    Raises:
+        ValueError: if `value` is neither, or an entry is below 1.
+    """
+    pair = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value, value)
+    if len(pair) != 2 or any(isinstance(entry, bool) or not hasattr(entry, "__index__") for entry in pair):
+        raise ValueError(f"`{name}` must be an int or a pair (height, width) of ints, got {value!r}.")
+    height, width = (index(entry) for entry in pair)  # makes a symbolic size of a tracer a constant
+    if height < 1 or width < 1:
+        raise ValueError(f"`{name}` must be at least 1 pixel in height and width, got {value!r}.")
+    return height, width
+
+
+def check_pixel_values(pixel_values, num_channels: int) -> None:
+    """Refuses anything but a batch of images (batch, channels, height, width) with at least one image.
+
+    Raises:
+        ValueError: for a missing input, another number of dimensions, an empty batch or a wrong channel count.
+    """
+    if pixel_values is None:
+        raise ValueError("`pixel_values` is required: a tensor of shape (batch, channels, height, width).")
+    if pixel_values.ndim != 4:
+        raise ValueError(
+            "`pixel_values` must have the shape (batch, channels, height, width), got "
+            f"{tuple(pixel_values.shape)}. For a single image, add a batch dimension: `pixel_values[None]`."
+        )
+    if pixel_values.shape[0] == 0:
+        raise ValueError("`pixel_values` holds an empty batch (batch size 0); at least one image is needed.")
+    if pixel_values.shape[1] != num_channels:
+        raise ValueError(
+            f"`pixel_values` must have {num_channels} channels (`config.num_channels`), got "
+            f"{pixel_values.shape[1]} in shape {tuple(pixel_values.shape)}."
+        )
+
+
+__all__ = ["check_pixel_values", "to_pair"]

@@ -1,0 +1,215 @@
+"""FlexiViT configuration."""
+
+from collections.abc import Sequence
+
+from huggingface_hub.dataclasses import strict
+
+from ...layers.encoder_config import ENCODER_SIZES, EncoderConfig, check_choice
+from ...layers.resizing import INTERPOLATIONS
+from ...layers.sizes import to_pair
+
+
+RESIZE_METHODS = ("pi", "interpolate")
+UNEVEN = ("crop", "pad", "error")
+PREFIX_POSITIONS = ("none", "cls", "all")
+
+
+@strict
+class FlexiViTConfig(EncoderConfig):
+    """Configuration of a FlexiViT: a ViT whose patch kernel and positions are resized to the patch size of each call.
+
+    The defaults are FlexiViT-B of the paper (240 px, 32 x 32 kernel, 7 x 7 positions). All sizes are (height, width)
+    in pixels, or an int for both. The other fields are those of `EncoderConfig`.
+
+    Args:
+        base_patch_size: size of the stored patch kernel.
+        patch_size: patch size of a call that names none; `base_patch_size` when None.
+        train_patch_sizes: sizes to draw from in training when the call names none; None means no drawing.
+        train_patch_size_probs: a probability for each of `train_patch_sizes`; uniform when None.
+        resize_method: "pi" (pseudo-inverse resize) or "interpolate" (plain resize) of the kernel.
+        kernel_interpolation: "bilinear" or "bicubic", of the image resize that the kernel resize follows.
+        kernel_antialias: whether that resize is antialiased. FlexiViT's released weights: bilinear, not antialiased;
+            ordinary ViTs resized afterwards: bicubic, antialiased.
+        position_interpolation: "bilinear" or "bicubic", for the position grid.
+        position_antialias: whether a resize of the position grid to a smaller one is antialiased.
+        position_grid: (rows, columns) of the stored positions; `image_size // base_patch_size` when None.
+        prefix_positions: which prefix tokens have a position of their own: "none" (timm's `no_embed_class`), "cls"
+            (registers have none: DINOv2) or "all".
+        uneven: what to do with an image that the patch size does not divide: "crop" drops the rest at the bottom and
+            the right (as published), "pad" pads with zeros there, "error" raises a ValueError.
+        patch_bias: whether the patch embedding has a bias.
+
+    Raises:
+        ValueError: for an unknown choice, a size below 1, or probabilities that do not fit the sizes.
+
+    Example:
+
+    ```python
+    >>> from polyscale import FlexiViTConfig, FlexiViTModel
+
+    >>> config = FlexiViTConfig.preset("flexivit_small", patch_size=30)
+    >>> config.num_tokens_for((240, 240))
+    64
+    >>> config.patch_size_for((240, 240), num_tokens=225)
+    16
+    ```
+    """
+
+    model_type = "flexivit"
+
+    image_size: int | list[int] | tuple[int, int] = 240
+    base_patch_size: int | list[int] | tuple[int, int] = 32
+    patch_size: int | list[int] | tuple[int, int] | None = None
+    train_patch_sizes: list | tuple | None = None
+    train_patch_size_probs: list | tuple | None = None
+    resize_method: str = "pi"
+    kernel_interpolation: str = "bilinear"
+    kernel_antialias: bool = False
+    position_interpolation: str = "bilinear"
+    position_antialias: bool = True
+    position_grid: int | list[int] | tuple[int, int] | None = None
+    prefix_positions: str = "none"
+    uneven: str = "crop"
+    patch_bias: bool = True
+
+    def __post_init__(self, **kwargs):
+        check_choice("resize_method", self.resize_method, RESIZE_METHODS)
+        check_choice("kernel_interpolation", self.kernel_interpolation, INTERPOLATIONS)
+        check_choice("position_interpolation", self.position_interpolation, INTERPOLATIONS)
+        check_choice("prefix_positions", self.prefix_positions, PREFIX_POSITIONS)
+        check_choice("uneven", self.uneven, UNEVEN)
+        image_size = to_pair(self.image_size, "image_size")
+        base_patch_size = to_pair(self.base_patch_size, "base_patch_size")
+        if self.patch_size is not None:
+            to_pair(self.patch_size, "patch_size")
+        if self.position_grid is None:
+            if base_patch_size[0] > image_size[0] or base_patch_size[1] > image_size[1]:
+                raise ValueError(
+                    f"`base_patch_size` {base_patch_size} is larger than `image_size` {image_size}: "
+                    "give the `position_grid` (rows, columns) too."
+                )
+            self.position_grid = [image_size[0] // base_patch_size[0], image_size[1] // base_patch_size[1]]
+        self.position_grid = list(to_pair(self.position_grid, "position_grid"))
+        self._check_train_patch_sizes()
+        super().__post_init__(**kwargs)
+
+    def _check_train_patch_sizes(self) -> None:
+        sizes, probs = self.train_patch_sizes, self.train_patch_size_probs
+        if sizes is None:
+            if probs is not None:
+                raise ValueError("`train_patch_size_probs` needs `train_patch_sizes`: one probability for each size.")
+            return
+        if len(sizes) == 0:
+            raise ValueError("`train_patch_sizes` is empty: give at least one size, or None for no drawing.")
+        for size in sizes:
+            to_pair(size, "train_patch_sizes")
+        if probs is not None:
+            if len(probs) != len(sizes):
+                raise ValueError(
+                    "`train_patch_size_probs` must hold one probability for each of `train_patch_sizes`, got "
+                    f"{len(probs)} for {len(sizes)} sizes."
+                )
+            if min(probs) < 0 or abs(sum(probs) - 1) > 1e-4:
+                raise ValueError(f"`train_patch_size_probs` must be non-negative and sum to 1, got {list(probs)}.")
+
+    @classmethod
+    def preset(cls, name: str, **overrides) -> "FlexiViTConfig":
+        """The config of a published size: "flexivit_tiny", "_small", "_base", "_large" or "_huge".
+
+        Args:
+            name: one of the five names.
+            overrides: fields that differ from the preset.
+        """
+        presets = {f"flexivit_{size}": shape for size, shape in ENCODER_SIZES.items()}
+        check_choice("name", name, tuple(presets))
+        hidden_size, num_hidden_layers, num_attention_heads = presets[name]
+        shape = {
+            "hidden_size": hidden_size,
+            "num_hidden_layers": num_hidden_layers,
+            "num_attention_heads": num_attention_heads,
+        }
+        return cls(**{**shape, **overrides})
+
+    @property
+    def num_position_prefix_tokens(self) -> int:
+        """Prefix tokens that have a position."""
+        if self.prefix_positions == "all":
+            return self.num_prefix_tokens
+        if self.prefix_positions == "cls":
+            return int(self.use_cls_token) + int(self.use_distillation_token)
+        return 0
+
+    def resolve_patch_size(self, patch_size: int | Sequence[int] | None = None) -> tuple[int, int]:
+        """(height, width) of a patch in evaluation: the given one, else `patch_size`, else `base_patch_size`."""
+        if patch_size is None:
+            patch_size = self.base_patch_size if self.patch_size is None else self.patch_size
+        return to_pair(patch_size, "patch_size")
+
+    def patch_grid_for(
+        self, image_size: int | Sequence[int] | None = None, patch_size: int | Sequence[int] | None = None
+    ) -> tuple[int, int]:
+        """(rows, columns) of patches that a picture is cut into.
+
+        Args:
+            image_size: (height, width) in pixels, or int; `config.image_size` when None.
+            patch_size: (height, width) in pixels, or int; as in `resolve_patch_size` when None.
+
+        Raises:
+            ValueError: for a patch below 1 pixel or larger than the image, or, with `uneven="error"`, one that does
+                not divide it.
+        """
+        height, width = to_pair(self.image_size if image_size is None else image_size, "image_size")
+        patch_height, patch_width = self.resolve_patch_size(patch_size)
+        if patch_height > height or patch_width > width:
+            raise ValueError(
+                f"`patch_size` must not be larger than the image: got {(patch_height, patch_width)} for an image of "
+                f"{(height, width)} pixels (height, width)."
+            )
+        if self.uneven == "error" and (height % patch_height or width % patch_width):
+            raise ValueError(
+                f"`patch_size` {(patch_height, patch_width)} does not divide the image of {(height, width)} pixels "
+                "(height, width), and `config.uneven` is 'error'. Use 'crop' or 'pad', or another size."
+            )
+        if self.uneven == "pad":
+            return -(-height // patch_height), -(-width // patch_width)
+        return height // patch_height, width // patch_width
+
+    def num_tokens_for(
+        self, image_size: int | Sequence[int] | None = None, patch_size: int | Sequence[int] | None = None
+    ) -> int:
+        """How many tokens a picture costs, prefix tokens not counted. Arguments and errors: `patch_grid_for`."""
+        rows, columns = self.patch_grid_for(image_size, patch_size)
+        return rows * columns
+
+    def patch_size_for(self, image_size: int | Sequence[int] | None, num_tokens: int) -> int:
+        """The square patch size whose token count is nearest to `num_tokens`; of two, the one that costs fewer tokens.
+
+        Among sizes of equal cost, one that divides the image is preferred, then the largest.
+
+        Args:
+            image_size: (height, width) in pixels, or int; `config.image_size` when None.
+            num_tokens: the budget, at least 1 and at most one token a pixel.
+
+        Raises:
+            ValueError: for a budget out of that range.
+        """
+        height, width = to_pair(self.image_size if image_size is None else image_size, "image_size")
+        if not 1 <= num_tokens <= height * width:
+            raise ValueError(
+                f"`num_tokens` must be between 1 and {height * width} for an image of {(height, width)} pixels, "
+                f"got {num_tokens}."
+            )
+
+        def badness(size: int) -> tuple:
+            pad = self.uneven == "pad"
+            rows, columns = (-(-side // size) if pad else side // size for side in (height, width))
+            uneven = height % size != 0 or width % size != 0
+            return abs(rows * columns - num_tokens), rows * columns, uneven, -size
+
+        sizes = range(1, min(height, width) + 1)
+        if self.uneven == "error":
+            sizes = [size for size in sizes if height % size == 0 and width % size == 0]
+        return min(sizes, key=badness)
+
+
+__all__ = ["FlexiViTConfig"]

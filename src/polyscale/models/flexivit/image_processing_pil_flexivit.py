@@ -1,0 +1,24 @@
+"""Image processor of FlexiViT, PIL backend."""
+
+from transformers.image_processing_backends import PilBackend
+from transformers.image_utils import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD, PILImageResampling
+
+from ...layers.image_checks import FiniteImagesMixin
+
+
+class FlexiViTImageProcessorPil(FiniteImagesMixin, PilBackend):
+    """The twin of `FlexiViTImageProcessor` for machines without torchvision: same fields, same results."""
+
+    resample = PILImageResampling.BICUBIC
+    image_mean = IMAGENET_STANDARD_MEAN
+    image_std = IMAGENET_STANDARD_STD
+    size = {"shortest_edge": 252}
+    crop_size = {"height": 240, "width": 240}
+    do_resize = True
+    do_center_crop = True
+    do_rescale = True
+    do_normalize = True
+    do_convert_rgb = True
+
+
+__all__ = ["FlexiViTImageProcessorPil"]

@@ -1,0 +1,272 @@
+"""FlexiViT: One Model for All Patch Sizes (arXiv 2212.08013).
+
+Faithful to google-research/big_vision, `models/proj/flexi/vit.py` (JAX), and to timm's `flexivit_*`.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import initialization as init
+from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
+from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPooling, ImageClassifierOutput
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from ...layers.encoder import ClassifierHead, EncoderPreTrainedModel, PrefixTokens, TokenPooler, make_encoder_layers
+from ...layers.resizing import interpolate_resize_patch_embed, pi_resize_patch_embed, resize_abs_pos_embed
+from ...layers.sizes import check_pixel_values, to_pair
+from .configuration_flexivit import FlexiViTConfig
+
+
+class FlexiViTPatchEmbeddings(nn.Module):
+    """Cuts a picture into patches of any size and embeds them with the kernel resized to that size."""
+
+    def __init__(self, config: FlexiViTConfig):
+        super().__init__()
+        self.config = config
+        kernel_size = to_pair(config.base_patch_size, "base_patch_size")
+        self.projection = nn.Conv2d(
+            config.num_channels, config.hidden_size, kernel_size, stride=kernel_size, bias=config.patch_bias
+        )
+
+    def resized_kernel(self, patch_size: tuple[int, int]) -> torch.Tensor:
+        """(hidden, channels, *patch_size), always made from the stored kernel: chained resizes lose information."""
+        kernel = self.projection.weight
+        if tuple(kernel.shape[-2:]) == patch_size:
+            return kernel
+        resize = pi_resize_patch_embed if self.config.resize_method == "pi" else interpolate_resize_patch_embed
+        return resize(kernel, patch_size, self.config.kernel_interpolation, self.config.kernel_antialias)
+
+    def forward(self, pixel_values: torch.Tensor, patch_size: tuple[int, int]) -> torch.Tensor:
+        """(batch, channels, height, width) -> (batch, rows * columns, hidden)"""
+        if self.config.uneven == "pad":
+            height, width = pixel_values.shape[-2:]
+            pixel_values = F.pad(pixel_values, (0, -width % patch_size[1], 0, -height % patch_size[0]))
+        patches = F.conv2d(
+            pixel_values, self.resized_kernel(patch_size), self.projection.bias, stride=patch_size
+        )  # (batch, hidden, rows, columns); the convolution drops an incomplete last row or column
+        return patches.flatten(2).transpose(1, 2)
+
+
+class FlexiViTEmbeddings(nn.Module):
+    """Patch embeddings, positions on the patch grid, prefix tokens."""
+
+    def __init__(self, config: FlexiViTConfig):
+        super().__init__()
+        self.config = config
+        self.patch_embeddings = FlexiViTPatchEmbeddings(config)
+        self.prefix_tokens = PrefixTokens(config)
+        rows, columns = config.position_grid
+        num_positions = config.num_position_prefix_tokens + rows * columns
+        self.position_embeddings = nn.Parameter(torch.zeros(1, num_positions, config.hidden_size))
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        # Set by `polyscale.training.PatchSizeCallback` for the length of an optimiser step.
+        self.step_patch_size: int | Sequence[int] | None = None
+
+    def draw_patch_size(self) -> int | Sequence[int]:
+        """One of `config.train_patch_sizes`, drawn with `config.train_patch_size_probs` from torch's CPU generator."""
+        sizes = self.config.train_patch_sizes
+        probs = self.config.train_patch_size_probs
+        weights = torch.tensor(probs if probs is not None else [1.0] * len(sizes), device="cpu")
+        return sizes[int(torch.multinomial(weights, 1))]
+
+    def resolve_patch_size(self, patch_size: int | Sequence[int] | None) -> tuple[int, int]:
+        """The patch size of this call: the given one; in training the step's or a drawn one; else the config's."""
+        if patch_size is None and self.training and self.config.train_patch_sizes is not None:
+            patch_size = self.step_patch_size if self.step_patch_size is not None else self.draw_patch_size()
+        return self.config.resolve_patch_size(patch_size)
+
+    def position_embeddings_for(self, patch_grid: tuple[int, int]) -> torch.Tensor:
+        """Positions for a grid of (rows, columns): (1, num_position_prefix_tokens + rows * columns, hidden)."""
+        return resize_abs_pos_embed(
+            self.position_embeddings,
+            patch_grid,
+            old_size=self.config.position_grid,
+            num_prefix_tokens=self.config.num_position_prefix_tokens,
+            interpolation=self.config.position_interpolation,
+            antialias=self.config.position_antialias,
+        )
+
+    def forward(
+        self, pixel_values: torch.Tensor, patch_size: int | Sequence[int] | None = None
+    ) -> tuple[torch.Tensor, tuple[int, int]]:
+        """(batch, channels, height, width) -> tokens (batch, prefix + rows * columns, hidden), and (rows, columns)"""
+        check_pixel_values(pixel_values, self.config.num_channels)
+        patch_size = self.resolve_patch_size(patch_size)
+        patch_grid = self.config.patch_grid_for(pixel_values.shape[-2:], patch_size)
+
+        pixel_values = pixel_values.to(self.patch_embeddings.projection.weight.dtype)
+        tokens = self.patch_embeddings(pixel_values, patch_size)
+        prefix = self.prefix_tokens(tokens.shape[0])
+        positions = self.position_embeddings_for(patch_grid)
+        num_unplaced = self.config.num_prefix_tokens - self.config.num_position_prefix_tokens
+        if prefix is None:
+            tokens = tokens + positions
+        elif num_unplaced == 0:
+            tokens = torch.cat([prefix, tokens], dim=1) + positions
+        else:
+            placed = prefix.shape[1] - num_unplaced
+            tokens = torch.cat(
+                [prefix[:, :placed] + positions[:, :placed], prefix[:, placed:], tokens + positions[:, placed:]], dim=1
+            )
+        return self.dropout(tokens), patch_grid
+
+
+class FlexiViTPreTrainedModel(EncoderPreTrainedModel):
+    config: FlexiViTConfig
+    base_model_prefix = "flexivit"
+    _no_split_modules = ["FlexiViTEmbeddings", "EncoderLayer"]
+    _input_embed_layer = "patch_embeddings"
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, FlexiViTEmbeddings):
+            init.trunc_normal_(module.position_embeddings, mean=0.0, std=self.config.initializer_range)
+
+    def num_tokens_for(
+        self, image_size: int | Sequence[int] | None = None, patch_size: int | Sequence[int] | None = None
+    ) -> int:
+        """How many tokens a picture costs: see `FlexiViTConfig.num_tokens_for`."""
+        return self.config.num_tokens_for(image_size, patch_size)
+
+    def patch_size_for(self, image_size: int | Sequence[int] | None, num_tokens: int) -> int:
+        """The patch size nearest to a token budget: see `FlexiViTConfig.patch_size_for`."""
+        return self.config.patch_size_for(image_size, num_tokens)
+
+
+class FlexiViTModel(FlexiViTPreTrainedModel):
+    """FlexiViT without a head: tokens of pictures of any size, at any patch size."""
+
+    def __init__(self, config: FlexiViTConfig):
+        super().__init__(config)
+        self.embeddings = FlexiViTEmbeddings(config)
+        self.pre_layernorm = (
+            nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if config.pre_norm else nn.Identity()
+        )
+        self.layers = make_encoder_layers(config)
+        self.layernorm = (
+            nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if config.final_norm else nn.Identity()
+        )
+        self.pooler = TokenPooler(config)
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        patch_size: int | Sequence[int] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPooling:
+        """
+        Args:
+            pixel_values: (batch, channels, height, width), any height and width.
+            patch_size: int or (height, width) in pixels. When None: in training drawn from `config.train_patch_sizes`,
+                if there are any; otherwise `config.patch_size`, or `config.base_patch_size`.
+
+        Returns:
+            `last_hidden_state` (batch, num_prefix_tokens + num_tokens, hidden) and `pooler_output` (batch, pooled).
+
+        Raises:
+            ValueError: for a wrong shape of `pixel_values`, or a patch size below 1 or larger than the picture.
+        """
+        hidden_states, _ = self.embeddings(pixel_values, patch_size)
+        hidden_states = self.pre_layernorm(hidden_states)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, **kwargs)
+        hidden_states = self.layernorm(hidden_states)
+        return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=self.pooler(hidden_states))
+
+
+class FlexiViTForImageClassification(FlexiViTPreTrainedModel):
+    """FlexiViT with a linear classifier on the pooled tokens."""
+
+    def __init__(self, config: FlexiViTConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.flexivit = FlexiViTModel(config)
+        self.head = ClassifierHead(config)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        patch_size: int | Sequence[int] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> ImageClassifierOutput:
+        """
+        Args:
+            pixel_values: (batch, channels, height, width).
+            labels: (batch,) class indices, or (batch, num_labels) for multi-label problems; gives `loss`.
+            patch_size: as in `FlexiViTModel.forward`.
+
+        Returns:
+            `logits` (batch, num_labels), and `loss` when `labels` are given.
+        """
+        outputs = self.flexivit(pixel_values, patch_size=patch_size, **kwargs)
+        logits = self.head(outputs.pooler_output, outputs.last_hidden_state)
+        loss = self.loss_function(labels, logits, self.config, **kwargs) if labels is not None else None
+        return ImageClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+class FlexiViTBackbone(BackboneMixin, FlexiViTPreTrainedModel):
+    """FlexiViT as a backbone: feature maps (batch, hidden, rows, columns) of the layers in `config.out_features`."""
+
+    def __init__(self, config: FlexiViTConfig):
+        super().__init__(config)
+        self.num_features = [config.hidden_size for _ in range(config.num_hidden_layers + 1)]
+        self.flexivit = FlexiViTModel(config)
+        self.post_init()
+
+    @can_return_tuple
+    @filter_output_hidden_states
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        patch_size: int | Sequence[int] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BackboneOutput:
+        """
+        Args:
+            pixel_values: (batch, channels, height, width).
+            patch_size: as in `FlexiViTModel.forward`.
+
+        Returns:
+            `feature_maps`: one (batch, hidden, rows, columns) a stage; with `config.reshape_hidden_states=False`
+            (batch, tokens, hidden), prefix tokens included.
+        """
+        check_pixel_values(pixel_values, self.config.num_channels)
+        patch_size = self.flexivit.embeddings.resolve_patch_size(patch_size)
+        outputs = self.flexivit(pixel_values, patch_size=patch_size, **kwargs)
+        patch_grid = self.config.patch_grid_for(pixel_values.shape[-2:], patch_size)
+
+        feature_maps = ()
+        for stage, hidden_states in zip(self.stage_names, outputs.hidden_states, strict=True):
+            if stage not in self.out_features:
+                continue
+            if self.config.apply_layernorm:
+                hidden_states = self.flexivit.layernorm(hidden_states)
+            if self.config.reshape_hidden_states:
+                patches = hidden_states[:, self.config.num_prefix_tokens :]
+                hidden_states = patches.transpose(1, 2).unflatten(2, patch_grid)
+            feature_maps += (hidden_states,)
+        return BackboneOutput(
+            feature_maps=feature_maps, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+__all__ = [
+    "FlexiViTBackbone",
+    "FlexiViTForImageClassification",
+    "FlexiViTModel",
+    "FlexiViTPreTrainedModel",
+]
