@@ -92,17 +92,7 @@ class EncoderConfig(BackboneConfigMixin, PreTrainedConfig):
     apply_layernorm: bool = True
     reshape_hidden_states: bool = True
 
-    base_model_tp_plan = {
-        "layers.*.attention.q_proj": "colwise",
-        "layers.*.attention.k_proj": "colwise",
-        "layers.*.attention.v_proj": "colwise",
-        "layers.*.attention.o_proj": "rowwise",
-        "layers.*.mlp.fc1": "colwise",
-        "layers.*.mlp.fc2": "rowwise",
-        "layers.*.mlp.gate_proj": "colwise",
-        "layers.*.mlp.up_proj": "colwise",
-        "layers.*.mlp.down_proj": "rowwise",
-    }
+    base_model_fsdp_plan = {"embeddings": "free_full_weight", "layers.*": "free_full_weight"}
 
     def __post_init__(self, **kwargs):
         if self.intermediate_size is None:
@@ -137,6 +127,19 @@ class EncoderConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError("`use_distillation_token=True` needs `use_cls_token=True`: it comes after CLS.")
         if self.use_distillation_head and not self.use_distillation_token:
             raise ValueError("`use_distillation_head=True` needs `use_distillation_token=True`: it reads that token.")
+
+    @property
+    def base_model_tp_plan(self) -> dict[str, str]:
+        """How tensor parallelism splits each linear layer; the MLP's layers depend on `mlp_type`."""
+        gated = self.mlp_type == "swiglu"
+        columns = ("mlp.gate_proj", "mlp.up_proj") if gated else ("mlp.fc1",)
+        rows = ("mlp.down_proj",) if gated else ("mlp.fc2",)
+        return {
+            **{f"layers.*.attention.{name}": "colwise" for name in ("q_proj", "k_proj", "v_proj")},
+            "layers.*.attention.o_proj": "rowwise",
+            **{f"layers.*.{name}": "colwise" for name in columns},
+            **{f"layers.*.{name}": "rowwise" for name in rows},
+        }
 
     @property
     def num_prefix_tokens(self) -> int:
