@@ -2,14 +2,24 @@
 
 import typer
 
+from .arguments import ListCommand
+from .train import train
+
 
 app = typer.Typer(
     name="polyscale",
-    help="Vision models with an adjustable number of visual tokens.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+
+
+@app.callback()
+def polyscale() -> None:
+    """Vision models with an adjustable number of visual tokens."""
+
+
+app.command(cls=ListCommand)(train)
 
 
 def main() -> None:

@@ -1,0 +1,48 @@
+"""Command-line options that take several values: `--patch-sizes 8 12 16` or `8,12,16`, and sizes such as `10x15`."""
+
+from typer.core import TyperCommand
+
+
+def parse_number(text: str) -> int | float:
+    """A number, an int where it is one."""
+    return int(text) if text.lstrip("+-").isdigit() else float(text)
+
+
+def parse_size(text: str) -> int | tuple[int, int]:
+    """ "16" -> 16, "10x15" -> (10, 15): height and width in pixels."""
+    parts = text.lower().split("x")
+    return int(parts[0]) if len(parts) == 1 else tuple(int(part) for part in parts)
+
+
+def split_list(text: str | None) -> list[str] | None:
+    """ "8,12 16" -> ["8", "12", "16"]; None stays None."""
+    return None if text is None else text.replace(",", " ").split()
+
+
+class ListCommand(TyperCommand):
+    """A command whose options may be followed by several values, where their metavar ends in "...".
+
+    The values that follow such an option are joined to one, which `split_list` takes apart.
+    """
+
+    def parse_args(self, ctx, args: list[str]) -> list[str]:
+        lists = {
+            name
+            for param in self.params
+            if (getattr(param, "metavar", None) or "").endswith("...")
+            for name in getattr(param, "opts", [])
+        }
+        joined: list[str] = []
+        in_list = False
+        for arg in args:
+            if in_list and not arg.startswith("--"):
+                joined[-1] = f"{joined[-1]} {arg}".strip()
+            else:
+                joined.append(arg)
+                in_list = arg in lists
+                if in_list:
+                    joined.append("")
+        return super().parse_args(ctx, joined)
+
+
+__all__ = ["ListCommand", "parse_number", "parse_size", "split_list"]

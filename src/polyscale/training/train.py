@@ -1,0 +1,186 @@
+"""Training of an image classifier of any family on `transformers.Trainer`: the function behind `polyscale train`."""
+
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    PreTrainedModel,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.image_processing_backends import TorchvisionBackend
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
+from transformers.trainer_utils import get_last_checkpoint
+
+from ..evaluation.metrics import TopKAccuracy
+from ..layers.sizes import to_pair
+from .callbacks import PatchSizeCallback
+from .data import ImageCollator, evaluation_split, load_image_dataset, training_transform, with_image_transform
+from .ema import EMACallback
+from .recipe import TrainingRecipe
+from .trainer import ImageClassificationTrainer
+
+
+def make_model(recipe: TrainingRecipe, label_names: list[str]) -> PreTrainedModel:
+    """The classifier that a recipe starts from: random weights, or `recipe.init_from` with a head for these labels."""
+    labels = {"id2label": dict(enumerate(label_names)), "label2id": {name: i for i, name in enumerate(label_names)}}
+    options = {**recipe.model_options, **labels}
+    if recipe.init_from is not None:
+        if recipe.preset is not None:
+            raise ValueError("`preset` and `init_from` exclude each other: a checkpoint brings its own size.")
+        return AutoModelForImageClassification.from_pretrained(
+            recipe.init_from, ignore_mismatched_sizes=True, dtype=torch.float32, **options
+        )
+    if recipe.family not in CONFIG_MAPPING:
+        raise ValueError(f"`family` must be a model type that transformers or polyscale knows, got {recipe.family!r}.")
+    config_class = CONFIG_MAPPING[recipe.family]
+    if recipe.preset is not None:
+        config = config_class.preset(recipe.preset, image_size=recipe.image_size, **options)
+    else:
+        config = config_class(image_size=recipe.image_size, **options)
+    return AutoModelForImageClassification.from_config(config)
+
+
+def make_image_processor(recipe: TrainingRecipe) -> TorchvisionBackend:
+    """The processor that is saved beside the model: resize to `recipe.image_size`, the recipe's mean and deviation."""
+    if recipe.init_from is not None:
+        processor = AutoImageProcessor.from_pretrained(recipe.init_from)
+    else:
+        processor = IMAGE_PROCESSOR_MAPPING[CONFIG_MAPPING[recipe.family]]["torchvision"]()
+    height, width = to_pair(recipe.image_size, "image_size")
+    processor.size = type(processor.size)(height=height, width=width)
+    processor.crop_size = type(processor.size)(height=height, width=width)
+    processor.do_center_crop = False
+    processor.image_mean, processor.image_std = list(recipe.image_mean), list(recipe.image_std)
+    return processor
+
+
+def _training_arguments(recipe: TrainingRecipe, work_dir: Path) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(work_dir),
+        num_train_epochs=recipe.epochs,
+        per_device_train_batch_size=recipe.batch_size,
+        per_device_eval_batch_size=2 * recipe.batch_size,
+        gradient_accumulation_steps=recipe.gradient_accumulation_steps,
+        learning_rate=recipe.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=recipe.warmup,
+        weight_decay=recipe.weight_decay,
+        max_grad_norm=recipe.max_grad_norm,
+        bf16=recipe.bf16,
+        activation_checkpointing=recipe.gradient_checkpointing,
+        dataloader_num_workers=recipe.num_workers,
+        dataloader_drop_last=True,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        eval_strategy="no",
+        save_strategy="epoch" if recipe.save_steps is None else "steps",
+        save_steps=recipe.save_steps or 500,
+        save_total_limit=2,
+        logging_steps=50,
+        report_to=[],
+        seed=recipe.seed,
+        use_cpu=not torch.accelerator.is_available(),
+    )
+
+
+def _top1(prediction) -> dict[str, float]:
+    return TopKAccuracy(ks=(1,)).compute(predictions=prediction.predictions, references=prediction.label_ids)
+
+
+def train(dataset: str | Path, output_dir: str | Path, recipe: TrainingRecipe, resume: bool = False) -> dict:
+    """Trains an image classifier and writes it, with its image processor, to `output_dir`.
+
+    Checkpoints go to `<output_dir>.training` beside it while the run lasts; `output_dir` appears when training is
+    done, whole, and that folder goes. Runs unchanged under `accelerate launch`.
+
+    Args:
+        dataset: see `load_image_dataset`; its `train` split is learned, `validation` or `test` is scored at the end.
+        output_dir: must not exist.
+        recipe: the choices of the run.
+        resume: go on from the last checkpoint of an interrupted run with the same `output_dir`.
+
+    Returns:
+        The metrics of `Trainer`: training loss and time, and `eval_top1` at the model's default budget.
+
+    Raises:
+        ValueError: if `output_dir` exists, the data cannot be used, or there is nothing to resume.
+    """
+    output_dir = Path(output_dir)
+    work_dir = output_dir.with_name(output_dir.name + ".training")
+    if output_dir.exists():
+        raise ValueError(f"`output_dir` {output_dir} exists already. Name another, or remove it first.")
+    checkpoint = get_last_checkpoint(str(work_dir)) if work_dir.is_dir() else None
+    if resume and checkpoint is None:
+        raise ValueError(f"`resume`: there is no checkpoint in {work_dir}. Start without `resume`.")
+    if checkpoint is not None and not resume:
+        raise ValueError(f"{work_dir} holds an unfinished run. Resume it, or remove that folder.")
+
+    splits = load_image_dataset(dataset)
+    if "train" not in splits:
+        raise ValueError(f"`dataset` must have a split named 'train', got {list(splits)}.")
+    label_names = splits["train"].features["label"].names
+    set_seed(recipe.seed)
+    model = make_model(recipe, label_names)
+    processor = make_image_processor(recipe)
+
+    size = to_pair(recipe.image_size, "image_size")
+    stats = (list(recipe.image_mean), list(recipe.image_std))
+    train_split = with_image_transform(splits["train"], training_transform(recipe.augmentation, size, *stats))
+    eval_name = evaluation_split(splits)
+    eval_split = eval_name and with_image_transform(splits[eval_name], training_transform("none", size, *stats))
+
+    teacher, image_stats = None, None
+    if recipe.teacher is not None:
+        teacher = AutoModelForImageClassification.from_pretrained(recipe.teacher)
+        if teacher.config.num_labels != len(label_names):
+            raise ValueError(
+                f"`teacher` has {teacher.config.num_labels} classes and the data set {len(label_names)}: they must be "
+                "the same classes in the same order."
+            )
+        teacher_processor = AutoImageProcessor.from_pretrained(recipe.teacher)
+        image_stats = (stats, (list(teacher_processor.image_mean), list(teacher_processor.image_std)))
+
+    ema = EMACallback(recipe.ema_decay) if recipe.ema_decay is not None else None
+    trainer = ImageClassificationTrainer(
+        model=model,
+        args=_training_arguments(recipe, work_dir),
+        train_dataset=train_split,
+        eval_dataset=eval_split,
+        data_collator=ImageCollator(len(label_names), recipe.mixup, recipe.cutmix),
+        compute_metrics=_top1,
+        callbacks=[PatchSizeCallback(), *([ema] if ema else [])],
+        teacher=teacher,
+        temperature=recipe.temperature,
+        label_smoothing=recipe.label_smoothing,
+        image_stats=image_stats,
+    )
+    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    if ema:
+        ema.copy_to(trainer.accelerator.unwrap_model(trainer.model))
+    if eval_split is not None:
+        trainer.data_collator = ImageCollator(len(label_names))
+        metrics |= trainer.evaluate()
+    _publish(trainer, processor, output_dir, work_dir)
+    return metrics
+
+
+def _publish(trainer: ImageClassificationTrainer, processor: TorchvisionBackend, output_dir: Path, work_dir: Path):
+    """Writes the model and its processor beside the checkpoints, then moves the folder to its place."""
+    final = work_dir / "final"
+    trainer.save_model(str(final))
+    with PartialState().main_process_first():
+        if PartialState().is_main_process:
+            processor.save_pretrained(final)
+            (final / "training_args.bin").unlink(missing_ok=True)  # a pickle, and of no use to a reader
+            os.replace(final, output_dir)
+            shutil.rmtree(work_dir)
+
+
+__all__ = ["make_image_processor", "make_model", "train"]
