@@ -228,7 +228,7 @@ class TokenPooler(nn.Module):
 
 
 class ClassifierHead(nn.Module):
-    """`pooler_output` -> logits; with DeiT's second classifier, the mean of both, as transformers and timm evaluate."""
+    """`pooler_output` -> logits; with DeiT's second classifier, the mean of both, as timm evaluates."""
 
     def __init__(self, config: EncoderConfig):
         super().__init__()

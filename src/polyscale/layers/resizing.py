@@ -1,7 +1,7 @@
 """Resizing of patch kernels and position embeddings.
 
 Both are separable: a resize of a (height, width) grid is `rows @ grid @ columns.T` with two small matrices. The
-pseudo-inverse resize (PI-resize) of FlexiViT (arXiv 2212.08013, section 3.3; official code: google-research/big_vision,
+pseudo-inverse resize (PI-resize) of FlexiViT (arXiv 2212.08013, section 3.3; google-research/big_vision,
 `models/proj/flexi/vit.py`) is separable too, because the pseudo-inverse of a Kronecker product is the product of the
 pseudo-inverses. The matrices are made once per size in float64 with NumPy, so that they are the same on every device,
 and constants inside `torch.compile` and `torch.export`.
