@@ -1,0 +1,138 @@
+"""Reading other people's checkpoint files without running their code.
+
+safetensors hold nothing but tensors; `.npz` is read without pickle; `.pt` and its kin are read by torch's restricted
+unpickler (`weights_only=True`), and a file that wants more than tensors is refused.
+"""
+
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+
+
+SAFETENSORS_SUFFIXES = (".safetensors",)
+NUMPY_SUFFIXES = (".npz",)
+TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".tar")
+CHECKPOINT_SUFFIXES = SAFETENSORS_SUFFIXES + NUMPY_SUFFIXES + TORCH_SUFFIXES
+
+# Where training scripts put the weights inside what they save; the averaged ones are those they evaluate.
+_WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "module")
+# What DistributedDataParallel and torch.compile put before each name.
+_NAME_PREFIXES = ("module.", "_orig_mod.")
+
+
+def load_safetensors_file(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The tensors of a `.safetensors` file on the CPU, and its metadata.
+
+    Raises:
+        ValueError: if the file is not in that format.
+    """
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"`{path}` is not a readable safetensors file: {error}.") from error
+
+
+def load_npz_file(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    """The arrays of a `.npz` file, read without pickle.
+
+    Raises:
+        ValueError: if the file is no such archive, or holds pickled objects.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except (ValueError, EOFError, AttributeError, TypeError, pickle.UnpicklingError) as error:
+        raise ValueError(
+            f"`{path}` is refused: a `.npz` file of plain arrays was expected, and it is no archive or holds pickled "
+            f"Python objects, which can run code when they are read ({error})."
+        ) from error
+
+
+def load_torch_file(path: str | os.PathLike) -> Any:
+    """What `torch.save` wrote, on the CPU, if it consists of tensors and plain containers.
+
+    Raises:
+        ValueError: if the file wants to build other Python objects (which can run code), or cannot be read.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"`{path}` is refused: it is a pickle that holds more than tensors and plain containers, and unpickling "
+            "such objects can run code on this machine. Where you trust the file, load it yourself and save its "
+            f"`state_dict` as safetensors. (torch: {reason})"
+        ) from error
+    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError) as error:
+        raise ValueError(f"`{path}` is not a readable PyTorch checkpoint: {error}.") from error
+
+
+def as_tensor(array: np.ndarray) -> torch.Tensor:
+    """An array as a tensor; NumPy reads bfloat16, which it does not know, as two bytes without a type."""
+    if array.dtype.kind == "V" and array.dtype.itemsize == 2:
+        return torch.from_numpy(np.ascontiguousarray(array).view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(np.ascontiguousarray(array))
+
+
+def unwrap_state_dict(checkpoint: Any, path: str | os.PathLike = "checkpoint") -> dict[str, torch.Tensor]:
+    """The state dict inside what a training script saved: wrappers such as {"model": ...} and "module." are removed.
+
+    Raises:
+        ValueError: if no mapping from names to tensors is found.
+    """
+    state_dict = checkpoint
+    while isinstance(state_dict, dict):
+        inner = next((state_dict[key] for key in _WRAPPERS if isinstance(state_dict.get(key), dict)), None)
+        if inner is None:
+            break
+        state_dict = inner
+    is_state_dict = isinstance(state_dict, dict) and all(
+        isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in state_dict.items()
+    )
+    if not is_state_dict or not state_dict:
+        kind = type(state_dict).__name__
+        raise ValueError(f"`{path}` holds no state dict (names and tensors): found {kind} instead.")
+    for prefix in _NAME_PREFIXES:
+        if all(name.startswith(prefix) for name in state_dict):
+            state_dict = {name[len(prefix) :]: tensor for name, tensor in state_dict.items()}
+    return state_dict
+
+
+def load_state_dict_file(path: str | os.PathLike) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint file of any supported format, by its suffix.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: for an unknown suffix, an unreadable file, or a pickle that wants more than tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no checkpoint file `{path}`.")
+    suffix = path.suffix.lower()
+    if suffix in SAFETENSORS_SUFFIXES:
+        return load_safetensors_file(path)[0]
+    if suffix in NUMPY_SUFFIXES:
+        return {name: as_tensor(array) for name, array in load_npz_file(path).items()}
+    if suffix in TORCH_SUFFIXES:
+        return unwrap_state_dict(load_torch_file(path), path)
+    raise ValueError(f"`{path}` has no suffix of a checkpoint: expected one of {', '.join(CHECKPOINT_SUFFIXES)}.")
+
+
+__all__ = [
+    "CHECKPOINT_SUFFIXES",
+    "NUMPY_SUFFIXES",
+    "SAFETENSORS_SUFFIXES",
+    "TORCH_SUFFIXES",
+    "as_tensor",
+    "load_npz_file",
+    "load_safetensors_file",
+    "load_state_dict_file",
+    "load_torch_file",
+    "unwrap_state_dict",
+]

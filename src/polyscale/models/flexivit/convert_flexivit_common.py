@@ -1,0 +1,108 @@
+"""What every converter to FlexiViT hands on, and the pieces they share."""
+
+from typing import Any, NamedTuple
+
+import torch
+from transformers.image_utils import PILImageResampling
+
+from ...layers.state_dicts import check_state_dict, empty_model
+from .configuration_flexivit import FlexiViTConfig
+from .image_processing_flexivit import FlexiViTImageProcessor
+from .modeling_flexivit import FlexiViTForImageClassification, FlexiViTModel
+
+
+# How ordinary ViTs are resized after the fact, and how FlexiViT's own weights were trained to be.
+ORDINARY_KERNEL = {"kernel_interpolation": "bicubic", "kernel_antialias": True}
+FLEXIVIT_KERNEL = {"kernel_interpolation": "bilinear", "kernel_antialias": False}
+
+
+class FlexiViTSource(NamedTuple):
+    """A checkpoint of another library in FlexiViT's terms.
+
+    `config.architectures` names the class that `state_dict` belongs to: `FlexiViTForImageClassification` where the
+    source has a classifier, else `FlexiViTModel`. `image_processor` is None where the source says nothing about it.
+    """
+
+    config: FlexiViTConfig
+    state_dict: dict[str, torch.Tensor]
+    image_processor: FlexiViTImageProcessor | None
+
+    @property
+    def model_class(self) -> type[FlexiViTModel] | type[FlexiViTForImageClassification]:
+        has_head = self.config.architectures == [FlexiViTForImageClassification.__name__]
+        return FlexiViTForImageClassification if has_head else FlexiViTModel
+
+
+def label_maps(labels: list[str] | None, num_labels: int) -> dict[str, Any]:
+    """The config's label fields; numbered names where none are known."""
+    if labels is None:
+        return {"num_labels": num_labels}
+    # Names such as "crane" stand for two classes of ImageNet: `label2id` keeps the first of them.
+    label2id: dict[str, int] = {}
+    for index, label in enumerate(labels):
+        label2id.setdefault(label, index)
+    return {"id2label": dict(enumerate(labels)), "label2id": label2id}
+
+
+def imagenet_labels(num_labels: int) -> list[str] | None:
+    """The names of ImageNet's classes in their usual order, by how many there are; None where timm has no list."""
+    try:
+        from timm.data import ImageNetInfo, infer_imagenet_subset
+    except ImportError:
+        return None
+    subset = infer_imagenet_subset({"num_classes": num_labels})
+    return None if subset is None else ImageNetInfo(subset).label_descriptions()
+
+
+def make_source(
+    fields: dict[str, Any],
+    state_dict: dict[str, torch.Tensor],
+    image_processor: FlexiViTImageProcessor | None,
+    source: str,
+    overrides: dict[str, Any],
+) -> FlexiViTSource:
+    """Puts a converted checkpoint together and checks that nothing is missing and nothing left over.
+
+    Args:
+        fields: config fields that the source determines.
+        state_dict: tensors by the names of `FlexiViTModel`, a classifier's under "head.".
+        image_processor: the source's, or None.
+        source: what the tensors come from, for errors.
+        overrides: config fields that the caller sets.
+
+    Raises:
+        ValueError: for an unknown field, or tensors that do not fit.
+    """
+    unknown = [name for name in overrides if name not in FlexiViTConfig.__dataclass_fields__]
+    if unknown:
+        raise ValueError(f"Unknown options {unknown}: expected fields of FlexiViTConfig, such as `patch_size`.")
+    has_head = any(name.startswith("head.") for name in state_dict)
+    model_class = FlexiViTForImageClassification if has_head else FlexiViTModel
+    config = FlexiViTConfig(**{**fields, **overrides}, architectures=[model_class.__name__])
+    state_dict = {
+        f"flexivit.{name}" if has_head and not name.startswith("head.") else name: tensor.detach().clone()
+        for name, tensor in state_dict.items()
+    }
+    check_state_dict(state_dict, empty_model(model_class, config), source)
+    config.dtype = next(iter(state_dict.values())).dtype
+    return FlexiViTSource(config, state_dict, image_processor)
+
+
+def make_image_processor(num_channels: int = 3, **fields: Any) -> FlexiViTImageProcessor:
+    """An image processor; pictures become RGB where the model has three channels."""
+    return FlexiViTImageProcessor(do_convert_rgb=num_channels == 3, **fields)
+
+
+RESAMPLINGS = {name: PILImageResampling[name.upper()] for name in ("nearest", "bilinear", "bicubic", "lanczos")}
+
+
+__all__ = [
+    "FLEXIVIT_KERNEL",
+    "ORDINARY_KERNEL",
+    "RESAMPLINGS",
+    "FlexiViTSource",
+    "imagenet_labels",
+    "label_maps",
+    "make_image_processor",
+    "make_source",
+]

@@ -1,0 +1,427 @@
+"""timm's `vit_*`, `deit_*` and `flexivit_*` as FlexiViT.
+
+What a model is made of is read from its modules, not from its name; a part that FlexiViT does not have is refused.
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.utils import logging
+
+from ...layers.safe_loading import load_state_dict_file
+from ...layers.state_dicts import rename_keys
+from .convert_flexivit_common import (
+    FLEXIVIT_KERNEL,
+    ORDINARY_KERNEL,
+    RESAMPLINGS,
+    FlexiViTSource,
+    imagenet_labels,
+    label_maps,
+    make_image_processor,
+    make_source,
+)
+from .image_processing_flexivit import FlexiViTImageProcessor
+
+
+logger = logging.get_logger(__name__)
+
+_AFFINE = r"\.(weight|bias)"
+_RULES = [
+    (r"cls_token", "embeddings.prefix_tokens.cls_token"),
+    (r"dist_token", "embeddings.prefix_tokens.distillation_token"),
+    (r"reg_token", "embeddings.prefix_tokens.register_tokens"),
+    (r"pos_embed", "embeddings.position_embeddings"),
+    (r"patch_embed\.proj" + _AFFINE, r"embeddings.patch_embeddings.projection.\1"),
+    (r"norm_pre" + _AFFINE, r"pre_layernorm.\1"),
+    (r"blocks\.(\d+)\.norm1" + _AFFINE, r"layers.\1.layernorm_before.\2"),
+    (r"blocks\.(\d+)\.norm2" + _AFFINE, r"layers.\1.layernorm_after.\2"),
+    (r"blocks\.(\d+)\.attn\.([qkv]_proj)" + _AFFINE, r"layers.\1.attention.\2.\3"),
+    (r"blocks\.(\d+)\.attn\.proj" + _AFFINE, r"layers.\1.attention.o_proj.\2"),
+    (r"blocks\.(\d+)\.ls1\.gamma", r"layers.\1.attention_scale.weight"),
+    (r"blocks\.(\d+)\.ls2\.gamma", r"layers.\1.mlp_scale.weight"),
+    (r"blocks\.(\d+)\.mlp\.(fc1|fc2|gate_proj|up_proj|down_proj)" + _AFFINE, r"layers.\1.mlp.\2.\3"),
+    (r"norm" + _AFFINE, r"layernorm.\1"),
+    (r"fc_norm" + _AFFINE, r"pooler.layernorm.\1"),
+    (r"head" + _AFFINE, r"head.classifier.\1"),
+    (r"head_dist" + _AFFINE, r"head.distillation_classifier.\1"),
+]
+# Activation classes of torch and timm by the names that transformers gives them.
+_ACTIVATIONS = {
+    "GELU": "gelu",
+    "GELUTanh": "gelu_pytorch_tanh",
+    "QuickGELU": "quick_gelu",
+    "SiLU": "silu",
+    "ReLU": "relu",
+}
+
+
+def _import_timm() -> Any:
+    try:
+        import timm
+    except ImportError as error:
+        raise ImportError("Converting from timm needs timm: pip install timm.") from error
+    return timm
+
+
+def is_timm_model(model: nn.Module) -> bool:
+    """Whether a module is one of timm's, without importing timm."""
+    return any(base.__module__.split(".")[0] == "timm" for base in type(model).__mro__)
+
+
+def is_timm_name(name: str) -> bool:
+    """Whether timm knows an architecture by this name, with or without a tag of weights."""
+    try:
+        import timm
+    except ImportError:
+        return False
+    return timm.is_model(name.split(".")[0])
+
+
+def _layer_norms(model: nn.Module) -> Iterator[nn.Module]:
+    for block in model.blocks:
+        yield from (block.norm1, block.norm2)
+    yield from (model.norm_pre, model.norm, model.fc_norm)
+
+
+def _is_absent(module: nn.Module | None) -> bool:
+    return module is None or isinstance(module, nn.Identity)
+
+
+def _activation_name(block: nn.Module) -> str | None:
+    activation = block.mlp.act
+    if isinstance(activation, nn.GELU) and activation.approximate == "tanh":
+        return "gelu_pytorch_tanh"
+    return _ACTIVATIONS.get(type(activation).__name__)
+
+
+def _mlp_kind(block: nn.Module) -> str | None:
+    """ "mlp", "swiglu" (timm's SwiGLU), "packed" (gate and value in one matrix), or None for another one."""
+    kind, mlp = type(block.mlp).__name__, block.mlp
+    if kind == "Mlp":
+        return "mlp"
+    if kind == "SwiGLU" and isinstance(mlp.act, nn.SiLU):
+        return "swiglu"
+    if kind == "GluMlp" and isinstance(mlp.act, nn.SiLU) and not mlp.gate_last:
+        return "packed"
+    return None
+
+
+def _unsupported_block_parts(block: nn.Module) -> Iterator[str]:
+    if type(block).__name__ != "Block":
+        yield f"blocks of type {type(block).__name__}"
+        return
+    if type(block.attn).__name__ != "Attention":
+        yield f"attention of type {type(block.attn).__name__}"
+        return
+    attention = block.attn
+    if not _is_absent(attention.q_norm) or not _is_absent(attention.k_norm):
+        yield "normalised queries and keys (qk_norm)"
+    if not _is_absent(getattr(attention, "norm", None)):
+        yield "a norm inside the attention (scale_attn_norm)"
+    if not _is_absent(getattr(attention, "gate", None)):
+        yield "gated attention"
+    if attention.proj.bias is None:
+        yield "projections without bias (proj_bias=False)"
+    if attention.num_heads * attention.head_dim != attention.proj.out_features:
+        yield "heads that do not fill the width (attn_head_dim)"
+    if _mlp_kind(block) is None:
+        yield f"an MLP of type {type(block.mlp).__name__} with {type(block.mlp.act).__name__}"
+    elif _mlp_kind(block) == "mlp" and _activation_name(block) is None:
+        yield f"the activation {type(block.mlp.act).__name__}"
+    if not _is_absent(getattr(block.mlp, "norm", None)):
+        yield "a norm inside the MLP (scale_mlp_norm)"
+
+
+def _unsupported_parts(model: nn.Module) -> Iterator[str]:
+    """What a timm model has that FlexiViT does not, by timm's names."""
+    if type(model).__name__ not in ("VisionTransformer", "VisionTransformerDistilled"):
+        yield f"the architecture {type(model).__name__}"
+        return
+    if type(model.patch_embed).__name__ != "PatchEmbed":
+        yield f"patch embeddings of type {type(model.patch_embed).__name__}"
+    elif not _is_absent(model.patch_embed.norm):
+        yield "a norm in the patch embedding (embed_norm_layer)"
+    if model.pos_embed is None:
+        yield "no learned positions (pos_embed)"
+    if getattr(model, "attn_pool", None) is not None:
+        yield f"attention pooling (global_pool={model.global_pool!r})"
+    elif model.global_pool not in ("token", "avg", ""):
+        yield f"pooling global_pool={model.global_pool!r}"
+    elif model.global_pool == "" and not _is_absent(model.head):
+        yield "a classifier on every token (global_pool='')"
+    if model.global_pool == "avg" and model.pool_include_prefix and model.num_prefix_tokens:
+        yield "pooling over prefix tokens (pool_include_prefix)"
+    for block in model.blocks:
+        yield from _unsupported_block_parts(block)
+    norms = [norm for norm in _layer_norms(model) if not _is_absent(norm)]
+    for norm in norms:
+        if not isinstance(norm, nn.LayerNorm):
+            yield f"norms of type {type(norm).__name__}"
+        elif norm.weight is None or norm.bias is None:
+            yield "norms without weight or bias"
+    if len({getattr(norm, "eps", None) for norm in norms}) > 1:
+        yield "norms with different epsilons"
+    if len({_is_absent(scale) for block in model.blocks for scale in (block.ls1, block.ls2)}) > 1:
+        yield "layer scale in some layers only"
+
+
+def _check_supported(model: nn.Module, source: str) -> None:
+    parts = list(dict.fromkeys(_unsupported_parts(model)))
+    if parts:
+        raise ValueError(f"{source} cannot become a FlexiViT, which does not have: {'; '.join(parts)}.")
+
+
+def _config_fields(model: nn.Module, architecture: str) -> dict[str, Any]:
+    block, patch_embed = model.blocks[0], model.patch_embed
+    has_distillation = getattr(model, "dist_token", None) is not None
+    mlp_kind = _mlp_kind(block)
+    is_flexivit = "flexivit" in architecture
+    eps = next(norm.eps for norm in _layer_norms(model) if not _is_absent(norm))
+    # What timm itself does when the size of the picture changes: at run time, or when it loads the weights.
+    bicubic = model.dynamic_img_size or not is_flexivit
+    pooling = "mean" if model.global_pool == "avg" or model.cls_token is None else "cls"
+    return {
+        "hidden_size": model.embed_dim,
+        "num_hidden_layers": len(model.blocks),
+        "num_attention_heads": block.attn.num_heads,
+        "intermediate_size": block.mlp.fc2.in_features,
+        "mlp_type": "mlp" if mlp_kind == "mlp" else "swiglu",
+        "hidden_act": _activation_name(block) if mlp_kind == "mlp" else "silu",
+        "qkv_bias": block.attn.qkv.bias is not None,
+        "layer_norm_eps": eps,
+        "layer_scale_init_value": None if _is_absent(block.ls1) else float(getattr(block.ls1, "init_values", 1e-5)),
+        "drop_path_rate": float(getattr(model.blocks[-1].drop_path1, "drop_prob", 0.0) or 0.0),
+        "pre_norm": not _is_absent(model.norm_pre),
+        "final_norm": not _is_absent(model.norm),
+        "pooled_norm": not _is_absent(model.fc_norm),
+        "pooling": pooling,
+        "use_cls_token": model.cls_token is not None,
+        "use_distillation_token": has_distillation,
+        "use_distillation_head": has_distillation and isinstance(model.head_dist, nn.Linear),
+        "num_register_tokens": 0 if model.reg_token is None else model.reg_token.shape[1],
+        "prefix_positions": "none" if model.no_embed_class else "all",
+        "num_channels": patch_embed.proj.in_channels,
+        "image_size": list(patch_embed.img_size),
+        "base_patch_size": list(patch_embed.patch_size),
+        "position_grid": list(patch_embed.grid_size),
+        "patch_bias": patch_embed.proj.bias is not None,
+        "uneven": "pad" if patch_embed.dynamic_img_pad else "crop",
+        "position_interpolation": "bicubic" if bicubic else "bilinear",
+        "position_antialias": bicubic,
+        **(FLEXIVIT_KERNEL if is_flexivit else ORDINARY_KERNEL),
+    }
+
+
+def _split_fused(state_dict: dict[str, torch.Tensor], packed_mlp: bool) -> dict[str, torch.Tensor]:
+    """Matrices that timm keeps as one (queries, keys, values; gate and value of a packed SwiGLU) as several."""
+    split = {}
+    for name, tensor in state_dict.items():
+        module, _, leaf = name.rpartition(".")
+        if module.endswith(".attn.qkv"):
+            parent = module.removesuffix("qkv")
+            for projection, part in zip("qkv", tensor.chunk(3), strict=True):
+                split[f"{parent}{projection}_proj.{leaf}"] = part
+        elif packed_mlp and module.endswith(".mlp.fc1"):
+            parent = module.removesuffix("fc1")
+            split[f"{parent}gate_proj.{leaf}"], split[f"{parent}up_proj.{leaf}"] = tensor.chunk(2)
+        else:
+            split[name] = tensor
+    return split
+
+
+def _name_swiglu(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    ours = {".mlp.fc1_g.": ".mlp.gate_proj.", ".mlp.fc1_x.": ".mlp.up_proj.", ".mlp.fc2.": ".mlp.down_proj."}
+    named = {}
+    for name, tensor in state_dict.items():
+        for old, new in ours.items():
+            name = name.replace(old, new)
+        named[name] = tensor
+    return named
+
+
+def timm_image_processor(
+    pretrained_cfg: dict[str, Any], image_size: tuple[int, int], num_channels: int
+) -> FlexiViTImageProcessor:
+    """timm's evaluation transform as an image processor: the short side to size / crop ratio, then a centre crop.
+
+    Args:
+        pretrained_cfg: timm's record of mean, std, crop ratio and mode, and interpolation.
+        image_size: (height, width) of the model, in pixels.
+        num_channels: of the model.
+    """
+    from timm.data import resolve_data_config
+
+    data = resolve_data_config(pretrained_cfg={"num_classes": None, **pretrained_cfg})
+    mean, std = list(data["mean"]), list(data["std"])
+    if len(mean) != num_channels:
+        mean, std = [sum(mean) / len(mean)] * num_channels, [sum(std) / len(std)] * num_channels
+    height, width = (math.floor(side / data["crop_pct"]) for side in image_size)
+    if data["crop_mode"] == "border":
+        logger.warning("timm's crop mode 'border' (longest side, padded) is converted as a centre crop.")
+    squash = data["crop_mode"] == "squash" or height != width
+    return make_image_processor(
+        num_channels,
+        image_mean=mean,
+        image_std=std,
+        resample=RESAMPLINGS.get(data["interpolation"], RESAMPLINGS["bicubic"]),
+        size={"height": height, "width": width} if squash else {"shortest_edge": height},
+        crop_size={"height": image_size[0], "width": image_size[1]},
+    )
+
+
+def _labels(pretrained_cfg: dict[str, Any], num_labels: int) -> list[str] | None:
+    names = pretrained_cfg.get("label_names")
+    descriptions = pretrained_cfg.get("label_descriptions")
+    if names and len(names) == num_labels:
+        return [descriptions.get(name, name) if isinstance(descriptions, dict) else name for name in names]
+    return imagenet_labels(num_labels)
+
+
+def source_from_timm_model(
+    model: nn.Module, pretrained_cfg: dict[str, Any] | None = None, **overrides: Any
+) -> FlexiViTSource:
+    """A live timm model as FlexiViT.
+
+    Args:
+        model: a `VisionTransformer` of timm, plain or distilled.
+        pretrained_cfg: timm's record of its preprocessing; the model's own by default.
+        overrides: config fields to set otherwise.
+
+    Raises:
+        ValueError: if it has a part that FlexiViT does not have, naming it.
+    """
+    pretrained_cfg = dict(pretrained_cfg or getattr(model, "pretrained_cfg", None) or {})
+    architecture = pretrained_cfg.get("architecture") or ""
+    source = f"timm's {architecture or type(model).__name__}"
+    _check_supported(model, source)
+    fields = _config_fields(model, architecture)
+    mlp_kind = _mlp_kind(model.blocks[0])
+    state_dict = _split_fused(model.state_dict(), packed_mlp=mlp_kind == "packed")
+    if mlp_kind != "mlp":
+        state_dict = _name_swiglu(state_dict)
+    state_dict = rename_keys(state_dict, _RULES, source)
+    if not _is_absent(model.head):
+        num_labels = model.head.out_features
+        fields |= label_maps(_labels(pretrained_cfg, num_labels), num_labels)
+    processor = timm_image_processor(pretrained_cfg, tuple(model.patch_embed.img_size), fields["num_channels"])
+    return make_source(fields, state_dict, processor, source, overrides)
+
+
+def load_timm_name(name: str, pretrained: bool = True, **overrides: Any) -> FlexiViTSource:
+    """A model of timm by name ("vit_base_patch16_224.augreg_in21k") or hub name ("hf-hub:timm/...") as FlexiViT.
+
+    Args:
+        name: of the architecture, with or without a tag of weights.
+        pretrained: whether to load published weights; otherwise they are random.
+        overrides: config fields to set otherwise.
+
+    Raises:
+        ConnectionError: if the weights are neither in the cache nor can be downloaded.
+        ValueError: for a model that does not convert.
+    """
+    timm = _import_timm()
+    try:
+        model = timm.create_model(name, pretrained=pretrained)
+    except (OSError, RuntimeError) as error:
+        raise ConnectionError(
+            f"timm's weights of `{name}` cannot be loaded: they are not in the local cache, and the hub does not "
+            f"answer or has none ({type(error).__name__}: {error}). With a network this downloads them; without one, "
+            "give the path of a local checkpoint."
+        ) from error
+    return source_from_timm_model(model, **overrides)
+
+
+def _build_for(architecture: str, state_dict: dict[str, torch.Tensor], model_args: dict[str, Any]) -> nn.Module:
+    """A timm model of the sizes that the tensors have, holding them."""
+    timm = _import_timm()
+    kernel, positions = state_dict.get("patch_embed.proj.weight"), state_dict.get("pos_embed")
+    if kernel is None or kernel.ndim != 4 or positions is None or positions.ndim != 3:
+        raise ValueError(
+            f"The checkpoint for timm's {architecture} has an unknown layout: `patch_embed.proj.weight` (width, "
+            f"channels, height, width) and `pos_embed` (1, positions, width) are expected; found "
+            f"{', '.join(sorted(state_dict)[:5])}, ..."
+        )
+    head = state_dict.get("head.weight")
+    args = {
+        "num_classes": 0 if head is None else len(head),
+        "in_chans": kernel.shape[1],
+        "patch_size": tuple(kernel.shape[2:]),
+        **model_args,
+    }
+    with torch.device("meta"):
+        nominal = timm.create_model(architecture, **args)
+    _check_supported(nominal, f"timm's {architecture}")
+    num_prefix = 0 if nominal.no_embed_class else nominal.num_prefix_tokens
+    num_patches = positions.shape[1] - num_prefix
+    if num_patches != nominal.patch_embed.num_patches and "img_size" not in args:
+        side = math.isqrt(max(num_patches, 0))
+        args["img_size"] = tuple(side * size for size in args["patch_size"])
+    model = timm.create_model(architecture, **args)
+    try:
+        model.load_state_dict(state_dict, strict=True)
+    except RuntimeError as error:
+        raise ValueError(f"The tensors do not fit timm's {architecture}: {error}") from error
+    return model
+
+
+def load_timm_file(
+    path: str | Path, architecture: str | None = None, model_args: dict[str, Any] | None = None, **overrides: Any
+) -> FlexiViTSource:
+    """A checkpoint file of timm (or of a training script with its names) as FlexiViT.
+
+    Args:
+        path: `.safetensors`, `.pt`, `.pth` or `.bin`.
+        architecture: timm's name of the model, for the file does not say it.
+        model_args: arguments of `timm.create_model` that differ from that name's.
+        overrides: config fields to set otherwise.
+
+    Raises:
+        ValueError: without an architecture, or if the tensors do not fit it.
+    """
+    state_dict = load_state_dict_file(path)
+    if architecture is None:
+        raise ValueError(
+            f"`{path}` holds tensors only ({', '.join(sorted(state_dict)[:5])}, ...): give `architecture`, timm's "
+            "name of the model, for instance 'vit_base_patch16_224'; or give the folder that a model was saved to."
+        )
+    if not is_timm_name(architecture):
+        raise ValueError(f"`architecture` must be a name that timm knows, got {architecture!r}.")
+    model = _build_for(architecture, state_dict, dict(model_args or {}))
+    return source_from_timm_model(model, **overrides)
+
+
+def load_timm_folder(path: str | Path, **overrides: Any) -> FlexiViTSource:
+    """A folder that timm wrote for the hub (config.json and weights) as FlexiViT.
+
+    Raises:
+        FileNotFoundError: if it holds no weights.
+        ValueError: if the tensors do not fit the config.
+    """
+    path = Path(path)
+    record = json.loads((path / "config.json").read_text())
+    files = [path / name for name in ("model.safetensors", "pytorch_model.bin") if (path / name).is_file()]
+    if not files:
+        raise FileNotFoundError(f"`{path}` holds neither model.safetensors nor pytorch_model.bin.")
+    model_args = dict(record.get("model_args") or {})
+    if record.get("global_pool"):
+        model_args.setdefault("global_pool", record["global_pool"])
+    model = _build_for(record["architecture"], load_state_dict_file(files[0]), model_args)
+    # Older folders keep the preprocessing beside the architecture instead of in `pretrained_cfg`.
+    pretrained_cfg = {**record, **record.get("pretrained_cfg", {}), "architecture": record["architecture"]}
+    return source_from_timm_model(model, pretrained_cfg, **overrides)
+
+
+__all__ = [
+    "is_timm_model",
+    "is_timm_name",
+    "load_timm_file",
+    "load_timm_folder",
+    "load_timm_name",
+    "source_from_timm_model",
+    "timm_image_processor",
+]
