@@ -3,6 +3,7 @@
 import typer
 
 from .arguments import ListCommand
+from .evaluate import evaluate
 from .train import train
 
 
@@ -20,6 +21,7 @@ def polyscale() -> None:
 
 
 app.command(cls=ListCommand)(train)
+app.command(cls=ListCommand)(evaluate)
 
 
 def main() -> None:
