@@ -1,0 +1,200 @@
+"""Quadtree ViT configuration."""
+
+from collections.abc import Sequence
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+from transformers.models.auto.configuration_auto import AutoConfig
+
+from ...layers.encoder_config import ENCODER_SIZES, EncoderConfig, check_choice
+from ...layers.quadtree import check_multiple, check_token_budget
+from ...layers.sizes import to_pair
+
+
+PATCH_SCORERS = ("pixel_blur", "feature", "random", "precomputed")
+SCORER_ERRORS = ("mse", "cosine")
+POSITION_EMBEDDINGS = ("sinusoidal", "learned")
+PREFIX_POSITIONS = ("none", "cls", "all")
+# The budget of the paper's default, 196 of the 256 patches of 16 pixels in a picture of 256 pixels.
+DEFAULT_BUDGET = 196 / 256
+
+
+def count_levels(min_patch_size: int, max_patch_size: int) -> int:
+    """Number of patch sizes from `max_patch_size` to `min_patch_size`, each half of the one before.
+
+    Raises:
+        ValueError: unless `max_patch_size` is `min_patch_size` times a power of two.
+    """
+    for name, size in (("min_patch_size", min_patch_size), ("max_patch_size", max_patch_size)):
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ValueError(f"`{name}` must be an int of at least 1 (pixels), got {size!r}.")
+    ratio = max_patch_size // min_patch_size
+    if ratio < 1 or max_patch_size % min_patch_size or ratio & (ratio - 1):
+        power = 1 << max(ratio, 1).bit_length() - 1
+        raise ValueError(
+            f"`max_patch_size` must be `min_patch_size` times a power of two (1, 2, 4, ...), got {max_patch_size} for "
+            f"{min_patch_size}; for example {min_patch_size * power} or {min_patch_size * power * 2}."
+        )
+    return ratio.bit_length()
+
+
+@strict
+class QuadtreeViTConfig(EncoderConfig):
+    """Configuration of a Quadtree ViT: small patches where the picture is busy, large ones elsewhere.
+
+    The defaults are the paper's Quadformer-B: pictures of 256 px, patches of 64, 32 and 16 px, 196 tokens; its main
+    scorer is "feature", which needs a pretrained network. All sizes are (height, width) in pixels, or an int for both.
+    The other fields are those of `EncoderConfig`.
+
+    Args:
+        min_patch_size: side in pixels of the smallest patches; every patch is reduced to it before it is embedded.
+        max_patch_size: side in pixels of the largest patches: `min_patch_size` times a power of two. The height and
+            width of a picture must be multiples of it. Equal to `min_patch_size`: a plain ViT.
+        num_tokens: tokens of a picture, prefix tokens not counted: (height / max) (width / max) + 3 k. With
+            `split_threshold` it is the maximum. When neither is given: 196/256 of the smallest patches of
+            `image_size`.
+        split_threshold: patches whose score is higher are split, so that each picture has its own number of tokens. In
+            units of the scorer, which sees normalised pixels.
+        round_num_tokens: whether a budget that no number of splits gives is rounded down, rather than refused.
+        patch_scorer: "pixel_blur", "feature", "random" or "precomputed" (the call's `patch_scores`, which any scorer
+            yields to when they are given).
+        scorer_stride: stride in pixels of the network of the "feature" scorer: 32 or 16 (its first part).
+        scorer_error: how that scorer compares features: "mse" or "cosine".
+        scorer_seed: seed of the "random" scorer; new scores in every call when None.
+        scorer_backbone_config: configuration of a transformers backbone for the "feature" scorer (its last feature map
+            is used); ShuffleNetV2 x0.5 when None.
+        position_embedding: "sinusoidal" (of the patch centres) or "learned" (a grid, sampled bilinearly at the patch
+            centres).
+        position_grid: (rows, columns) of the learned grid; `image_size // min_patch_size` when None.
+        prefix_positions: which prefix tokens have a learned position: "none", "cls" (registers have none) or "all".
+        patch_bias: whether the patch embedding has a bias.
+
+    Raises:
+        ValueError: for an unknown choice, sizes that do not divide each other, or a width that does not fit sinusoids.
+
+    Example:
+
+    ```python
+    >>> from polyscale import QuadtreeViTConfig, QuadtreeViTModel
+
+    >>> config = QuadtreeViTConfig.preset("quadtree_vit_small", num_tokens=100)
+    >>> config.num_tokens_range((256, 256))
+    (16, 256)
+    ```
+    """
+
+    model_type = "quadtree_vit"
+    sub_configs_defaults = {
+        "scorer_backbone_config": SubConfigSpec(config_class=AutoConfig, model_type="resnet", optional=True)
+    }
+
+    image_size: int | list[int] | tuple[int, int] = 256
+    min_patch_size: int = 16
+    max_patch_size: int = 64
+    num_tokens: int | None = None
+    split_threshold: float | int | None = None
+    round_num_tokens: bool = False
+    patch_scorer: str = "pixel_blur"
+    scorer_stride: int = 32
+    scorer_error: str = "mse"
+    scorer_seed: int | None = None
+    scorer_backbone_config: dict | PreTrainedConfig | None = None
+    position_embedding: str = "sinusoidal"
+    position_grid: int | list[int] | tuple[int, int] | None = None
+    prefix_positions: str = "none"
+    patch_bias: bool = True
+
+    def __post_init__(self, **kwargs):
+        check_choice("patch_scorer", self.patch_scorer, PATCH_SCORERS)
+        check_choice("scorer_error", self.scorer_error, SCORER_ERRORS)
+        check_choice("position_embedding", self.position_embedding, POSITION_EMBEDDINGS)
+        check_choice("prefix_positions", self.prefix_positions, PREFIX_POSITIONS)
+        count_levels(self.min_patch_size, self.max_patch_size)
+        if self.position_embedding == "sinusoidal" and (self.hidden_size % 4 or self.hidden_size < 8):
+            raise ValueError(
+                f"`hidden_size` must be a multiple of 4 and at least 8 for sinusoidal positions, got "
+                f"{self.hidden_size}."
+            )
+        coarsest, finest = self.num_tokens_range(self.image_size)
+        if self.num_tokens is not None and self.num_tokens < 1:
+            raise ValueError(f"`num_tokens` must be at least 1, got {self.num_tokens}.")
+        if self.num_tokens is None and self.split_threshold is None:
+            self.num_tokens = check_token_budget(max(int(finest * DEFAULT_BUDGET), coarsest), coarsest, finest, True)
+        if self.position_grid is None:
+            height, width = to_pair(self.image_size, "image_size")
+            self.position_grid = [height // self.min_patch_size, width // self.min_patch_size]
+        self.position_grid = list(to_pair(self.position_grid, "position_grid"))
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def preset(cls, name: str, **overrides) -> "QuadtreeViTConfig":
+        """The config of a size: "quadtree_vit_tiny", "_small", "_base", "_large" or "_huge".
+
+        Args:
+            name: one of the five names.
+            overrides: fields that differ from the preset.
+        """
+        presets = {f"quadtree_vit_{size}": shape for size, shape in ENCODER_SIZES.items()}
+        check_choice("name", name, tuple(presets))
+        hidden_size, num_hidden_layers, num_attention_heads = presets[name]
+        shape = {
+            "hidden_size": hidden_size,
+            "num_hidden_layers": num_hidden_layers,
+            "num_attention_heads": num_attention_heads,
+        }
+        return cls(**{**shape, **overrides})
+
+    @property
+    def num_levels(self) -> int:
+        """Number of patch sizes."""
+        return count_levels(self.min_patch_size, self.max_patch_size)
+
+    @property
+    def num_position_prefix_tokens(self) -> int:
+        """Prefix tokens that have a position."""
+        if self.position_embedding == "sinusoidal" or self.prefix_positions == "none":
+            return 0
+        if self.prefix_positions == "all":
+            return self.num_prefix_tokens
+        return int(self.use_cls_token) + int(self.use_distillation_token)
+
+    def patch_grid_for(self, image_size: int | Sequence[int] | None = None) -> tuple[int, int]:
+        """(rows, columns) of the largest patches.
+
+        Args:
+            image_size: (height, width) in pixels, or int; `config.image_size` when None.
+
+        Raises:
+            ValueError: for a size that is no multiple of `max_patch_size`; it names the nearest ones that are.
+        """
+        height, width = to_pair(self.image_size if image_size is None else image_size, "image_size")
+        check_multiple((height, width), self.max_patch_size, "max_patch_size")
+        return height // self.max_patch_size, width // self.max_patch_size
+
+    def num_tokens_range(self, image_size: int | Sequence[int] | None = None) -> tuple[int, int]:
+        """The smallest and the largest budget; legal ones lie 3 apart. Arguments and errors: `patch_grid_for`."""
+        rows, columns = self.patch_grid_for(image_size)
+        return rows * columns, rows * columns * 4 ** (self.num_levels - 1)
+
+    def num_tokens_for(
+        self, image_size: int | Sequence[int] | None = None, num_tokens: int | None = None
+    ) -> int | None:
+        """How many tokens a picture costs, prefix tokens not counted; None where that depends on the picture.
+
+        Args:
+            image_size: (height, width) in pixels, or int; `config.image_size` when None.
+            num_tokens: a budget; as the config says when None.
+
+        Raises:
+            ValueError: for an illegal size or budget; it names the nearest legal ones.
+        """
+        coarsest, finest = self.num_tokens_range(image_size)
+        if num_tokens is None:
+            if self.split_threshold is not None:
+                return None
+            num_tokens = self.num_tokens
+        return check_token_budget(num_tokens, coarsest, finest, self.round_num_tokens)
+
+
+__all__ = ["QuadtreeViTConfig", "count_levels"]

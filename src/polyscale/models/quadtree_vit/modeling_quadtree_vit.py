@@ -1,0 +1,283 @@
+"""Vision Transformers with Mixed-Resolution Tokenization (arXiv 2304.00287).
+
+Faithful to TomerRonen34/mixed-resolution-vit, which published the tokenizers; the ViT behind them is the shared
+encoder.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPooling, ImageClassifierOutput
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from ...layers.encoder import ClassifierHead, EncoderPreTrainedModel, TokenPooler, make_encoder_layers
+from ...layers.quadtree import reverse_quadtree
+from .configuration_quadtree_vit import QuadtreeViTConfig
+from .scoring_quadtree_vit import PatchScorer
+from .tokenizing_quadtree_vit import PatchTokenizer, QuadtreeTokenizer, TokenizerOutput, VanillaTokenizer
+
+
+PatchScores = Sequence[torch.Tensor] | torch.Tensor
+
+
+@dataclass
+class QuadtreeViTModelOutput(BaseModelOutputWithPooling):
+    """
+    Args:
+        last_hidden_state: (batch, num_prefix_tokens + num_tokens, hidden); tokens from coarse to fine, in raster order
+            within a size.
+        pooler_output: (batch, pooled).
+        patch_centers: (batch, num_tokens, 2), (x, y) in pixels; 0 for padding.
+        patch_sizes: (batch, num_tokens) in pixels; 0 for padding.
+        token_mask: (batch, num_tokens), True for a real token.
+        split_scores: with `output_split_scores=True`, one (batch, rows, columns) tensor for each size of patch that
+            can be split.
+    """
+
+    patch_centers: torch.FloatTensor | None = None
+    patch_sizes: torch.LongTensor | None = None
+    token_mask: torch.BoolTensor | None = None
+    split_scores: tuple[torch.FloatTensor, ...] | None = None
+
+
+@dataclass
+class QuadtreeViTClassifierOutput(ImageClassifierOutput):
+    """`logits` (batch, num_labels), `loss`, and the patches: fields as in `QuadtreeViTModelOutput`."""
+
+    patch_centers: torch.FloatTensor | None = None
+    patch_sizes: torch.LongTensor | None = None
+    token_mask: torch.BoolTensor | None = None
+    split_scores: tuple[torch.FloatTensor, ...] | None = None
+
+
+class QuadtreeViTPreTrainedModel(EncoderPreTrainedModel):
+    config: QuadtreeViTConfig
+    base_model_prefix = "quadtree_vit"
+    _no_split_modules = ["QuadtreeTokenizer", "VanillaTokenizer", "EncoderLayer"]
+    _input_embed_layer = "patch_embeddings"
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, PatchTokenizer) and module.position_embeddings is not None:
+            init.trunc_normal_(module.position_embeddings, mean=0.0, std=self.config.initializer_range)
+
+    def num_tokens_for(
+        self, image_size: int | Sequence[int] | None = None, num_tokens: int | None = None
+    ) -> int | None:
+        """How many tokens a picture costs: see `QuadtreeViTConfig.num_tokens_for`."""
+        return self.config.num_tokens_for(image_size, num_tokens)
+
+    def set_patch_scorer(self, scorer: PatchScorer) -> None:
+        """Puts a scorer with its weights into the model and its config, so that both are saved.
+
+        Raises:
+            ValueError: if its patch sizes are not the model's, there is nothing to score, or a checkpoint could not
+                rebuild it.
+        """
+        config, tokenizer = self.config, self.base_model.embeddings
+        sizes = (scorer.min_patch_size, scorer.max_patch_size)
+        if sizes != (config.min_patch_size, config.max_patch_size):
+            raise ValueError(
+                f"`scorer` is for patches of {sizes} pixels (smallest, largest); the model has "
+                f"{(config.min_patch_size, config.max_patch_size)}."
+            )
+        if not isinstance(tokenizer, QuadtreeTokenizer):
+            raise ValueError("All patches of this model have one size, so there is nothing to score.")
+        for name, value in scorer.config_fields().items():
+            setattr(config, name, value)
+        tokenizer.patch_scorer = scorer.to(tokenizer.patch_embeddings.projection.weight.device)
+
+
+class QuadtreeViTModel(QuadtreeViTPreTrainedModel):
+    """Quadtree ViT without a head: tokens of pictures whose height and width are multiples of the largest patch."""
+
+    def __init__(self, config: QuadtreeViTConfig):
+        super().__init__(config)
+        self.embeddings = VanillaTokenizer(config) if config.num_levels == 1 else QuadtreeTokenizer(config)
+        self.pre_layernorm = (
+            nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if config.pre_norm else nn.Identity()
+        )
+        self.layers = make_encoder_layers(config)
+        self.layernorm = (
+            nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if config.final_norm else nn.Identity()
+        )
+        self.pooler = TokenPooler(config)
+        self.post_init()
+
+    def attention_mask_for(self, tokens: TokenizerOutput) -> torch.Tensor | None:
+        """The mask for the attention implementation, None where no token is padding."""
+        if not tokens.is_padded:
+            return None
+        prefix = tokens.token_mask.new_ones(tokens.token_mask.shape[0], self.config.num_prefix_tokens)
+        return create_bidirectional_mask(
+            config=self.config,
+            inputs_embeds=tokens.embeddings,
+            attention_mask=torch.cat([prefix, tokens.token_mask], dim=1),
+        )
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        num_tokens: int | None = None,
+        split_threshold: float | None = None,
+        patch_scores: PatchScores | None = None,
+        output_split_scores: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> QuadtreeViTModelOutput:
+        """
+        Args:
+            pixel_values: (batch, channels, height, width), normalised; height and width multiples of
+                `config.max_patch_size`.
+            num_tokens: tokens of every picture, prefix tokens not counted: (height / max) (width / max) + 3 k.
+            split_threshold: splits patches whose score is higher, so that each picture has its own number of tokens,
+                padded to the longest; with `num_tokens` too, that is the maximum, and all are padded to it. When
+                neither is given, both are as the config says.
+            patch_scores: scores to use instead of the scorer's: one (batch, rows, columns) tensor for each size of
+                patch that can be split, largest first; or one map (batch, height, width), averaged to each grid.
+            output_split_scores: whether the output holds the scores.
+
+        Raises:
+            ValueError: for a wrong shape of `pixel_values`, an image size or a budget that no quadtree has (it names
+                the nearest legal ones), or scores of a wrong shape.
+        """
+        tokens = self.embeddings(pixel_values, num_tokens, split_threshold, patch_scores)
+        attention_mask = self.attention_mask_for(tokens)
+        hidden_states = self.pre_layernorm(tokens.embeddings)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, attention_mask, **kwargs)
+        hidden_states = self.layernorm(hidden_states)
+        return QuadtreeViTModelOutput(
+            last_hidden_state=hidden_states,
+            pooler_output=self.pooler(hidden_states, tokens.token_mask if tokens.is_padded else None),
+            patch_centers=tokens.patch_centers,
+            patch_sizes=tokens.patch_sizes,
+            token_mask=tokens.token_mask,
+            split_scores=tokens.split_scores if output_split_scores else None,
+        )
+
+
+class QuadtreeViTForImageClassification(QuadtreeViTPreTrainedModel):
+    """Quadtree ViT with a linear classifier on the pooled tokens."""
+
+    def __init__(self, config: QuadtreeViTConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.quadtree_vit = QuadtreeViTModel(config)
+        self.head = ClassifierHead(config)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        num_tokens: int | None = None,
+        split_threshold: float | None = None,
+        patch_scores: PatchScores | None = None,
+        output_split_scores: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> QuadtreeViTClassifierOutput:
+        """
+        Args:
+            pixel_values: (batch, channels, height, width).
+            labels: (batch,) class indices, or (batch, num_labels) for multi-label problems; gives `loss`.
+            num_tokens: as in `QuadtreeViTModel.forward`, like the other arguments.
+            split_threshold: see there.
+            patch_scores: see there.
+            output_split_scores: see there.
+        """
+        outputs = self.quadtree_vit(
+            pixel_values,
+            num_tokens=num_tokens,
+            split_threshold=split_threshold,
+            patch_scores=patch_scores,
+            output_split_scores=output_split_scores,
+            **kwargs,
+        )
+        logits = self.head(outputs.pooler_output, outputs.last_hidden_state)
+        loss = self.loss_function(labels, logits, self.config, **kwargs) if labels is not None else None
+        return QuadtreeViTClassifierOutput(
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            patch_centers=outputs.patch_centers,
+            patch_sizes=outputs.patch_sizes,
+            token_mask=outputs.token_mask,
+            split_scores=outputs.split_scores,
+        )
+
+
+class QuadtreeViTBackbone(BackboneMixin, QuadtreeViTPreTrainedModel):
+    """Quadtree ViT as a backbone: dense feature maps, in which each token covers the area of its patch."""
+
+    def __init__(self, config: QuadtreeViTConfig):
+        super().__init__(config)
+        self.num_features = [config.hidden_size for _ in range(config.num_hidden_layers + 1)]
+        self.quadtree_vit = QuadtreeViTModel(config)
+        self.post_init()
+
+    @can_return_tuple
+    @filter_output_hidden_states
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        num_tokens: int | None = None,
+        split_threshold: float | None = None,
+        patch_scores: PatchScores | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BackboneOutput:
+        """
+        Args:
+            pixel_values: (batch, channels, height, width).
+            num_tokens: as in `QuadtreeViTModel.forward`, like the other arguments.
+            split_threshold: see there.
+            patch_scores: see there.
+
+        Returns:
+            `feature_maps`: one (batch, hidden, height / min_patch_size, width / min_patch_size) a stage; with
+            `config.reshape_hidden_states=False` (batch, tokens, hidden), prefix tokens included.
+        """
+        outputs = self.quadtree_vit(
+            pixel_values, num_tokens=num_tokens, split_threshold=split_threshold, patch_scores=patch_scores, **kwargs
+        )
+        feature_maps = ()
+        for stage, hidden_states in zip(self.stage_names, outputs.hidden_states, strict=True):
+            if stage not in self.out_features:
+                continue
+            if self.config.apply_layernorm:
+                hidden_states = self.quadtree_vit.layernorm(hidden_states)
+            if self.config.reshape_hidden_states:
+                hidden_states = reverse_quadtree(
+                    hidden_states[:, self.config.num_prefix_tokens :],
+                    outputs.patch_centers,
+                    outputs.patch_sizes,
+                    tuple(pixel_values.shape[-2:]),
+                    self.config.min_patch_size,
+                    outputs.token_mask,
+                )
+            feature_maps += (hidden_states,)
+        return BackboneOutput(
+            feature_maps=feature_maps, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+__all__ = [
+    "QuadtreeViTBackbone",
+    "QuadtreeViTClassifierOutput",
+    "QuadtreeViTForImageClassification",
+    "QuadtreeViTModel",
+    "QuadtreeViTModelOutput",
+    "QuadtreeViTPreTrainedModel",
+]
