@@ -1,0 +1,45 @@
+"""SparseFormer configuration for videos."""
+
+from huggingface_hub.dataclasses import strict
+
+from .configuration_sparseformer import SparseFormerConfig
+
+
+@strict
+class SparseFormerVideoConfig(SparseFormerConfig):
+    """Configuration of a SparseFormer on videos, with RoIs in space and time (the authors' MediaSparseFormer).
+
+    The other fields, and `preset`, are those of `SparseFormerConfig`.
+
+    Args:
+        replicates: copies of the `num_latent_tokens` tokens along time; at first each copy sees 1 / replicates of the
+            video.
+        num_frames: frames that a video processor or a pipeline samples from a video. The model takes any number.
+
+    Raises:
+        ValueError: as in `SparseFormerConfig`, and for `replicates` or `num_frames` below 1.
+    """
+
+    model_type = "sparseformer_video"
+
+    replicates: int = 4
+    num_frames: int = 8
+
+    def __post_init__(self, **kwargs):
+        for name in ("replicates", "num_frames"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        super().__post_init__(**kwargs)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that a video costs, `replicates * num_latent_tokens`; CLS is not counted."""
+        return self.replicates * self.num_latent_tokens
+
+    @property
+    def roi_dimensions(self) -> int:
+        """Dimensions of a RoI: 3."""
+        return 3
+
+
+__all__ = ["SparseFormerVideoConfig"]

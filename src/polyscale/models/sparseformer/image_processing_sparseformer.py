@@ -1,0 +1,33 @@
+"""Image processor of SparseFormer, torchvision backend."""
+
+from transformers.image_processing_backends import TorchvisionBackend
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling
+
+from ...layers.image_checks import FiniteImagesMixin
+
+
+class SparseFormerImageProcessor(FiniteImagesMixin, TorchvisionBackend):
+    """Pictures -> `pixel_values` (batch, channels, height, width): resize of the short side, centre crop, normalise.
+
+    The defaults are the evaluation of SparseFormer v1: short side to 256, crop of 224 x 224, bilinear, ImageNet's mean
+    and standard deviation. Any `size` and `crop_size` work, and `do_center_crop=False` keeps the whole picture: the
+    model takes every height and width.
+
+    Raises:
+        ValueError: for pictures with NaN or infinite values.
+    """
+
+    resample = PILImageResampling.BILINEAR
+    image_mean = IMAGENET_DEFAULT_MEAN
+    image_std = IMAGENET_DEFAULT_STD
+    size = {"shortest_edge": 256}
+    default_to_square = False
+    crop_size = {"height": 224, "width": 224}
+    do_resize = True
+    do_center_crop = True
+    do_rescale = True
+    do_normalize = True
+    do_convert_rgb = True
+
+
+__all__ = ["SparseFormerImageProcessor"]

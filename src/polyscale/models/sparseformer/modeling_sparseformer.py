@@ -1,0 +1,374 @@
+"""SparseFormer models.
+
+SparseFormer: Sparse Visual Recognition via Limited Latent Tokens, arXiv 2304.03768, and Bootstrapping SparseFormers
+from Vision Foundation Models, arXiv 2312.01987. Faithful to the authors' `sparseformer` library (showlab/sparseformer,
+v1 and bootstrapped).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
+from transformers.modeling_utils import PreTrainedModel
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs, logging
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from ...layers.sizes import check_pixel_values
+from .configuration_sparseformer import SparseFormerConfig
+from .geometry_sparseformer import initial_rois
+from .modules_sparseformer import (
+    SparseFormerAttention,
+    SparseFormerEmbeddings,
+    SparseFormerFeatures,
+    SparseFormerLayer,
+    SparseFormerMixing,
+    SparseFormerPositionInjection,
+    SparseFormerRoIAdjustment,
+    SparseFormerSampling,
+)
+
+
+logger = logging.get_logger(__name__)
+
+_ROI_TABLE = "embeddings.rois"
+# What decides which checkpoint is read.
+_HUB_OPTIONS = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
+
+
+@dataclass
+class SparseFormerModelOutput(BaseModelOutputWithPooling):
+    """
+    Args:
+        last_hidden_state: (batch, tokens, hidden), after the final LayerNorm; CLS, if any, first.
+        pooler_output: (batch, hidden), what a head reads.
+        hidden_states: on `output_hidden_states`: tokens in front of the first layer and after each layer.
+        attentions: on `output_attentions`: (batch, heads, tokens, tokens) of each attention, repeats one by one.
+        rois: (batch, RoI tokens, 4), (left, top, right, bottom) in [0, 1] (what lies outside is beyond the picture);
+            of videos (..., 6), (left, top, start, right, bottom, end).
+        all_rois: on `output_all_rois`: `rois` after each layer.
+        sampling_points: on `output_sampling_points`: (batch, RoI tokens, points, 2 or 3), (x, y) or (x, y, time) in
+            [0, 1], of each sampling, repeats one by one.
+        sampling_rois: on `output_sampling_rois`: the RoIs that these points lie in.
+    """
+
+    rois: torch.Tensor | None = None
+    all_rois: tuple[torch.Tensor, ...] | None = None
+    sampling_points: tuple[torch.Tensor, ...] | None = None
+    sampling_rois: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass
+class SparseFormerEmbeddingOutput(ModelOutput):
+    """`image_embeds` (batch, projection_dim), not normalised; the rest is that of `SparseFormerModelOutput`."""
+
+    image_embeds: torch.Tensor | None = None
+    last_hidden_state: torch.Tensor | None = None
+    pooler_output: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    rois: torch.Tensor | None = None
+    all_rois: tuple[torch.Tensor, ...] | None = None
+    sampling_points: tuple[torch.Tensor, ...] | None = None
+    sampling_rois: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass
+class SparseFormerClassifierOutput(ImageClassifierOutput):
+    """`loss`, `logits` (batch, num_labels); `rois` and the fields after it are those of `SparseFormerModelOutput`."""
+
+    rois: torch.Tensor | None = None
+    all_rois: tuple[torch.Tensor, ...] | None = None
+    sampling_points: tuple[torch.Tensor, ...] | None = None
+    sampling_rois: tuple[torch.Tensor, ...] | None = None
+
+    @classmethod
+    def from_model(
+        cls, outputs: SparseFormerModelOutput, logits: torch.Tensor, loss: torch.Tensor | None
+    ) -> "SparseFormerClassifierOutput":
+        """Logits and loss, and what the model gave besides tokens."""
+        others = {name: value for name, value in outputs.items() if name not in ("last_hidden_state", "pooler_output")}
+        return cls(loss=loss, logits=logits, **others)
+
+
+class SparseFormerPreTrainedModel(PreTrainedModel):
+    config: SparseFormerConfig
+    base_model_prefix = "sparseformer"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _input_embed_layer = "features"
+    _no_split_modules = ["SparseFormerEmbeddings", "SparseFormerFeatures", "SparseFormerLayer"]
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {
+        "hidden_states": OutputRecorder(SparseFormerLayer, index=0),
+        "attentions": OutputRecorder(SparseFormerAttention, index=1),
+        "all_rois": OutputRecorder(SparseFormerLayer, index=1),
+        "sampling_points": OutputRecorder(SparseFormerSampling, index=1),
+        "sampling_rois": OutputRecorder(SparseFormerSampling, index=2),
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            init.trunc_normal_(module.weight, std=self.config.initializer_range)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.Conv2d):
+            init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, SparseFormerEmbeddings):
+            replicates = self.config.replicates if self.config.roi_dimensions == 3 else None
+            init.copy_(module.rois, initial_rois(self.config.num_latent_tokens, replicates))
+            init.trunc_normal_(module.tokens, std=1.0)
+            if module.cls_token is not None:
+                init.normal_(module.cls_token)
+        elif isinstance(module, SparseFormerLayer):
+            if module.stage_embedding is not None:
+                init.normal_(module.stage_embedding)
+        elif isinstance(module, SparseFormerPositionInjection):
+            if module.time_projection is not None:
+                init.zeros_(module.time_projection.weight)
+        elif isinstance(module, SparseFormerRoIAdjustment):
+            init.constant_(module.layernorm.weight, module.layernorm.normalized_shape[0] ** -0.5)
+            init.zeros_(module.deltas.weight)
+        elif isinstance(module, SparseFormerSampling):
+            init.constant_(module.layernorm.weight, module.layernorm.normalized_shape[0] ** -0.5)
+            init.zeros_(module.offsets.weight)
+            init.copy_(module.offset_bias, self._initial_offsets())
+        elif isinstance(module, SparseFormerMixing):
+            init.constant_(module.layernorm.weight, module.layernorm.normalized_shape[0] ** -0.5)
+            init.zeros_(module.generator_out.weight)
+            matrices = [torch.empty(shape) for shape in (module.channel_shape, module.spatial_shape)]
+            init.copy_(module.generator_out.bias, torch.cat([nn.init.xavier_uniform_(m).flatten() for m in matrices]))
+            if module.channel_bias is not None:
+                init.zeros_(module.channel_bias)
+                init.zeros_(module.spatial_bias)
+        elif isinstance(module, SparseFormerModel) and module.loss_scale is not None:
+            init.ones_(module.loss_scale)
+
+    def _initial_offsets(self) -> torch.Tensor:
+        """Offsets of the sampling points: a regular grid if they form a square, else (and along time) random."""
+        config = self.config
+        offsets = torch.rand(config.num_sampling_points, config.roi_dimensions) - 0.5
+        side = config.offset_grid_size
+        if side is not None:
+            steps = (torch.arange(side) + 0.5) / side - 0.5
+            y, x = torch.meshgrid(steps, steps, indexing="ij")
+            offsets[:, :2] = torch.stack([x, y], dim=-1).flatten(0, 1)
+        return offsets.flatten()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
+        """As in transformers; besides, `num_latent_tokens` may differ from the checkpoint's if its tokens share an
+        embedding. The RoIs then start anew, as in training (a warning says so).
+
+        Raises:
+            ValueError: for another `num_latent_tokens` where each token has its own embedding.
+        """
+        wanted = kwargs.get("num_latent_tokens", getattr(config, "num_latent_tokens", None))
+        if wanted is None or pretrained_model_name_or_path is None:
+            return super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
+        stored = cls.config_class.from_pretrained(
+            pretrained_model_name_or_path, **{key: kwargs[key] for key in _HUB_OPTIONS if key in kwargs}
+        )
+        if stored.num_latent_tokens == wanted:
+            return super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
+        if not stored.shared_token_embedding:
+            raise ValueError(
+                f"`num_latent_tokens` = {wanted} does not fit the checkpoint, whose {stored.num_latent_tokens} tokens "
+                "have an embedding each. Only checkpoints with `shared_token_embedding` can change it."
+            )
+        wants_info = kwargs.pop("output_loading_info", False)
+        may_mismatch = kwargs.pop("ignore_mismatched_sizes", False)
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path,
+            *model_args,
+            config=config,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **kwargs,
+        )
+        others = [entry for entry in info["mismatched_keys"] if not entry[0].endswith(_ROI_TABLE)]
+        if others and not may_mismatch:
+            raise ValueError(f"The checkpoint does not fit the model: {', '.join(map(str, others))}.")
+        logger.warning(
+            f"`num_latent_tokens` is {wanted} instead of the checkpoint's {stored.num_latent_tokens}: the RoIs of the "
+            "tokens start anew, from a grid. Fine-tune the model, or expect a lower accuracy."
+        )
+        return (model, info) if wants_info else model
+
+    def set_loss_scale(self, loss_scale: float) -> None:
+        """Tells the clamp of sampling gradients the factor on the loss, a `GradScaler`'s, before each forward."""
+        for module in self.modules():
+            if isinstance(module, SparseFormerModel) and module.loss_scale is not None:
+                module.loss_scale.fill_(loss_scale)
+
+
+class SparseFormerModel(SparseFormerPreTrainedModel):
+    """SparseFormer without a head: latent tokens of pictures of any size."""
+
+    def __init__(self, config: SparseFormerConfig):
+        super().__init__(config)
+        self.features = SparseFormerFeatures(config)
+        self.embeddings = SparseFormerEmbeddings(config)
+        self.transitions = nn.ModuleDict()
+        for index, (before, after) in enumerate(zip(config.widths, config.widths[1:], strict=False), start=1):
+            if before != after:
+                norm = [nn.LayerNorm(after, eps=config.layer_norm_eps)] if config.transition_norm else []
+                self.transitions[str(index)] = nn.Sequential(nn.Linear(before, after), *norm)
+        self.layers = nn.ModuleList(SparseFormerLayer(config, index) for index in range(config.num_hidden_layers))
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        # A tensor, so that a compiled model reads its value of the day.
+        loss_scale = torch.ones(()) if config.restrict_sampling_gradient else None
+        self.register_buffer("loss_scale", loss_scale, persistent=False)
+        self.post_init()
+
+    def encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """What the tokens sample: (batch, channels, height, width) -> (batch, rows, columns, feature_width)"""
+        check_pixel_values(pixel_values, self.config.num_channels)
+        return self.features(pixel_values)
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        loss_scale: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> SparseFormerModelOutput:
+        """
+        Args:
+            pixel_values: (batch, channels, height, width), any height and width.
+            loss_scale: 0-dim tensor, the factor on the loss (of a `GradScaler`); read only where
+                `config.restrict_sampling_gradient`, the value of `set_loss_scale` (1 at first) when None.
+            kwargs: `output_hidden_states`, `output_attentions`, `output_all_rois`, `output_sampling_points`,
+                `output_sampling_rois`.
+
+        Returns:
+            `SparseFormerModelOutput`.
+
+        Raises:
+            ValueError: for a wrong shape of `pixel_values`.
+        """
+        features = self.encode(pixel_values)
+        tokens, rois = self.embeddings(features.shape[0])
+        if not self.config.restrict_sampling_gradient:
+            loss_scale = None
+        elif loss_scale is None:
+            loss_scale = self.loss_scale
+        for index, layer in enumerate(self.layers):
+            if str(index) in self.transitions:
+                tokens = self.transitions[str(index)](tokens)
+            if index == self.config.cls_token_layer:
+                cls_token = self.embeddings.cls_token.expand(tokens.shape[0], 1, -1)
+                tokens = torch.cat([cls_token.to(tokens.dtype), tokens], dim=1)
+            tokens, rois = layer(tokens, rois, features, loss_scale, **kwargs)
+        # The head's LayerNorm follows the pooling; for a CLS token the order makes no difference.
+        pooled = self.layernorm(tokens.mean(dim=1) if self.config.pooling == "mean" else tokens[:, 0])
+        return SparseFormerModelOutput(last_hidden_state=self.layernorm(tokens), pooler_output=pooled, rois=rois)
+
+
+class SparseFormerForImageClassification(SparseFormerPreTrainedModel):
+    """SparseFormer with a linear classifier on the pooled tokens."""
+
+    def __init__(self, config: SparseFormerConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.sparseformer = SparseFormerModel(config)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels) if config.num_labels > 0 else nn.Identity()
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        loss_scale: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> SparseFormerClassifierOutput:
+        """
+        Args:
+            pixel_values: (batch, channels, height, width).
+            labels: (batch,) class indices, or (batch, num_labels) for multi-label problems; gives `loss`.
+            loss_scale, kwargs: as in `SparseFormerModel.forward`.
+
+        Returns:
+            `SparseFormerClassifierOutput`.
+        """
+        outputs = self.sparseformer(pixel_values, loss_scale=loss_scale, **kwargs)
+        logits = self.classifier(outputs.pooler_output)
+        loss = self.loss_function(labels, logits, self.config, **kwargs) if labels is not None else None
+        return SparseFormerClassifierOutput.from_model(outputs, logits=logits, loss=loss)
+
+
+class SparseFormerModelWithProjection(SparseFormerPreTrainedModel):
+    """SparseFormer with a linear projection of the pooled tokens into the image-text space of a CLIP model."""
+
+    def __init__(self, config: SparseFormerConfig):
+        super().__init__(config)
+        self.sparseformer = SparseFormerModel(config)
+        self.projection = nn.Linear(config.hidden_size, config.projection_dim, bias=config.projection_bias)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        loss_scale: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> SparseFormerEmbeddingOutput:
+        """
+        Args:
+            pixel_values: (batch, channels, height, width).
+            loss_scale, kwargs: as in `SparseFormerModel.forward`.
+
+        Returns:
+            `SparseFormerEmbeddingOutput`; `image_embeds` compare with text embeddings after both are divided by their
+            norm.
+        """
+        outputs = self.sparseformer(pixel_values, loss_scale=loss_scale, **kwargs)
+        return SparseFormerEmbeddingOutput(image_embeds=self.projection(outputs.pooler_output), **outputs)
+
+
+class SparseFormerOpenCLIPVisual(nn.Module):
+    """A `SparseFormerModelWithProjection` as the `visual` of an open_clip model: pixels in, bare image embeddings out.
+
+    Example:
+
+    ```python
+    >>> clip.visual = SparseFormerOpenCLIPVisual(model)  # clip: open_clip.create_model("ViT-B-16", ...)
+    >>> clip.encode_image(pixel_values, normalize=True)
+    ```
+    """
+
+    def __init__(self, model: SparseFormerModelWithProjection):
+        super().__init__()
+        self.model = model
+        self.image_size = model.config.image_size
+        self.output_dim = model.config.projection_dim
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """What open_clip calls; recomputes layers in the backward pass instead of storing them."""
+        (self.model.gradient_checkpointing_enable if enable else self.model.gradient_checkpointing_disable)()
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(batch, channels, height, width) -> (batch, projection_dim)"""
+        return self.model(pixel_values).image_embeds
+
+
+__all__ = [
+    "SparseFormerForImageClassification",
+    "SparseFormerModel",
+    "SparseFormerModelWithProjection",
+    "SparseFormerOpenCLIPVisual",
+    "SparseFormerPreTrainedModel",
+]

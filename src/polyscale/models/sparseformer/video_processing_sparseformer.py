@@ -1,0 +1,72 @@
+"""Video processor of SparseFormer."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from transformers.image_processing_utils import BatchFeature
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling
+from transformers.processing_utils import Unpack, VideosKwargs
+from transformers.utils import is_torchcodec_available
+from transformers.utils.import_utils import is_av_available
+from transformers.video_processing_utils import BaseVideoProcessor
+from transformers.video_utils import VideoInput
+
+
+class SparseFormerVideoProcessor(BaseVideoProcessor):
+    """Videos -> `pixel_values` (batch, frames, channels, height, width): resize of the short side, centre crop,
+    normalise.
+
+    Files and addresses are decoded with `av` or torchcodec; with `do_sample_frames=True`, `num_frames` frames are
+    taken at equal distances.
+
+    Raises:
+        ValueError: for videos without frames, or with NaN or infinite values.
+        ImportError: for a file where neither `av` nor torchcodec is installed.
+    """
+
+    resample = PILImageResampling.BILINEAR
+    image_mean = IMAGENET_DEFAULT_MEAN
+    image_std = IMAGENET_DEFAULT_STD
+    size = {"shortest_edge": 256}
+    default_to_square = False
+    crop_size = {"height": 224, "width": 224}
+    do_resize = True
+    do_center_crop = True
+    do_rescale = True
+    do_normalize = True
+    do_convert_rgb = True
+    do_sample_frames = False
+    num_frames = 8
+    model_input_names = ["pixel_values"]
+
+    def _decode_and_sample_videos(self, videos: VideoInput, *args, **kwargs):
+        first = videos
+        while isinstance(first, Sequence) and not isinstance(first, str) and len(first):
+            first = first[0]
+        if isinstance(first, str) and not (is_av_available() or is_torchcodec_available()):
+            raise ImportError("Reading video files needs `av` (pip install 'polyscale[video]') or torchcodec.")
+        return super()._decode_and_sample_videos(videos, *args, **kwargs)
+
+    def _prepare_input_videos(self, videos: VideoInput, **kwargs) -> list[torch.Tensor]:
+        for video in videos:
+            if len(video) == 0:
+                raise ValueError("`videos` holds a video of zero frames; at least one frame is needed.")
+            values = np.asarray(video) if not isinstance(video, torch.Tensor) else video
+            if isinstance(values, np.ndarray):
+                finite = not np.issubdtype(values.dtype, np.floating) or bool(np.isfinite(values).all())
+            else:
+                on_cpu = values.is_floating_point() and values.device.type == "cpu"
+                finite = not on_cpu or bool(torch.isfinite(values).all())
+            if not finite:
+                raise ValueError("`videos` holds NaN or infinite pixel values: expected finite numbers.")
+        return super()._prepare_input_videos(videos, **kwargs)
+
+    def preprocess(self, videos: VideoInput, **kwargs: Unpack[VideosKwargs]) -> BatchFeature:
+        """One video or a list of them, each an array (frames, height, width, channels) or a list of pictures."""
+        batch = super().preprocess(videos, **kwargs)
+        batch["pixel_values"] = batch.pop("pixel_values_videos")
+        return batch
+
+
+__all__ = ["SparseFormerVideoProcessor"]
