@@ -1,0 +1,264 @@
+"""S2 configuration."""
+
+from collections.abc import Sequence
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.backbone_utils import BackboneConfigMixin
+from transformers.configuration_utils import SubConfigSpec
+
+from ...layers.encoder_config import check_choice
+from ...layers.sizes import to_pair
+from .base_config import (
+    base_feature_grid,
+    base_image_size,
+    base_num_layers,
+    base_num_prefix_tokens,
+    base_output_shape,
+    base_pooled_width,
+    base_width,
+    check_base,
+)
+from .dynamic_tiling import dynamic_tile_grid
+from .multiscale import OUTPUT_SHAPES, UNEVEN, TilePlan, check_chunks, check_scale_index, plan_tiles
+
+
+POOLINGS = ("pooler", "mean")
+
+
+@strict
+class S2VisionConfig(BackboneConfigMixin, PreTrainedConfig):
+    """Configuration of S2: a vision model applied at several scales, its features concatenated on channels.
+
+    Exactly one of `scales` and `img_sizes` is given. All sizes are in pixels, (height, width) or an int for both.
+
+    Args:
+        vision_config: configuration of the model that is wrapped, of any type registered with `AutoModel`; CLIP's vision part by default.
+        scales: the scales, as multiples of the tile's size. Where some are below 1, the smallest is the tile: `[0.5, 1]` is `[1, 2]`. They do
+            not depend on the size of a picture; a picture that is not square keeps its aspect ratio, its short side scaled.
+        img_sizes: in place of `scales`, the size at each scale; a picture of another aspect ratio is squashed.
+        max_split_size: size of the tiles that the model sees; its own `image_size` by default.
+        resize_output_to_idx: the scale (its place in the list) whose feature grid the output has.
+        num_prefix_tokens: tokens in front of the model's output without a place in the picture (CLS, registers); known for the usual models.
+        output_shape: "bnc" (tokens) or "bchw" (maps, from ConvNets); known for the usual models.
+        uneven: what becomes of a size that is no multiple of the tile: "resize" or "pad", as in `multiscale_forward`.
+        split_forward: whether tiles go through the model one place at a time: the memory of about one scale.
+        tiles_per_forward: how many tiles go through the model at a time; all when None.
+        pooling: what the classifier reads: "pooler" (`pooler_output`) or "mean" (over the patch tokens).
+        dynamic: Dynamic-S2 (NVILA, arXiv 2412.04468): the last scale has as many tiles as fit the picture's aspect ratio.
+        max_tiles: with `dynamic`, the most tiles in the last scale; the fewest are those of the last scale's square.
+        packed: with `dynamic`, whether tokens of all pictures come one after the other, (1, all tokens, width), as a LLaVA model
+            wants them; padded to the longest otherwise. Packed tokens have no prefix tokens among them.
+
+    Raises:
+        ValueError: for both or neither of `scales` and `img_sizes`, an unknown choice or index, or a model that S2 cannot wrap.
+
+    Example:
+
+    ```python
+    >>> from transformers import CLIPVisionConfig
+    >>> from polyscale import S2VisionConfig
+
+    >>> config = S2VisionConfig(vision_config=CLIPVisionConfig(image_size=336, patch_size=14), scales=[1, 2, 3])
+    >>> config.hidden_size, config.image_size, config.num_tokens
+    (2304, 1008, 576)
+    ```
+    """
+
+    model_type = "s2_vision"
+    sub_configs_defaults = {"vision_config": SubConfigSpec(config_class=AutoConfig, model_type="clip_vision_model")}
+
+    vision_config: dict | PreTrainedConfig | None = None
+    scales: list | tuple | None = None
+    img_sizes: list | tuple | None = None
+    max_split_size: int | list[int] | tuple[int, int] | None = None
+    resize_output_to_idx: int = 0
+    num_prefix_tokens: int | None = None
+    output_shape: str | None = None
+    uneven: str = "resize"
+    split_forward: bool = False
+    tiles_per_forward: int | None = None
+    pooling: str = "pooler"
+    dynamic: bool = False
+    max_tiles: int = 12
+    packed: bool = False
+    initializer_range: float = 0.02
+    _out_features: list[str] | None = None
+    _out_indices: list[int] | None = None
+    reshape_hidden_states: bool = True
+
+    def __post_init__(self, **kwargs):
+        if self.vision_config is None and self.scales is None and self.img_sizes is None:
+            self.scales = [1, 2]
+        out_indices, out_features = kwargs.pop("out_indices", None), kwargs.pop("out_features", None)
+        super().__post_init__(**kwargs)
+        check_base(self.vision_config)
+        if self.num_prefix_tokens is None:
+            self.num_prefix_tokens = base_num_prefix_tokens(self.vision_config)
+        if self.output_shape is None:
+            self.output_shape = base_output_shape(self.vision_config)
+        self._check()
+        self.stage_names = ["stem"] + [f"stage{index}" for index in range(1, self.num_hidden_layers + 1)]
+        self.set_output_features_output_indices(out_indices=out_indices, out_features=out_features)
+
+    def _check(self) -> None:
+        check_choice("output_shape", self.output_shape, OUTPUT_SHAPES)
+        check_choice("uneven", self.uneven, UNEVEN)
+        check_choice("pooling", self.pooling, POOLINGS)
+        check_chunks(self.tiles_per_forward)
+        if self.num_prefix_tokens < 0 or (self.output_shape == "bchw" and self.num_prefix_tokens):
+            raise ValueError(
+                f"`num_prefix_tokens` must be at least 0, and 0 with `output_shape='bchw'`, got {self.num_prefix_tokens}."
+            )
+        plan = self.plan_for(self.tile_size)
+        check_scale_index(self.resize_output_to_idx, len(plan.sizes))
+        if self.packed and not self.dynamic:
+            raise ValueError(
+                "`packed=True` needs `dynamic=True`: otherwise all pictures have the same number of tokens."
+            )
+        if self.dynamic:
+            self._check_dynamic()
+
+    def _check_dynamic(self) -> None:
+        multiples = self.scale_multiples
+        if self.output_shape == "bchw":
+            raise ValueError("`dynamic=True` needs a model with tokens (`output_shape='bnc'`), not a ConvNet.")
+        if self.tile_size[0] != self.tile_size[1]:
+            raise ValueError(
+                f"`dynamic=True` needs square tiles, got {self.tile_size}: give `max_split_size` as an int."
+            )
+        if any(multiple < 1 or multiple != int(multiple) for multiple in multiples) or multiples != sorted(multiples):
+            raise ValueError(
+                f"`dynamic=True` needs scales that are whole multiples of the tile, in rising order, got {multiples} tiles."
+            )
+        if self.max_tiles < multiples[-1] ** 2:
+            raise ValueError(
+                f"`max_tiles` must be at least {int(multiples[-1]) ** 2}, the tiles of the last scale's square, got {self.max_tiles}."
+            )
+
+    @property
+    def num_scales(self) -> int:
+        return len(self.scales if self.scales is not None else self.img_sizes)
+
+    @property
+    def hidden_size(self) -> int:
+        """Channels of the output: those of the wrapped model, once a scale."""
+        return self.num_scales * base_width(self.vision_config)
+
+    @property
+    def pooled_size(self) -> int:
+        """Width of `pooler_output`."""
+        return self.num_scales * base_pooled_width(self.vision_config)
+
+    @property
+    def num_hidden_layers(self) -> int:
+        return base_num_layers(self.vision_config)
+
+    @property
+    def num_attention_heads(self) -> int | None:
+        return getattr(self.vision_config, "num_attention_heads", None)
+
+    @property
+    def num_channels(self) -> int:
+        return getattr(self.vision_config, "num_channels", 3)
+
+    @property
+    def tile_size(self) -> tuple[int, int]:
+        """(height, width) of the tiles that the wrapped model sees."""
+        if self.max_split_size is not None:
+            return to_pair(self.max_split_size, "max_split_size")
+        size = base_image_size(self.vision_config)
+        if size is None:
+            raise ValueError(
+                f"`vision_config` of type {self.vision_config.model_type!r} has no `image_size`: give `max_split_size`, the size of the tiles."
+            )
+        return size
+
+    @property
+    def scale_multiples(self) -> list[float]:
+        """Height of a square picture at each scale, in tiles."""
+        return [height / self.tile_size[0] for height, _ in self.plan_for(self.tile_size).sizes]
+
+    @property
+    def image_size(self) -> int | tuple[int, int]:
+        """The size at the largest scale, which pictures are best given in: int where it is a square."""
+        height, width = max(self.plan_for(self.tile_size).sizes)
+        return height if height == width else (height, width)
+
+    @property
+    def features_per_tile(self) -> tuple[int, int] | None:
+        """(rows, columns) of the wrapped model's features for a tile; None where its config does not say."""
+        return base_feature_grid(self.vision_config, self.tile_size)
+
+    @property
+    def patch_size(self) -> int | None:
+        """Pixels of a picture of `image_size` a token: what `LlavaProcessor` counts with. With `dynamic`, of the last scale."""
+        if self.features_per_tile is None:
+            return None
+        if self.dynamic:
+            return self.tile_size[0] // self.features_per_tile[0]
+        return max(self.plan_for(self.tile_size).sizes)[0] // self.feature_grid_for(self.tile_size)[0]
+
+    @property
+    def num_tokens(self) -> int | None:
+        """Tokens of a square picture, prefix tokens not counted: see `num_tokens_for`."""
+        return self.num_tokens_for(self.tile_size)
+
+    def feature_grid_for(self, image_size: int | Sequence[int]) -> tuple[int, int] | None:
+        """(rows, columns) of the output for a picture of (height, width) pixels; None where the wrapped config does not say."""
+        if self.features_per_tile is None:
+            return None
+        plan = self.plan_for(image_size)
+        return plan.feature_grid(self.resize_output_to_idx % self.num_scales, self.features_per_tile)
+
+    def num_tokens_for(self, image_size: int | Sequence[int]) -> int | None:
+        """How many tokens a picture of (height, width) pixels costs, prefix tokens not counted."""
+        grid = self.feature_grid_for(image_size)
+        return None if grid is None else grid[0] * grid[1]
+
+    def plan_for(
+        self,
+        image_size: int | Sequence[int],
+        scales: Sequence[float] | None = None,
+        img_sizes: Sequence[int | Sequence[int]] | None = None,
+    ) -> TilePlan:
+        """The tiles of a picture.
+
+        Args:
+            image_size: (height, width) of the picture in pixels, or int.
+            scales: in place of the configured scales, as many of them.
+            img_sizes: likewise, as sizes.
+
+        Raises:
+            ValueError: for both of them, or another number of scales than configured.
+        """
+        size = to_pair(tuple(image_size) if isinstance(image_size, Sequence) else image_size, "image_size")
+        if scales is None and img_sizes is None:
+            scales, img_sizes = self.scales, self.img_sizes
+        elif (scales is None) != (img_sizes is None) and len(
+            scales if img_sizes is None else img_sizes
+        ) != self.num_scales:
+            raise ValueError(
+                f"Give {self.num_scales} scales or sizes, as configured: got {list(scales if img_sizes is None else img_sizes)}. The output's width "
+                "depends on their number, and the weights behind it on that width."
+            )
+        reference = self._reference_size(size, scales) if scales is not None else size
+        plan = plan_tiles(reference, scales, img_sizes, self.tile_size, self.uneven)
+        return plan if not self.dynamic else self._dynamic_plan(size, plan)
+
+    def _reference_size(self, size: tuple[int, int], scales: Sequence[float]) -> tuple[int, int]:
+        """What scale 1 means for a picture of `size`: a picture of its aspect ratio that just covers a tile at the smallest scale of at most 1."""
+        numbers = [scale for scale in scales if isinstance(scale, int | float) and scale > 0]
+        smallest = min([1, *numbers])
+        factor = max(tile / side for tile, side in zip(self.tile_size, size, strict=True)) / smallest
+        return tuple(max(1, round(side * factor)) for side in size)
+
+    def _dynamic_plan(self, size: tuple[int, int], plan: TilePlan) -> TilePlan:
+        tile = self.tile_size[0]
+        multiples = [max(1, round(min(sides) / tile)) for sides in plan.sizes]
+        rows, columns = dynamic_tile_grid(size, multiples[-1], self.max_tiles, tile)
+        squares = tuple((tile * multiple, tile * multiple) for multiple in multiples[:-1])
+        return TilePlan((*squares, (tile * rows, tile * columns)), plan.tile, plan.uneven)
+
+
+__all__ = ["S2VisionConfig"]

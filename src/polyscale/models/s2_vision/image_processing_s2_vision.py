@@ -1,0 +1,196 @@
+"""Image processor of S2, torchvision backend."""
+
+from collections.abc import Sequence
+
+import torch
+from torchvision.transforms.v2 import functional as tvF
+from transformers import BatchFeature
+from transformers.image_processing_backends import TorchvisionBackend
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImageResampling, SizeDict
+from transformers.processing_utils import ImagesKwargs
+
+from ...layers.encoder_config import check_choice
+from ...layers.image_checks import FiniteImagesMixin
+from ...layers.sizes import to_pair
+from .configuration_s2_vision import S2VisionConfig
+from .dynamic_tiling import dynamic_tile_grid
+
+
+FITS = ("squash", "crop", "pad")
+
+
+class S2ImageProcessorKwargs(ImagesKwargs, total=False):
+    """
+    fit: "squash" (to `crop_size`, whatever the aspect ratio), "crop" (short side to `crop_size`, then centre crop) or "pad" (to a square with the
+        mean colour, then to `crop_size`).
+    tile_size: with Dynamic-S2, the side of a tile in pixels; None without.
+    tile_multiples: with Dynamic-S2, the side of each scale's square, in tiles.
+    max_tiles: with Dynamic-S2, the most tiles in the last scale.
+    """
+
+    fit: str
+    tile_size: int
+    tile_multiples: list[int]
+    max_tiles: int
+
+
+def _base_settings(base: BaseImageProcessor) -> dict:
+    """What a base model's image processor does to values: its mean, standard deviation, resampling and so on."""
+    names = ("image_mean", "image_std", "do_rescale", "rescale_factor", "do_normalize", "do_convert_rgb", "resample")
+    return {name: getattr(base, name) for name in names if getattr(base, name, None) is not None}
+
+
+class S2ImageProcessorMixin(FiniteImagesMixin):
+    """What both backends of the S2 image processor share; a backend says how pictures are padded, resized, cropped and normalised."""
+
+    valid_kwargs = S2ImageProcessorKwargs
+    model_input_names = ["pixel_values"]
+    resample = PILImageResampling.BICUBIC
+    image_mean = OPENAI_CLIP_MEAN
+    image_std = OPENAI_CLIP_STD
+    size = {"height": 448, "width": 448}
+    crop_size = {"height": 448, "width": 448}
+    do_resize = True
+    do_center_crop = True
+    do_rescale = True
+    do_normalize = True
+    do_convert_rgb = True
+    fit = "squash"
+    tile_size = None
+    tile_multiples = None
+    max_tiles = 12
+
+    @classmethod
+    def for_config(
+        cls, config: S2VisionConfig, base: BaseImageProcessor | None = None, fit: str | None = None, **kwargs
+    ):
+        """The image processor of an S2 model.
+
+        Args:
+            config: the S2 config; pictures come out at its largest scale, or as tiles with `config.dynamic`.
+            base: the wrapped model's own image processor, for mean, standard deviation, rescaling and resampling.
+            fit: "squash", "crop" or "pad"; as the base does ("crop" if it crops, else "squash") when None.
+            kwargs: other fields of the processor.
+        """
+        if fit is None:
+            fit = "crop" if getattr(base, "do_center_crop", False) else "squash"
+        check_choice("fit", fit, FITS)
+        settings = _base_settings(base) if base is not None else {}
+        if config.dynamic:
+            tile = config.tile_size[0]
+            settings.update(
+                tile_size=tile,
+                tile_multiples=[round(multiple) for multiple in config.scale_multiples],
+                max_tiles=config.max_tiles,
+            )
+        height, width = to_pair(config.image_size, "image_size")
+        final = {"height": height, "width": width}
+        return cls(**{**settings, "size": final, "crop_size": final, "fit": fit, **kwargs})
+
+    def tile_grid_for(self, image_size: Sequence[int]) -> tuple[int, int]:
+        """(rows, columns) of tiles in the last scale of a picture of (height, width) pixels, with Dynamic-S2."""
+        if self.tile_size is None:
+            raise ValueError("`tile_grid_for` belongs to Dynamic-S2: this processor has no `tile_size`.")
+        return dynamic_tile_grid(image_size, self.tile_multiples[-1], self.max_tiles, self.tile_size)
+
+    def _validate_preprocess_kwargs(self, **kwargs):
+        check_choice("fit", kwargs.get("fit"), FITS)
+        super()._validate_preprocess_kwargs(**kwargs)
+
+    def _fitted(self, image, fit: str, size: SizeDict, resample, image_mean):
+        """One picture (channels, height, width) -> `size`."""
+        target = SizeDict(height=size.height, width=size.width)
+        if fit == "pad":
+            image = self._pad_to_square(image, image_mean)
+        if fit != "crop" or (size.height != size.width):
+            return self.resize(image, target, resample=resample)
+        return self.center_crop(self.resize(image, SizeDict(shortest_edge=size.height), resample=resample), target)
+
+    def _cut(
+        self, image, tile_size: int, tile_multiples: Sequence[int], max_tiles: int, resample
+    ) -> tuple[list, tuple[int, int]]:
+        """One picture -> its tiles (Dynamic-S2), scale by scale, row by row; and (height, width) in pixels of its last scale."""
+        rows, columns = dynamic_tile_grid(image.shape[-2:], tile_multiples[-1], max_tiles, tile_size)
+        tiles = []
+        for grid in [(multiple, multiple) for multiple in tile_multiples[:-1]] + [(rows, columns)]:
+            target = SizeDict(height=grid[0] * tile_size, width=grid[1] * tile_size)
+            scaled = self.resize(image, target, resample=resample)
+            tiles += [
+                scaled[:, row * tile_size : (row + 1) * tile_size, column * tile_size : (column + 1) * tile_size]
+                for row in range(grid[0])
+                for column in range(grid[1])
+            ]
+        return tiles, (rows * tile_size, columns * tile_size)
+
+    def _preprocess(
+        self,
+        images: list,
+        do_resize: bool,
+        crop_size: SizeDict,
+        resample,
+        fit: str,
+        do_rescale: bool,
+        rescale_factor: float,
+        do_normalize: bool,
+        image_mean,
+        image_std,
+        tile_size: int | None = None,
+        tile_multiples: Sequence[int] | None = None,
+        max_tiles: int | None = None,
+        return_tensors: str | None = None,
+        **kwargs,
+    ) -> BatchFeature:
+        """Pictures -> `pixel_values` (batch, channels, height, width).
+
+        With Dynamic-S2: `pixel_values` (batch, most tiles a picture can have, channels, tile, tile), zeros after the tiles of a picture that has
+        fewer, so that pictures of all shapes fit in one batch; and `image_sizes` (batch, 2), the size of its last scale in pixels.
+        """
+
+        def normalized(image):
+            return self._normalized(image, do_rescale, rescale_factor, do_normalize, image_mean, image_std)
+
+        if tile_size is None:
+            if do_resize:
+                images = [self._fitted(image, fit, crop_size, resample, image_mean) for image in images]
+            return BatchFeature({"pixel_values": [normalized(image) for image in images]}, tensor_type=return_tensors)
+
+        pictures, sizes = [], []
+        for image in images:
+            tiles, size = self._cut(image, tile_size, tile_multiples, max_tiles, resample)
+            pictures.append(self._stack([normalized(tile) for tile in tiles]))
+            sizes.append(size)
+        most = sum(multiple**2 for multiple in tile_multiples[:-1]) + max_tiles
+        pictures = [self._with_empty_tiles(tiles, most) for tiles in pictures]
+        return BatchFeature({"pixel_values": pictures, "image_sizes": sizes}, tensor_type=return_tensors)
+
+
+class S2ImageProcessor(S2ImageProcessorMixin, TorchvisionBackend):
+    """Pictures -> `pixel_values` at the largest scale of an S2 model, or its tiles with Dynamic-S2.
+
+    Best made with `S2ImageProcessor.for_config(config, base)`. The fields are those of the base model's processor, `size` and `crop_size` (both: the largest
+    scale), and `fit`, `tile_size`, `tile_multiples` and `max_tiles`.
+
+    Raises:
+        ValueError: for pictures with NaN or infinite values, or an unknown `fit`.
+    """
+
+    def _pad_to_square(self, image: torch.Tensor, image_mean) -> torch.Tensor:
+        height, width = image.shape[-2:]
+        side = max(height, width)
+        left, top = (side - width) // 2, (side - height) // 2
+        scale = 1 if image.is_floating_point() and float(image.max()) <= 1 else 255
+        fill = [value * scale if image.is_floating_point() else int(value * scale) for value in image_mean]
+        return tvF.pad(image, [left, top, side - width - left, side - height - top], fill=fill)
+
+    def _normalized(self, image, do_rescale, rescale_factor, do_normalize, image_mean, image_std) -> torch.Tensor:
+        return self.rescale_and_normalize(image, do_rescale, rescale_factor, do_normalize, image_mean, image_std)
+
+    def _stack(self, tiles: list[torch.Tensor]) -> torch.Tensor:
+        return torch.stack(tiles)
+
+    def _with_empty_tiles(self, tiles: torch.Tensor, count: int) -> torch.Tensor:
+        return torch.cat([tiles, tiles.new_zeros(count - len(tiles), *tiles.shape[1:])])
+
+
+__all__ = ["FITS", "S2ImageProcessor", "S2ImageProcessorKwargs", "S2ImageProcessorMixin"]
