@@ -3,7 +3,11 @@
 import typer
 
 from .arguments import ListCommand
+from .benchmark import benchmark
+from .classify import classify
+from .convert import convert, convert_patch_embed
 from .evaluate import evaluate
+from .show import show
 from .train import train
 
 
@@ -22,6 +26,11 @@ def polyscale() -> None:
 
 app.command(cls=ListCommand)(train)
 app.command(cls=ListCommand)(evaluate)
+app.command(cls=ListCommand)(classify)
+app.command(cls=ListCommand)(show)
+app.command(cls=ListCommand)(benchmark)
+app.command(cls=ListCommand)(convert)
+app.command(cls=ListCommand)(convert_patch_embed)
 
 
 def main() -> None:

@@ -1,5 +1,9 @@
 """Command-line options that take several values: `--patch-sizes 8 12 16` or `8,12,16`, and sizes such as `10x15`."""
 
+import json
+from typing import Any
+
+import typer
 from typer.core import TyperCommand
 
 
@@ -17,6 +21,20 @@ def parse_size(text: str) -> int | tuple[int, int]:
 def split_list(text: str | None) -> list[str] | None:
     """ "8,12 16" -> ["8", "12", "16"]; None stays None."""
     return None if text is None else text.replace(",", " ").split()
+
+
+def parse_fields(entries: list[str] | None, option: str = "--set") -> dict[str, Any]:
+    """["patch_size=16", "uneven=pad"] -> {"patch_size": 16, "uneven": "pad"}: JSON where it is JSON, else text."""
+    fields: dict[str, Any] = {}
+    for entry in entries or []:
+        name, separator, value = entry.partition("=")
+        if not separator:
+            raise typer.BadParameter(f"expected FIELD=JSON, got {entry!r}", param_hint=option)
+        try:
+            fields[name] = json.loads(value)
+        except json.JSONDecodeError:
+            fields[name] = value
+    return fields
 
 
 class ListCommand(TyperCommand):
@@ -45,4 +63,4 @@ class ListCommand(TyperCommand):
         return super().parse_args(ctx, joined)
 
 
-__all__ = ["ListCommand", "parse_number", "parse_size", "split_list"]
+__all__ = ["ListCommand", "parse_fields", "parse_number", "parse_size", "split_list"]

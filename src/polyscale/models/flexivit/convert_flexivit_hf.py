@@ -296,7 +296,13 @@ def load_hf_source(source: str | Path, **overrides: Any) -> FlexiViTSource:
         OSError: if it is neither a folder nor found on the hub (for instance without a network).
     """
     source = str(source)
-    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except OSError as error:
+        raise OSError(
+            f"`{source}` is no local file or folder, no name that timm knows and no released `.npz`, and it cannot be "
+            f"loaded from the hub: {error}"
+        ) from error
     model_class = _class_of(config, source)
     model, info = model_class.from_pretrained(source, output_loading_info=True)
     has_pooler = _check_loading(info, source)

@@ -14,7 +14,7 @@ from torch import nn
 from transformers.utils import logging
 
 from ...layers.safe_loading import load_state_dict_file
-from ...layers.state_dicts import rename_keys
+from ...layers.state_dicts import check_state_dict, rename_keys
 from .convert_flexivit_common import (
     FLEXIVIT_KERNEL,
     ORDINARY_KERNEL,
@@ -362,10 +362,8 @@ def _build_for(architecture: str, state_dict: dict[str, torch.Tensor], model_arg
         side = math.isqrt(max(num_patches, 0))
         args["img_size"] = tuple(side * size for size in args["patch_size"])
     model = timm.create_model(architecture, **args)
-    try:
-        model.load_state_dict(state_dict, strict=True)
-    except RuntimeError as error:
-        raise ValueError(f"The tensors do not fit timm's {architecture}: {error}") from error
+    check_state_dict(state_dict, model, f"the checkpoint for timm's {architecture}")
+    model.load_state_dict(state_dict)
     return model
 
 

@@ -1,0 +1,68 @@
+"""`polyscale convert` and `polyscale convert-patch-embed`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .arguments import parse_fields, parse_size, split_list
+
+
+def _fail(command: str, error: Exception) -> typer.Exit:
+    typer.echo(f"polyscale {command}: {error}", err=True)
+    return typer.Exit(2)
+
+
+def convert(
+    source: Annotated[str, typer.Argument(help="Folder, file, hub name, timm name, or released npz name.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write; must not exist or be empty.")],
+    to: Annotated[str, typer.Option(help="Model type of the result.")] = "flexivit",
+    architecture: Annotated[
+        str | None, typer.Option(help="timm's name of the model, where SOURCE is a bare weights file.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="FIELD=JSON", help="Field of the model's config; repeat.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is there.")] = False,
+) -> None:
+    """Turn a checkpoint of transformers, timm or the authors into one of polyscale."""
+    options = parse_fields(set_)
+    if architecture is not None:
+        options["architecture"] = architecture
+
+    from ..conversion import convert_checkpoint
+
+    try:
+        written = convert_checkpoint(source, out, to, overwrite=overwrite, **options)
+    except (ValueError, OSError, ImportError) as error:
+        raise _fail("convert", error) from error
+    typer.echo(f"Wrote {written}")
+
+
+def convert_patch_embed(
+    input: Annotated[Path, typer.Argument(metavar="IN", help="Weights: .safetensors, .pt or .pth.")],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="File to write, of the same kind.")],
+    patch_size: Annotated[
+        str, typer.Option(metavar="N|HEIGHT WIDTH ...", help="Size of the new kernel, one number or two.")
+    ],
+    name: Annotated[str, typer.Option(help="Name of the patch kernel in IN.")] = "patch_embed.proj.weight",
+    interpolation: Annotated[str, typer.Option(help="bicubic or bilinear.")] = "bicubic",
+    antialias: Annotated[bool, typer.Option("--antialias/--no-antialias", help="Of the image resize.")] = True,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is there.")] = False,
+) -> None:
+    """Resize the patch kernel in a weights file by PI-resize."""
+    from ..conversion import convert_patch_embed as run
+
+    try:
+        sizes = [parse_size(size) for size in split_list(patch_size)]
+        size = sizes[0] if len(sizes) == 1 else sizes
+        old_shape, new_shape = run(
+            input, output, name, size, interpolation=interpolation, antialias=antialias, overwrite=overwrite
+        )
+    except (ValueError, OSError) as error:
+        raise _fail("convert-patch-embed", error) from error
+    typer.echo(f"{name}: {old_shape} -> {new_shape}")
+    typer.echo(f"Wrote {output}")
+
+
+__all__ = ["convert", "convert_patch_embed"]
