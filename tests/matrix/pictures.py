@@ -1,25 +1,18 @@
 """Real photographs for the matrix: those that ship with polyscale, so that no test needs the network."""
 
 from functools import lru_cache
-from importlib.resources import files
-from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-
-def photograph_paths() -> list[Path]:
-    """The photographs that ship with polyscale, in the order of their names."""
-    import os
-
-    return sorted(Path(os.environ.get("TMP_PICTURES") or str(files("polyscale") / "assets")).glob("*.jpg"))
+from polyscale.assets import sample_photographs
 
 
 @lru_cache
 def photographs() -> tuple[Image.Image, ...]:
-    return tuple(Image.open(path).convert("RGB") for path in photograph_paths())
+    return tuple(Image.open(path).convert("RGB") for path in sample_photographs())
 
 
 class CropDataset(Dataset):
@@ -49,4 +42,4 @@ class CropDataset(Dataset):
         return {"pixel_values": pixels.expand(self.input_shape).clone(), "labels": label}
 
 
-__all__ = ["CropDataset", "photograph_paths", "photographs"]
+__all__ = ["CropDataset", "photographs"]

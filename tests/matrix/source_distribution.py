@@ -64,7 +64,7 @@ def _download(folder: Path) -> None:
 
 
 def import_common_tests(name: str, picture: Path) -> types.ModuleType:
-    """A module of the suite, e.g. "test_modeling_common". `picture` stands in for the photographs it would download."""
+    """A module of the suite, e.g. "test_modeling_common". `picture` stands in for the photographs it downloads."""
     folder = _cache_folder()
     if not folder.is_dir():
         _download(folder)

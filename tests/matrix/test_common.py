@@ -10,14 +10,15 @@ import pytest
 from torch import nn
 from transformers.models.auto import modeling_auto
 
+from polyscale.assets import sample_photographs
+
 from .families import FAMILIES, Family
-from .pictures import photograph_paths
 from .source_distribution import import_common_tests
 
 
 pytestmark = pytest.mark.slow
 
-_PICTURE = photograph_paths()[0]
+_PICTURE = sample_photographs()[0]
 _modeling = import_common_tests("test_modeling_common", _PICTURE)
 _backbone = import_common_tests("test_backbone_common", _PICTURE)
 _processing = import_common_tests("test_image_processing_common", _PICTURE)
@@ -75,11 +76,11 @@ def _model_test(family: Family) -> type:
         self.model_tester = ModelTester(family)
 
     def test_embeddings(self):
-        """As transformers' own vision models do: their input embedding is no nn.Embedding, which is what text wants."""
+        """As transformers' own vision models ask it: only text models embed with an nn.Embedding."""
         for model_class in self.all_model_classes:
             model = model_class(self.model_tester.get_config())
-            self.assertIsInstance(model.get_input_embeddings(), nn.Module)
-            self.assertIsNone(model.get_output_embeddings())
+            assert isinstance(model.get_input_embeddings(), nn.Module)
+            assert model.get_output_embeddings() is None
 
     members = {
         "setUp": set_up,

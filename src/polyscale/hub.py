@@ -1,0 +1,223 @@
+"""Checkpoints that carry their own code: they load with `trust_remote_code=True` where polyscale is not installed.
+
+transformers copies the modules of a custom model flat, beside the weights, but only those of one folder and with one
+head. A polyscale model spreads over `models/<family>/` and `layers/`, so the modules it needs are written here: all in
+one folder, their imports rewritten, and an `auto_map` that names every head and every processor backend.
+"""
+
+import ast
+import json
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from huggingface_hub import CommitInfo, HfApi
+from transformers import AutoImageProcessor, AutoVideoProcessor, PreTrainedModel
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
+from transformers.models.auto.video_processing_auto import VIDEO_PROCESSOR_MAPPING
+from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, VIDEO_PROCESSOR_NAME
+
+
+_PACKAGE = __name__.partition(".")[0]
+
+
+def _is_ours(module_name: str) -> bool:
+    return module_name.partition(".")[0] == _PACKAGE
+
+
+def _flat_name(module_name: str) -> str:
+    return module_name.rpartition(".")[2]
+
+
+def _reference(cls: type) -> str:
+    return f"{_flat_name(cls.__module__)}.{cls.__name__}"
+
+
+def _target_module(node: ast.ImportFrom, module_name: str) -> str | None:
+    """The full name of the polyscale module that an import statement of `module_name` reads from, if it is one."""
+    if node.level == 0:
+        return node.module if _is_ours(node.module) else None
+    parents = module_name.split(".")[: -node.level]
+    return ".".join([*parents, node.module] if node.module else parents)
+
+
+def _flatten(module_name: str) -> tuple[str, set[str]]:
+    """The source of a module with its polyscale imports made flat, and the names of the modules it imports from.
+
+    Raises:
+        ValueError: for an import that has no flat form.
+    """
+    source = Path(sys.modules[module_name].__file__).read_text(encoding="utf-8")
+    lines = source.splitlines(keepends=True)
+    targets = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import) and any(_is_ours(alias.name) for alias in node.names):
+            raise ValueError(f"{module_name}, line {node.lineno}: `import {_PACKAGE}` cannot travel with weights.")
+        target = _target_module(node, module_name) if isinstance(node, ast.ImportFrom) else None
+        if target is None:
+            continue
+        if Path(sys.modules[target].__file__).name == "__init__.py":
+            raise ValueError(
+                f"{module_name}, line {node.lineno}: only imports from a module, not from the package {target}, can "
+                "travel with weights."
+            )
+        targets.add(target)
+        line = lines[node.lineno - 1]
+        written = f"from {'.' * node.level}{node.module or ''} import"
+        lines[node.lineno - 1] = line.replace(written, f"from .{_flat_name(target)} import", 1)
+    return "".join(lines), targets
+
+
+def _flat_sources(classes: list[type]) -> dict[str, str]:
+    """File name -> source, for the modules of `classes` and all they import from polyscale.
+
+    Raises:
+        ValueError: if two modules have the same name, or an import has no flat form.
+    """
+    modules: dict[str, str] = {}
+    sources = {}
+    waiting = sorted({cls.__module__ for cls in classes})
+    while waiting:
+        module_name = waiting.pop()
+        file_name = f"{_flat_name(module_name)}.py"
+        if modules.setdefault(file_name, module_name) != module_name:
+            raise ValueError(f"{modules[file_name]} and {module_name} would both be written as {file_name}.")
+        if file_name not in sources:
+            sources[file_name], targets = _flatten(module_name)
+            waiting.extend(sorted(targets))
+    return sources
+
+
+def _model_classes(config_class: type) -> dict[str, type]:
+    """Auto class name -> model class, for every Auto class that `config_class` is registered with."""
+    classes = {}
+    for name in modeling_auto.__all__:
+        mapping = getattr(getattr(modeling_auto, name), "_model_mapping", None)
+        if name.startswith("Auto") and mapping is not None and config_class in mapping:
+            classes[name] = mapping[config_class]
+    return classes
+
+
+def _processor_classes(config_class: type, processor) -> tuple[str, str, dict[str, type]]:
+    """(file, Auto class, backend -> class) of a processor."""
+    kinds = (
+        (IMAGE_PROCESSOR_NAME, AutoImageProcessor, IMAGE_PROCESSOR_MAPPING),
+        (VIDEO_PROCESSOR_NAME, AutoVideoProcessor, VIDEO_PROCESSOR_MAPPING),
+    )
+    for file_name, auto_class, mapping in kinds:
+        if config_class not in mapping:
+            continue
+        registered = mapping[config_class]
+        classes = registered if isinstance(registered, dict) else {"torchvision": registered}
+        if type(processor) in classes.values():
+            return file_name, auto_class.__name__, classes
+    raise ValueError(
+        f"`processor` is a {type(processor).__name__}, which is not registered with {config_class.__name__}. Give the "
+        "image or video processor of the model's own family."
+    )
+
+
+def _add_auto_map(path: Path, auto_map: dict) -> None:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content["auto_map"] = auto_map
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def save_with_code(model: PreTrainedModel, save_directory: str | os.PathLike, processor=None, **kwargs) -> Path:
+    """Saves a model, and its processor if given, together with the code that both need.
+
+    The folder is what `model.save_pretrained` writes, plus the Python modules of the family, flat, and an `auto_map`.
+    It loads in a process without polyscale: `AutoModel.from_pretrained(folder, trust_remote_code=True)`, and so do the
+    other Auto classes of the family, both backends of the image processor and the pipelines. Where polyscale is
+    imported, its own classes are used instead. Nothing is written before every module was found and rewritten.
+
+    Args:
+        model: a model of any polyscale family, with any head.
+        save_directory: created if missing; files of the same names are replaced.
+        processor: the image or video processor of the same family.
+        kwargs: passed to `model.save_pretrained`, e.g. `max_shard_size`.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: if `model` or `processor` is not of a polyscale family.
+    """
+    config_class = type(model.config)
+    if not _is_ours(type(model).__module__) or not _is_ours(config_class.__module__):
+        raise ValueError(
+            f"`model` is a {type(model).__module__}.{type(model).__name__}: only a polyscale model carries code of "
+            "polyscale. Save other models with `model.save_pretrained`."
+        )
+    model_classes = _model_classes(config_class)
+    auto_map = {"AutoConfig": _reference(config_class)}
+    auto_map.update({name: _reference(cls) for name, cls in model_classes.items()})
+    needed = [config_class, type(model), *model_classes.values()]
+    processor_file, processor_map = None, {}
+    if processor is not None:
+        processor_file, auto_class, classes = _processor_classes(config_class, processor)
+        needed.extend(classes.values())
+        processor_map = {auto_class: {backend: _reference(cls) for backend, cls in classes.items()}}
+    sources = _flat_sources(needed)
+
+    folder = Path(save_directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch_name:
+        scratch = Path(scratch_name)
+        model.save_pretrained(scratch, **kwargs)
+        _add_auto_map(scratch / CONFIG_NAME, auto_map)
+        if processor_file is not None:
+            processor.save_pretrained(scratch)
+            _add_auto_map(scratch / processor_file, processor_map)
+        for file_name, source in sources.items():
+            (scratch / file_name).write_text(source, encoding="utf-8")
+        shutil.copytree(scratch, folder, dirs_exist_ok=True)
+    return folder
+
+
+def push_to_hub(
+    model: PreTrainedModel,
+    repo_id: str,
+    processor=None,
+    *,
+    private: bool | None = None,
+    token: str | None = None,
+    revision: str | None = None,
+    commit_message: str = "Upload the model with its code",
+    create_pr: bool = False,
+    **kwargs,
+) -> CommitInfo:
+    """Uploads to the Hugging Face Hub the folder that `save_with_code` makes.
+
+    Args:
+        model, processor, kwargs: as in `save_with_code`.
+        repo_id: "user/name"; created if missing.
+        private: whether a new repository is private; the organisation's default when None.
+        token: of the Hub; the one saved on this machine when None.
+        revision: the branch to commit to.
+        commit_message: of the commit.
+        create_pr: whether to open a pull request instead of committing.
+
+    Returns:
+        What `huggingface_hub` says about the commit.
+
+    Raises:
+        ValueError: as `save_with_code`; nothing is uploaded then.
+    """
+    api = HfApi(token=token)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = save_with_code(model, Path(scratch) / "model", processor, **kwargs)
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        return api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            revision=revision,
+            commit_message=commit_message,
+            create_pr=create_pr,
+        )
+
+
+__all__ = ["push_to_hub", "save_with_code"]

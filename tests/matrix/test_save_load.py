@@ -1,0 +1,86 @@
+"""Checkpoints in a process that never saw them being made: Auto classes, processors, pipelines; with polyscale
+installed, and without it from the code that travels with the weights."""
+
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from .families import FAMILIES, each_family
+from .reference import write_reference
+from .running import Report, ask_worker
+
+
+_CHECKS = {
+    "polyscale_is_or_is_not_there": "save and load in a fresh process",
+    "auto_classes": "Auto classes",
+    "model": "save and load in a fresh process",
+    "classifier": "save and load in a fresh process",
+    "knobs_in_the_config": "token budget from the config",
+    "auto_backbone": "Auto classes",
+    "image_processors": "image processors, torchvision and PIL",
+    "classification_pipeline": 'pipeline("image-classification")',
+    "feature_pipeline": 'pipeline("image-feature-extraction")',
+}
+_WITHOUT = "without polyscale, by the code in the checkpoint"
+
+
+@pytest.fixture(scope="module")
+def fresh_report(tmp_path_factory):
+    """(family, with_code) -> the answers of one fresh process, asked once."""
+
+    @lru_cache
+    def ask(name: str, with_code: bool) -> Report:
+        family = next(family for family in FAMILIES if family.name == name)
+        folder: Path = tmp_path_factory.mktemp(f"{name}-{with_code}")
+        context = write_reference(family, folder, with_code)
+        return ask_worker("fresh_process", folder, context, HF_MODULES_CACHE=str(folder / "modules"))
+
+    return ask
+
+
+def _cases(with_code: bool) -> list:
+    cases = []
+    for family in FAMILIES:
+        for check, column in _CHECKS.items():
+            if (_WITHOUT if with_code else column) in family.not_asked:
+                continue
+            mark = pytest.mark.matrix_cell(_WITHOUT if with_code else column, family.name)
+            cases.append(pytest.param(family, check, id=f"{family.name}-{check}", marks=mark))
+        if with_code:
+            mark = pytest.mark.matrix_cell(_WITHOUT, family.name)
+            cases.append(pytest.param(family, "trust_is_asked_for", id=f"{family.name}-trust", marks=mark))
+    return cases
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "check"), _cases(with_code=False))
+def test_in_a_fresh_process(family, check, fresh_report):
+    fresh_report(family.name, False).require(check)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "check"), _cases(with_code=True))
+def test_without_polyscale(family, check, fresh_report):
+    fresh_report(family.name, True).require(check)
+
+
+@each_family(column="save and load in a fresh process")
+def test_a_new_head_on_old_weights(family, tmp_path):
+    """Fine-tuning starts like this: the body loads, the head is new because its size differs."""
+    model = family.make_model()
+    model.save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        family.classifier.from_pretrained(tmp_path, num_labels=7)
+    other, info = family.classifier.from_pretrained(
+        tmp_path, num_labels=7, ignore_mismatched_sizes=True, output_loading_info=True
+    )
+    new = {key for key, *_ in info["mismatched_keys"]}
+    assert new
+    for key, value in model.state_dict().items():
+        if key not in new:
+            assert_close(other.state_dict()[key], value, rtol=0, atol=0)
+    with torch.no_grad():
+        assert other(family.make_inputs()).logits.shape == (2, 7)
