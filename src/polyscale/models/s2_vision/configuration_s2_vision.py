@@ -47,8 +47,6 @@ class S2VisionConfig(BackboneConfigMixin, PreTrainedConfig):
         pooling: what the classifier reads: "pooler" (`pooler_output`) or "mean" (over the patch tokens).
         dynamic: Dynamic-S2 (NVILA, arXiv 2412.04468): the last scale has as many tiles as fit the picture's aspect ratio.
         max_tiles: with `dynamic`, the most tiles in the last scale; the fewest are those of the last scale's square.
-        packed: with `dynamic`, whether tokens of all pictures come one after the other, (1, all tokens, width), as a LLaVA model
-            wants them; padded to the longest otherwise. Packed tokens have no prefix tokens among them.
 
     Raises:
         ValueError: for both or neither of `scales` and `img_sizes`, an unknown choice or index, or a model that S2 cannot wrap.
@@ -81,7 +79,6 @@ class S2VisionConfig(BackboneConfigMixin, PreTrainedConfig):
     pooling: str = "pooler"
     dynamic: bool = False
     max_tiles: int = 12
-    packed: bool = False
     initializer_range: float = 0.02
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
@@ -112,10 +109,6 @@ class S2VisionConfig(BackboneConfigMixin, PreTrainedConfig):
             )
         plan = self.plan_for(self.tile_size)
         check_scale_index(self.resize_output_to_idx, len(plan.sizes))
-        if self.packed and not self.dynamic:
-            raise ValueError(
-                "`packed=True` needs `dynamic=True`: otherwise all pictures have the same number of tokens."
-            )
         if self.dynamic:
             self._check_dynamic()
 

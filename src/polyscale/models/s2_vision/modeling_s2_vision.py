@@ -233,11 +233,6 @@ class S2VisionWrapper(S2VisionPreTrainedModel):
         """Takes the wrapped model out of training: its weights get no gradients."""
         self.vision_model.requires_grad_(False)
 
-    @property
-    def patch_size(self) -> int | None:
-        """Pixels a token: `S2VisionConfig.patch_size`. LLaVA splits packed tokens with it."""
-        return self.config.patch_size
-
     def _chunk(self, batch: int) -> int | None:
         return (
             batch
@@ -300,8 +295,6 @@ class S2VisionWrapper(S2VisionPreTrainedModel):
             num_tokens = plan.feature_grid(self.config.resize_output_to_idx, self._tile_features(values, plan))
             counts["num_tokens"] = torch.full((batch,), num_tokens[0] * num_tokens[1], device=pixel_values.device)
             counts["block_sizes"] = torch.tensor([[rows, columns]], device=pixel_values.device).expand(batch, 2)
-            if self.config.packed:
-                values = {name: self._packed(name, value.unbind(0)) for name, value in values.items()}
         return self._output(values, collector, counts)
 
     def _tile_features(self, values: dict, plan: TilePlan) -> tuple[int, int]:
@@ -314,12 +307,6 @@ class S2VisionWrapper(S2VisionPreTrainedModel):
     def _joined(self, features: torch.Tensor, prefix: torch.Tensor | None) -> torch.Tensor:
         """Maps as tokens where the wrapped model has tokens."""
         return as_tokens(features, prefix) if features.ndim == 4 and self.config.output_shape == "bnc" else features
-
-    def _packed(self, name: object, pictures: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Tokens of each picture, (tokens, width), one after the other without prefix tokens: (1, all tokens, width)"""
-        if name == "pooler_output" or name[0] == "attentions":
-            return torch.stack(tuple(pictures))
-        return torch.cat([tokens[self.config.num_prefix_tokens :] for tokens in pictures])[None]
 
     def _padded(self, name: object, pictures: Sequence[torch.Tensor]) -> torch.Tensor:
         """Tokens of each picture, (tokens, width), with zeros after them: (batch, most tokens, width)"""
@@ -374,14 +361,12 @@ class S2VisionWrapper(S2VisionPreTrainedModel):
                 pictures.setdefault(name, []).append(value[0])
 
         num_tokens = [len(tokens) - self.config.num_prefix_tokens for tokens in pictures["last_hidden_state"]]
-        arrange = self._packed if self.config.packed else self._padded
-        values = {name: arrange(name, parts) for name, parts in pictures.items() if name[0] != "attentions"}
+        values = {name: self._padded(name, parts) for name, parts in pictures.items() if name[0] != "attentions"}
         more = {
             "num_tokens": torch.tensor(num_tokens, device=tiles.device),
             "block_sizes": torch.tensor(blocks, device=tiles.device),
         }
-        if not self.config.packed:
-            more["token_mask"] = torch.arange(max(num_tokens), device=tiles.device) < more["num_tokens"][:, None]
+        more["token_mask"] = torch.arange(max(num_tokens), device=tiles.device) < more["num_tokens"][:, None]
         return self._output(values, collector, more)
 
     def _only_real_tiles(self, pixel_values: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
