@@ -1,11 +1,13 @@
-"""Settings of the whole test run, and the table that the matrix writes for the README."""
+"""Settings of the whole test run, and the README's matrix as a table (`--matrix-table FILE`)."""
 
 import os
+from pathlib import Path
+
+import pytest
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
 
 # Marks that Hugging Face's common test-suite puts on its tests.
 _SUITE_MARKS = (
@@ -16,13 +18,34 @@ _SUITE_MARKS = (
     "generate",
     "order",
     "torch_compile_test",
-    "torch_export_test",
 )
 
 
-def pytest_configure(config):
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--matrix-table",
+        metavar="FILE",
+        type=Path,
+        help="write the README's table of what works for which family to FILE, from the results of this run",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
     for mark in _SUITE_MARKS:
         config.addinivalue_line("markers", f"{mark}: of Hugging Face's common test-suite")
     config.addinivalue_line(
         "markers", "matrix_cell(column, family): the cell of the README's matrix that a test fills"
     )
+    is_worker = hasattr(config, "workerinput")  # of pytest-xdist: only the process that gathers reports writes
+    path = config.getoption("--matrix-table")
+    if path is not None and not is_worker:
+        from .matrix.table import MatrixTable
+
+        config.pluginmanager.register(MatrixTable(path.absolute()), "matrix_table")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        mark = item.get_closest_marker("matrix_cell")
+        if mark is not None:
+            item.user_properties.append(("matrix_cell", list(mark.args)))

@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, TrainerCallback
 
 import polyscale
+
+from .table import COLUMNS
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class LlavaRecipe:
 @dataclass(frozen=True)
 class Family:
     name: str
+    title: str
     make_config: Callable[..., PreTrainedConfig]
     model: type
     classifier: type
@@ -43,8 +46,14 @@ class Family:
     budgets: tuple[Budget, ...]  # the config's own first; at least two where the family has a knob
     llava: LlavaRecipe | None
     input_shape: tuple[int, ...] = (3, 32, 32)  # of one picture, or of one video (frames first)
-    # What a training run sets in the config, for recipes that draw the knob at every step.
+    # What a training run sets in the config and adds to the Trainer, for families that draw the knob at every step.
     training_overrides: dict[str, Any] = field(default_factory=dict)
+    make_callbacks: Callable[[], list[TrainerCallback]] = list
+    dropout_overrides: dict[str, Any] = field(default_factory=dict)
+    lora_targets: tuple[str, ...] = ("q_proj", "v_proj")
+    head_modules: tuple[str, ...] = ("head",)
+    # A deeper configuration, which leaves something to decide about where its layers go.
+    deeper_overrides: dict[str, Any] = field(default_factory=lambda: {"num_hidden_layers": 4})
     # Column -> why the question makes no sense for this family. Printed below the table.
     not_asked: dict[str, str] = field(default_factory=dict)
     # Test of Hugging Face's common suite -> why it is skipped: the method itself makes its expectation wrong.
@@ -80,6 +89,7 @@ _ENCODER = {
     "initializer_range": 0.2,
     **_LABELS,
 }
+_ENCODER_DROPOUT = {"drop_path_rate": 0.2, "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
 _PROCESSOR_32 = {"size": {"shortest_edge": 36}, "crop_size": {"height": 32, "width": 32}}
 
 
@@ -91,6 +101,7 @@ _NO_TEXT_EMBEDDING = "The input embedding of a vision model is a patch convoluti
 
 FLEXIVIT = Family(
     name="flexivit",
+    title="FlexiViT",
     make_config=_flexivit_config,
     model=polyscale.FlexiViTModel,
     classifier=polyscale.FlexiViTForImageClassification,
@@ -111,27 +122,46 @@ FLEXIVIT = Family(
         },
     ),
     training_overrides={"train_patch_sizes": [4, 8, 16]},
+    make_callbacks=lambda: [polyscale.PatchSizeCallback()],
+    dropout_overrides=_ENCODER_DROPOUT,
     common_skips={"test_inputs_embeds": _NO_TEXT_EMBEDDING},
 )
 
 FAMILIES = (FLEXIVIT,)
 
 
-def each_family(*, backbone: bool = False, llava: bool = False, column: str | None = None):
-    """Parametrises a test by family; with `column`, the result is written to that row of the README's table."""
+def _cell(column: str, family: Family) -> list[pytest.MarkDecorator] | None:
+    """The mark that writes a test's result to the README's table, or None where the family does not ask for it."""
+    if column not in COLUMNS:
+        raise ValueError(f"{column!r} is not a row of the table: add it to COLUMNS in table.py.")
+    return None if column in family.not_asked else [pytest.mark.matrix_cell(column, family.name)]
+
+
+def each_family(column: str) -> pytest.MarkDecorator:
+    """Parametrises a test by family; the results go to the row `column` of the README's table."""
+    rows = [(family, _cell(column, family)) for family in FAMILIES]
+    return pytest.mark.parametrize(
+        "family", [pytest.param(family, id=family.name, marks=marks) for family, marks in rows if marks is not None]
+    )
+
+
+def each_check(columns: dict[str, str], group: str) -> pytest.MarkDecorator:
+    """Parametrises a test by family and by the checks (check -> row of the table) that one worker process answers.
+
+    Tests of one process stay together in a parallel run (`--dist loadgroup`), so that it is started once.
+    """
     rows = []
     for family in FAMILIES:
-        marks = [pytest.mark.matrix_cell(column, family.name)] if column else []
-        if (backbone and family.backbone is None) or (llava and family.llava is None):
-            continue
-        if column in family.not_asked:
-            continue
-        rows.append(pytest.param(family, id=family.name, marks=marks))
-    return pytest.mark.parametrize("family", rows)
+        together = pytest.mark.xdist_group(f"{group}-{family.name}")
+        for check, column in columns.items():
+            marks = _cell(column, family)
+            if marks is not None:
+                rows.append(pytest.param(family, check, id=f"{family.name}-{check}", marks=[*marks, together]))
+    return pytest.mark.parametrize(("family", "check"), rows)
 
 
 def family_named(name: str) -> Family:
     return next(family for family in FAMILIES if family.name == name)
 
 
-__all__ = ["FAMILIES", "Budget", "Family", "LlavaRecipe", "each_family", "family_named"]
+__all__ = ["FAMILIES", "Budget", "Family", "LlavaRecipe", "each_check", "each_family", "family_named"]

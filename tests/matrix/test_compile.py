@@ -28,7 +28,7 @@ def _fresh_compiler():
     torch.compiler.reset()
 
 
-@each_family(column=_COLUMN)
+@each_family(_COLUMN)
 def test_no_recompilation_when_a_budget_returns(family):
     model, inputs = family.make_model(), family.make_inputs()
     backend = CountingBackend()
@@ -43,7 +43,7 @@ def test_no_recompilation_when_a_budget_returns(family):
     assert backend.graphs == graphs
 
 
-@each_family(column=_COLUMN)
+@each_family(_COLUMN)
 def test_training_step_in_one_graph(family):
     model, inputs, labels = family.make_model().train(), family.make_inputs(), torch.tensor([0, 1])
     backend = CountingBackend()
@@ -59,7 +59,7 @@ def test_training_step_in_one_graph(family):
 
 
 @pytest.mark.slow
-@each_family(column=_COLUMN)
+@each_family(_COLUMN)
 def test_hidden_states_in_one_graph(family):
     """transformers installs its recorders at the first eager call; after it, recording does not break the graph."""
     model, inputs = family.make_model(family.model), family.make_inputs()
@@ -70,7 +70,7 @@ def test_hidden_states_in_one_graph(family):
 
 
 @pytest.mark.slow
-@each_family(column=_COLUMN)
+@each_family(_COLUMN)
 def test_generated_code_is_right(family):
     """The default backend, which generates C++ on a CPU."""
     model, inputs = family.make_model(), family.make_inputs()

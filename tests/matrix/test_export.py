@@ -43,7 +43,7 @@ def _compare(run, model: torch.nn.Module, family: Family, tolerance: float = 1e-
 
 
 @pytest.mark.slow
-@each_family(column="torch.export, any batch size")
+@each_family("torch.export, any batch size")
 def test_torch_export(family):
     for budget in family.budgets:
         exported, model = _export(DynamoExporter, DynamoConfig, family, budget)
@@ -51,7 +51,7 @@ def test_torch_export(family):
 
 
 @pytest.mark.slow
-@each_family(column="ONNX, any batch size")
+@each_family("ONNX, any batch size")
 def test_onnx(family, tmp_path):
     for budget in family.budgets[:2]:
         exported, model = _export(OnnxExporter, OnnxConfig, family, budget)
@@ -61,7 +61,7 @@ def test_onnx(family, tmp_path):
 
 
 @pytest.mark.slow
-@each_family(column="OpenVINO, any batch size")
+@each_family("OpenVINO, any batch size")
 def test_openvino(family):
     exported, model = _export(OpenVINOExporter, OpenVINOConfig, family, family.budgets[-1])
     exported.to("cpu", config={"INFERENCE_PRECISION_HINT": "f32"})  # its own choice may be bfloat16
@@ -70,7 +70,7 @@ def test_openvino(family):
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("executorch") is None, reason="executorch is not installed")
-@each_family(column="ExecuTorch (XNNPACK), any batch size")
+@each_family("ExecuTorch (XNNPACK), any batch size")
 def test_executorch(family):
     exported, model = _export(ExecutorchExporter, ExecutorchConfig, family, family.budgets[-1])
     _compare(exported, model, family)

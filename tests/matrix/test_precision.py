@@ -11,7 +11,7 @@ _HALF = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["
 
 
 @_HALF
-@each_family(column="float16 and bfloat16, also under autocast")
+@each_family("float16 and bfloat16, also under autocast")
 def test_half_precision(family, dtype):
     """Weights in half precision: finite, and as near to float32 as the format allows."""
     model, inputs = family.make_model(), family.make_inputs()
@@ -27,7 +27,7 @@ def test_half_precision(family, dtype):
 
 
 @_HALF
-@each_family(column="float16 and bfloat16, also under autocast")
+@each_family("float16 and bfloat16, also under autocast")
 def test_autocast(family, dtype):
     model, inputs = family.make_model().train(), family.make_inputs()
     for budget in family.budgets:
@@ -45,7 +45,7 @@ def test_autocast(family, dtype):
 
 
 @_HALF
-@each_family(column="float16 and bfloat16, also under autocast")
+@each_family("float16 and bfloat16, also under autocast")
 def test_half_precision_from_disk(family, dtype, tmp_path):
     """`dtype=` of `from_pretrained` makes the same model as `.to(dtype)`, and is kept in the checkpoint."""
     model = family.make_model()
@@ -65,7 +65,7 @@ def _outputs_and_gradients(family, implementation: str, budget):
     return outputs.logits.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-@each_family(column="sdpa equals eager")
+@each_family("sdpa equals eager")
 def test_sdpa_equals_eager(family):
     assert family.classifier._supports_sdpa
     for budget in family.budgets:
@@ -76,7 +76,7 @@ def test_sdpa_equals_eager(family):
 
 
 @pytest.mark.slow
-@each_family(column="flex attention, where the class says so")
+@each_family("flex attention, where the class says so")
 def test_flex_attention_flag_is_true(family):
     """A flag is set only where it holds; flash attention needs a GPU and is not run here."""
     model, inputs = family.make_model().requires_grad_(False), family.make_inputs()
@@ -89,7 +89,7 @@ def test_flex_attention_flag_is_true(family):
     assert_close(model(inputs).logits, eager, rtol=1e-4, atol=1e-5)
 
 
-@each_family(column="hidden states (True, int, list) and attentions")
+@each_family("hidden states (True, int, list) and attentions")
 def test_hidden_states(family):
     model, inputs = family.make_model(family.model), family.make_inputs()
     for budget in family.budgets:
@@ -105,7 +105,7 @@ def test_hidden_states(family):
             assert model(inputs, **budget.knobs).hidden_states is None
 
 
-@each_family(column="hidden states (True, int, list) and attentions")
+@each_family("hidden states (True, int, list) and attentions")
 def test_attentions_are_probabilities(family):
     model, inputs = family.make_model(family.model), family.make_inputs()
     model.set_attn_implementation("eager")

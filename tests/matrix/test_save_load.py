@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from .families import FAMILIES, each_family
+from .families import each_check, each_family, family_named
 from .reference import write_reference
 from .running import Report, ask_worker
 
@@ -33,7 +33,7 @@ def fresh_report(tmp_path_factory):
 
     @lru_cache
     def ask(name: str, with_code: bool) -> Report:
-        family = next(family for family in FAMILIES if family.name == name)
+        family = family_named(name)
         folder: Path = tmp_path_factory.mktemp(f"{name}-{with_code}")
         context = write_reference(family, folder, with_code)
         return ask_worker("fresh_process", folder, context, HF_MODULES_CACHE=str(folder / "modules"))
@@ -41,33 +41,19 @@ def fresh_report(tmp_path_factory):
     return ask
 
 
-def _cases(with_code: bool) -> list:
-    cases = []
-    for family in FAMILIES:
-        for check, column in _CHECKS.items():
-            if (_WITHOUT if with_code else column) in family.not_asked:
-                continue
-            mark = pytest.mark.matrix_cell(_WITHOUT if with_code else column, family.name)
-            cases.append(pytest.param(family, check, id=f"{family.name}-{check}", marks=mark))
-        if with_code:
-            mark = pytest.mark.matrix_cell(_WITHOUT, family.name)
-            cases.append(pytest.param(family, "trust_is_asked_for", id=f"{family.name}-trust", marks=mark))
-    return cases
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "check"), _cases(with_code=False))
+@each_check(_CHECKS, "fresh")
 def test_in_a_fresh_process(family, check, fresh_report):
     fresh_report(family.name, False).require(check)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "check"), _cases(with_code=True))
+@each_check(dict.fromkeys([*_CHECKS, "trust_is_asked_for"], _WITHOUT), "without")
 def test_without_polyscale(family, check, fresh_report):
     fresh_report(family.name, True).require(check)
 
 
-@each_family(column="save and load in a fresh process")
+@each_family("save and load in a fresh process")
 def test_a_new_head_on_old_weights(family, tmp_path):
     """Fine-tuning starts like this: the body loads, the head is new because its size differs."""
     model = family.make_model()

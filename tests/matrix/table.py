@@ -1,0 +1,106 @@
+"""The README's table of what works for which family, made from the results of the tests."""
+
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+import transformers
+
+
+# The rows, in the order of the README -> a remark on how they are tested, or None.
+COLUMNS: dict[str, str | None] = {
+    "save and load in a fresh process": None,
+    "Auto classes": (
+        "`AutoBackbone.from_pretrained` takes no local folder in transformers 5.23; the class itself does."
+    ),
+    "image processors, torchvision and PIL": None,
+    "token budget from the config": None,
+    'pipeline("image-classification")': None,
+    'pipeline("image-feature-extraction")': None,
+    "Trainer: the loss falls on photographs": None,
+    "gradient checkpointing, equal gradients": None,
+    "Trainer: a killed run, resumed, equals an unbroken one": None,
+    "accelerate launch, two processes (DDP)": None,
+    "FSDP2, two processes": "By `DistributedConfig(fsdp_size=2)`: accelerate's own FSDP needs an accelerator.",
+    "tensor parallel, two processes": None,
+    "device_map with offload to disk": None,
+    "float16 and bfloat16, also under autocast": None,
+    "sdpa equals eager": None,
+    "flex attention, where the class says so": "Flash attention needs a GPU and is not part of the tests.",
+    "hidden states (True, int, list) and attentions": None,
+    "torch.compile, one graph, no recompilation": None,
+    "torch.export, any batch size": None,
+    "ONNX, any batch size": None,
+    "OpenVINO, any batch size": None,
+    "ExecuTorch (XNNPACK), any batch size": None,
+    "int8 weights (torchao)": None,
+    "LoRA (peft), saved and reloaded": None,
+    "LLaVA tower at two budgets: forward, loss, generate, save, reload": None,
+    "LLaVA tower: projector-only and full training": None,
+    "without polyscale, by the code in the checkpoint": None,
+    "Hugging Face's common test-suite": None,
+}
+_COUNTED = "Hugging Face's common test-suite"
+
+
+class MatrixTable:
+    """A pytest plugin: keeps the outcome of each test with a `matrix_cell` mark and writes the table at the end."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        # (column, family) -> test -> outcome; a test with failed parts has failed
+        self.outcomes: dict[tuple[str, str], dict[str, str]] = defaultdict(dict)
+        self.reasons: dict[tuple[str, str], str] = {}
+
+    def pytest_runtest_logreport(self, report) -> None:
+        for name, value in report.user_properties:
+            if name != "matrix_cell" or (report.when != "call" and report.passed):
+                continue
+            cell = tuple(value)
+            if self.outcomes[cell].get(report.nodeid) != "failed":
+                self.outcomes[cell][report.nodeid] = report.outcome
+            if report.skipped and isinstance(report.longrepr, tuple):
+                self.reasons[cell] = report.longrepr[2].removeprefix("Skipped: ")
+
+    def pytest_sessionfinish(self) -> None:
+        if self.outcomes:
+            self.path.write_text(self.render())
+
+    def render(self) -> str:
+        from .families import FAMILIES
+
+        notes: list[str] = []
+
+        def note(text: str) -> str:
+            if text not in notes:
+                notes.append(text)
+            return f" [{notes.index(text) + 1}]"
+
+        lines = [
+            "| | " + " | ".join(family.title for family in FAMILIES) + " |",
+            "|---|" + "---|" * len(FAMILIES),
+        ]
+        for column, remark in COLUMNS.items():
+            cells = [column + (note(remark) if remark else "")]
+            for family in FAMILIES:
+                if column in family.not_asked:
+                    cells.append("n/a" + note(family.not_asked[column]))
+                    continue
+                outcomes = list(self.outcomes.get((column, family.name), {}).values())
+                if "failed" in outcomes:
+                    cells.append("✗")
+                elif "passed" in outcomes:
+                    passed, skipped = outcomes.count("passed"), outcomes.count("skipped")
+                    cells.append(f"✓ ({passed}, {skipped} do not apply)" if column == _COUNTED else "✓")
+                elif outcomes:
+                    cells.append("n/a" + note(self.reasons.get((column, family.name), "skipped")))
+                else:
+                    cells.append("not run")
+            lines.append("| " + " | ".join(cells) + " |")
+        versions = f"transformers {transformers.__version__}, torch {torch.__version__.partition('+')[0]}, CPU"
+        lines += ["", f"Each ✓ is a test that ran with {versions}: `pytest tests/matrix --matrix-table matrix.md`."]
+        lines += ["", *(f"{index}. {text}" for index, text in enumerate(notes, start=1))]
+        return "\n".join(lines) + "\n"
+
+
+__all__ = ["COLUMNS", "MatrixTable"]
