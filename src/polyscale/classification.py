@@ -104,17 +104,17 @@ def load_classifier(
     source = resolve_checkpoint(model)
     try:
         network, info = AutoModelForImageClassification.from_pretrained(source, output_loading_info=True)
+        if info["missing_keys"]:
+            raise ValueError(
+                f"`model` {source!r} holds no trained image classifier: {len(info['missing_keys'])} tensors are "
+                f"missing, such as {sorted(info['missing_keys'])[0]!r}."
+            )
         processor = AutoImageProcessor.from_pretrained(source)
     except OSError as error:
         raise OSError(
             f"`model` {source!r} cannot be loaded: it is neither a bundled checkpoint "
             f"({', '.join(available_checkpoints())}) nor a complete one in a local folder or on the hub. {error}"
         ) from error
-    if info["missing_keys"]:
-        raise ValueError(
-            f"`model` {source!r} holds no trained image classifier: {len(info['missing_keys'])} tensors are missing, "
-            f"such as {sorted(info['missing_keys'])[0]!r}."
-        )
     return pipeline("image-classification", model=network, image_processor=processor, device=device)
 
 

@@ -239,10 +239,9 @@ def draw_kernels(model, patch_sizes: Sequence, count: int = 8) -> "Figure":
     figure, axes = make_grid(len(patch_sizes), len(strongest), cell=(1.1, 1.1))
     for row, patch_size in zip(axes, patch_sizes, strict=True):
         kernel = patch_embeddings.resized_kernel(to_pair(patch_size, "patch_size"))[strongest]
-        for axis, filter_ in zip(row, kernel.float().cpu(), strict=True):
-            pixels = filter_.permute(1, 2, 0)  # (height, width, channels)
-            low, high = pixels.min(), pixels.max()
-            axis.imshow((pixels - low) / (high - low).clamp_min(1e-12), cmap="gray", interpolation="nearest")
+        for axis, pixels in zip(row, kernel.permute(0, 2, 3, 1).float().cpu().numpy(), strict=True):
+            low, high = pixels.min(), pixels.max()  # of (height, width, channels)
+            axis.imshow((pixels - low) / max(high - low, 1e-12), cmap="gray", interpolation="nearest")
         row[0].set_ylabel(format_budget(patch_size), fontsize=9)
     return figure
 

@@ -33,6 +33,7 @@ def classify(
     from ..classification import classify_images, load_classifier
     from ..visualization import draw_classification
 
+    logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         values = None if budgets is None else [parse_size(value) for value in split_list(budgets)]

@@ -23,6 +23,7 @@ def show(
     from ..assets import sample_photographs
     from ..visualization import show as draw
 
+    logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         values = None if budgets is None else [parse_size(value) for value in split_list(budgets)]

@@ -1,0 +1,85 @@
+"""What the benchmarks of all families share: two things timed side by side, peak memory in a fresh process."""
+
+import argparse
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable
+from statistics import median
+
+import torch
+
+from polyscale.speed import time_alternating
+
+
+def parse_arguments(description: str, rounds: int) -> argparse.Namespace:
+    """The options of every benchmark; sets the number of threads, and prints where it runs.
+
+    Returns:
+        `device` and `dtype` (bfloat16 on a GPU, float32 on the CPU), `rounds`, `threads`, `quick`.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rounds", type=int, default=rounds, help="timed calls of each side")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of torch on the CPU")
+    parser.add_argument("--quick", action="store_true", help="fewer and smaller cases")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    on_cpu = arguments.device == "cpu"
+    arguments.dtype = torch.float32 if on_cpu else torch.bfloat16
+    where = (
+        f"{arguments.threads} threads of {os.cpu_count()}" if on_cpu else torch.cuda.get_device_name(arguments.device)
+    )
+    print(f"{description}\n{platform.machine()}, {where}, torch {torch.__version__}, {arguments.dtype}\n", flush=True)
+    return arguments
+
+
+def compare(
+    title: str, ours: Callable[[], object], theirs: Callable[[], object], *, rounds: int, goal: float, device: str
+) -> float:
+    """Times two functions side by side, prints a line, and returns how many times as fast ours is.
+
+    That ratio is the median over rounds of the ratio within a round: both sides of a round ran at the same time.
+    """
+    synchronize = None if device == "cpu" else torch.cuda.synchronize
+    with torch.inference_mode():
+        seconds = time_alternating({"ours": ours, "theirs": theirs}, rounds, synchronize)
+    ratio = median(theirs / ours for ours, theirs in zip(seconds["ours"], seconds["theirs"], strict=True))
+    mine, other = (1000 * median(seconds[name]) for name in ("ours", "theirs"))
+    report(f"{title:<34} ours {mine:9.2f} ms   theirs {other:9.2f} ms   speed ratio", ratio, at_least=goal)
+    return ratio
+
+
+def report(text: str, value: float, *, at_least: float | None = None, at_most: float | None = None) -> None:
+    """Prints a figure beside its goal."""
+    goal = f">= {at_least:g}" if at_least is not None else f"<= {at_most:g}"
+    met = value >= at_least if at_least is not None else value <= at_most
+    print(f"{text} {value:.3f}  (goal {goal}: {'met' if met else 'MISSED'})", flush=True)
+
+
+def run_fresh(code: str, threads: int) -> list[float]:
+    """Runs Python code in a new process and returns the numbers on its last line of output."""
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    return [float(number) for number in done.stdout.splitlines()[-1].split()]
+
+
+_MEMORY = """
+import resource
+{imports}
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
+before = resident()
+{code}
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / 2**20)
+"""
+
+
+def peak_memory(imports: str, code: str, threads: int) -> float:
+    """MiB that `code` adds at its peak to a fresh process that has done `imports`. Linux only."""
+    return run_fresh(_MEMORY.format(imports=imports, code=code), threads)[0]
+
+
+__all__ = ["compare", "parse_arguments", "peak_memory", "report", "run_fresh"]
