@@ -5,6 +5,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from statistics import median
 
@@ -17,12 +18,20 @@ def parse_arguments(description: str, rounds: int) -> argparse.Namespace:
     """The options of every benchmark; sets the number of threads, and prints where it runs.
 
     Returns:
-        `device` and `dtype` (bfloat16 on a GPU, float32 on the CPU), `rounds`, `threads`, `quick`.
+        `device` and `dtype` (bfloat16 on a GPU, float32 on the CPU), `rounds`, `threads`, `clock`, `quick`.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=rounds, help="timed calls of each side")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of torch on the CPU")
+    parser.add_argument(
+        "--processor-time",
+        dest="clock",
+        action="store_const",
+        const=time.process_time,
+        default=time.perf_counter,
+        help="count processor time, not wall-clock time: for a CPU that others use too, with --threads 1",
+    )
     parser.add_argument("--quick", action="store_true", help="fewer and smaller cases")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -31,12 +40,20 @@ def parse_arguments(description: str, rounds: int) -> argparse.Namespace:
     where = (
         f"{arguments.threads} threads of {os.cpu_count()}" if on_cpu else torch.cuda.get_device_name(arguments.device)
     )
-    print(f"{description}\n{platform.machine()}, {where}, torch {torch.__version__}, {arguments.dtype}\n", flush=True)
+    clock = "processor time" if arguments.clock is time.process_time else "wall-clock time"
+    print(f"{description}\n{platform.machine()}, {where}, {clock}, torch {torch.__version__}, {arguments.dtype}\n")
     return arguments
 
 
 def compare(
-    title: str, ours: Callable[[], object], theirs: Callable[[], object], *, rounds: int, goal: float, device: str
+    title: str,
+    ours: Callable[[], object],
+    theirs: Callable[[], object],
+    *,
+    rounds: int,
+    goal: float,
+    device: str,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> float:
     """Times two functions side by side, prints a line, and returns how many times as fast ours is.
 
@@ -44,7 +61,7 @@ def compare(
     """
     synchronize = None if device == "cpu" else torch.cuda.synchronize
     with torch.inference_mode():
-        seconds = time_alternating({"ours": ours, "theirs": theirs}, rounds, synchronize)
+        seconds = time_alternating({"ours": ours, "theirs": theirs}, rounds, synchronize, clock)
     ratio = median(theirs / ours for ours, theirs in zip(seconds["ours"], seconds["theirs"], strict=True))
     mine, other = (1000 * median(seconds[name]) for name in ("ours", "theirs"))
     report(f"{title:<34} ours {mine:9.2f} ms   theirs {other:9.2f} ms   speed ratio", ratio, at_least=goal)

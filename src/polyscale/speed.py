@@ -37,6 +37,7 @@ def time_alternating(
     calls: Mapping[str, Callable[[], object]],
     rounds: int = 10,
     synchronize: Callable[[], object] | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Times functions side by side, so that a machine whose speed changes does not favour one of them.
 
@@ -46,6 +47,7 @@ def time_alternating(
         calls: the functions, by name.
         rounds: timed calls of each.
         synchronize: waits for the device to finish; called before and after each timed call.
+        clock: the time in seconds.
 
     Returns:
         The seconds of each call, by name.
@@ -58,10 +60,10 @@ def time_alternating(
     for _ in range(rounds):
         for name in names:
             wait()
-            start = time.perf_counter()
+            start = clock()
             calls[name]()
             wait()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(clock() - start)
         names.reverse()
     return seconds
 
