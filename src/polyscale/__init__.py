@@ -15,8 +15,11 @@ from transformers import (
     AutoImageProcessor,
     AutoModel,
     AutoModelForImageClassification,
+    AutoModelForVideoClassification,
+    AutoVideoProcessor,
 )
 
+from .layers.quadtree import quadtree_tokens, reverse_quadtree
 from .layers.resizing import interpolate_resize_patch_embed, pi_resize_patch_embed, resize_abs_pos_embed
 from .models.flexivit import (
     FlexiViTBackbone,
@@ -25,6 +28,42 @@ from .models.flexivit import (
     FlexiViTImageProcessor,
     FlexiViTImageProcessorPil,
     FlexiViTModel,
+)
+from .models.quadtree_vit import (
+    FeatureBasedPatchScorer,
+    PixelBlurPatchScorer,
+    PrecomputedPatchScorer,
+    QuadtreeTokenizer,
+    QuadtreeViTBackbone,
+    QuadtreeViTConfig,
+    QuadtreeViTForImageClassification,
+    QuadtreeViTImageProcessor,
+    QuadtreeViTImageProcessorPil,
+    QuadtreeViTModel,
+    RandomPatchScorer,
+    VanillaTokenizer,
+    gradcam_oracle,
+)
+from .models.s2_vision import (
+    S2ImageProcessor,
+    S2ImageProcessorPil,
+    S2VisionBackbone,
+    S2VisionConfig,
+    S2VisionForImageClassification,
+    S2VisionWrapper,
+    multiscale_forward,
+)
+from .models.sparseformer import (
+    SparseFormerConfig,
+    SparseFormerForImageClassification,
+    SparseFormerForVideoClassification,
+    SparseFormerImageProcessor,
+    SparseFormerImageProcessorPil,
+    SparseFormerModel,
+    SparseFormerModelWithProjection,
+    SparseFormerVideoConfig,
+    SparseFormerVideoModel,
+    SparseFormerVideoProcessor,
 )
 
 
@@ -35,6 +74,9 @@ _LAZY = {
     "PatchSizeCallback": ".training.callbacks",
     "bundled_checkpoint": ".checkpoints",
     "convert_checkpoint": ".conversion",
+    "convert_patch_embed": ".conversion",
+    "set_token_budget": ".llava",
+    "swap_vision_tower": ".llava",
 }
 
 
@@ -45,14 +87,16 @@ def __getattr__(name: str):
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_LAZY])
+    return sorted({*globals(), *_LAZY})
 
 
 def _register(config, model, classifier, backbone, image_processor, image_processor_pil) -> None:
+    """Makes an image family known to the Auto classes; `backbone` may be None."""
     AutoConfig.register(config.model_type, config, exist_ok=True)
     AutoModel.register(config, model, exist_ok=True)
     AutoModelForImageClassification.register(config, classifier, exist_ok=True)
-    AutoBackbone.register(config, backbone, exist_ok=True)
+    if backbone is not None:
+        AutoBackbone.register(config, backbone, exist_ok=True)
     AutoImageProcessor.register(
         config,
         image_processor_classes={"torchvision": image_processor, "pil": image_processor_pil},
@@ -68,17 +112,81 @@ _register(
     FlexiViTImageProcessor,
     FlexiViTImageProcessorPil,
 )
+_register(
+    QuadtreeViTConfig,
+    QuadtreeViTModel,
+    QuadtreeViTForImageClassification,
+    QuadtreeViTBackbone,
+    QuadtreeViTImageProcessor,
+    QuadtreeViTImageProcessorPil,
+)
+_register(
+    SparseFormerConfig,
+    SparseFormerModel,
+    SparseFormerForImageClassification,
+    None,
+    SparseFormerImageProcessor,
+    SparseFormerImageProcessorPil,
+)
+_register(
+    S2VisionConfig,
+    S2VisionWrapper,
+    S2VisionForImageClassification,
+    S2VisionBackbone,
+    S2ImageProcessor,
+    S2ImageProcessorPil,
+)
+AutoConfig.register(SparseFormerVideoConfig.model_type, SparseFormerVideoConfig, exist_ok=True)
+AutoModel.register(SparseFormerVideoConfig, SparseFormerVideoModel, exist_ok=True)
+AutoModelForVideoClassification.register(SparseFormerVideoConfig, SparseFormerForVideoClassification, exist_ok=True)
+AutoVideoProcessor.register(SparseFormerVideoConfig, SparseFormerVideoProcessor, exist_ok=True)
 
 __all__ = [
+    "FeatureBasedPatchScorer",
     "FlexiViTBackbone",
     "FlexiViTConfig",
     "FlexiViTForImageClassification",
     "FlexiViTImageProcessor",
     "FlexiViTImageProcessorPil",
     "FlexiViTModel",
+    "PatchSizeCallback",
+    "PixelBlurPatchScorer",
+    "PrecomputedPatchScorer",
+    "QuadtreeTokenizer",
+    "QuadtreeViTBackbone",
+    "QuadtreeViTConfig",
+    "QuadtreeViTForImageClassification",
+    "QuadtreeViTImageProcessor",
+    "QuadtreeViTImageProcessorPil",
+    "QuadtreeViTModel",
+    "RandomPatchScorer",
+    "S2ImageProcessor",
+    "S2ImageProcessorPil",
+    "S2VisionBackbone",
+    "S2VisionConfig",
+    "S2VisionForImageClassification",
+    "S2VisionWrapper",
+    "SparseFormerConfig",
+    "SparseFormerForImageClassification",
+    "SparseFormerForVideoClassification",
+    "SparseFormerImageProcessor",
+    "SparseFormerImageProcessorPil",
+    "SparseFormerModel",
+    "SparseFormerModelWithProjection",
+    "SparseFormerVideoConfig",
+    "SparseFormerVideoModel",
+    "SparseFormerVideoProcessor",
+    "VanillaTokenizer",
     "bundled_checkpoint",
     "convert_checkpoint",
+    "convert_patch_embed",
+    "gradcam_oracle",
     "interpolate_resize_patch_embed",
+    "multiscale_forward",
     "pi_resize_patch_embed",
+    "quadtree_tokens",
     "resize_abs_pos_embed",
+    "reverse_quadtree",
+    "set_token_budget",
+    "swap_vision_tower",
 ]
