@@ -1,8 +1,10 @@
 """Image-classification data for training and evaluation: any source that `datasets` reads."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Image, load_dataset
 from torchvision.transforms import v2
@@ -97,16 +99,62 @@ def training_transform(
     )
 
 
+@contextmanager
+def _seeded(*entropy: int) -> Iterator[None]:
+    """torch's CPU generator seeded from the numbers given; afterwards it is where it was."""
+    state = torch.get_rng_state()
+    # `torch.manual_seed` would seed the accelerators too, which costs more than a picture
+    torch.default_generator.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)
+
+
+class AugmentedImages(torch.utils.data.Dataset):
+    """The rows of a split, transformed: `pixel_values`, `label`, `index`.
+
+    What a random transform does to a row depends on the seed, the epoch and the index of the row alone, not on the
+    number of workers or on what was read before: a resumed run sees the pictures that the unbroken one would see.
+
+    Args:
+        split: rows with `image` and `label` (see `load_image_dataset`).
+        transform: PIL picture -> tensor.
+        seed: of the random transforms.
+    """
+
+    def __init__(self, split: Dataset, transform: Callable, seed: int = 0):
+        self.split = split
+        self.transform = transform
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by `Trainer` before each epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, index: int) -> dict:
+        row = self.split[index]
+        with _seeded(self.seed, self.epoch, index):
+            pixel_values = self.transform(row["image"].convert("RGB"))
+        return {"pixel_values": pixel_values, "label": row["label"], "index": index}
+
+
 class ImageCollator:
-    """Rows with `pixel_values` and `label` -> a batch; with mixup or cutmix, labels are (batch, num_labels) weights.
+    """Rows of `AugmentedImages` -> a batch; with mixup or cutmix, labels are (batch, num_labels) weights.
 
     Args:
         num_labels: number of classes.
         mixup: alpha of mixup (arXiv 1710.09412), 0 for none.
         cutmix: alpha of cutmix (arXiv 1905.04899), 0 for none; with both, each batch draws one of the two.
+        seed: of the mixing, which depends on it and on the rows of the batch alone.
     """
 
-    def __init__(self, num_labels: int, mixup: float = 0.0, cutmix: float = 0.0):
+    def __init__(self, num_labels: int, mixup: float = 0.0, cutmix: float = 0.0, seed: int = 0):
+        self.seed = seed
         self.mixers = []
         if mixup > 0:
             self.mixers.append(v2.MixUp(alpha=mixup, num_classes=num_labels))
@@ -117,26 +165,17 @@ class ImageCollator:
         pixel_values = torch.stack([row["pixel_values"] for row in rows])
         labels = torch.tensor([row["label"] for row in rows])
         if self.mixers:
-            mixer = self.mixers[int(torch.randint(len(self.mixers), ()))]
-            pixel_values, labels = mixer(pixel_values, labels)
+            with _seeded(self.seed, *(row["index"] for row in rows)):
+                mixer = self.mixers[int(torch.randint(len(self.mixers), ()))]
+                pixel_values, labels = mixer(pixel_values, labels)
         return {"pixel_values": pixel_values, "labels": labels}
-
-
-def with_image_transform(split: Dataset, transform: Callable) -> Dataset:
-    """The split, decoded and transformed when a row is read: `pixel_values` and `label`."""
-
-    def apply(rows: dict) -> dict:
-        images = [transform(image.convert("RGB")) for image in rows["image"]]
-        return {"pixel_values": images, "label": rows["label"]}
-
-    return split.with_transform(apply)
 
 
 __all__ = [
     "AUGMENTATIONS",
+    "AugmentedImages",
     "ImageCollator",
     "evaluation_split",
     "load_image_dataset",
     "training_transform",
-    "with_image_transform",
 ]

@@ -21,7 +21,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from ..evaluation.metrics import TopKAccuracy
 from ..layers.sizes import to_pair
 from .callbacks import PatchSizeCallback
-from .data import ImageCollator, evaluation_split, load_image_dataset, training_transform, with_image_transform
+from .data import AugmentedImages, ImageCollator, evaluation_split, load_image_dataset, training_transform
 from .ema import EMACallback
 from .recipe import TrainingRecipe
 from .trainer import ImageClassificationTrainer
@@ -132,9 +132,11 @@ def train(dataset: str | Path, output_dir: str | Path, recipe: TrainingRecipe, r
 
     size = to_pair(recipe.image_size, "image_size")
     stats = (list(recipe.image_mean), list(recipe.image_std))
-    train_split = with_image_transform(splits["train"], training_transform(recipe.augmentation, size, *stats))
+    train_split = AugmentedImages(
+        splits["train"], training_transform(recipe.augmentation, size, *stats), seed=recipe.seed
+    )
     eval_name = evaluation_split(splits)
-    eval_split = eval_name and with_image_transform(splits[eval_name], training_transform("none", size, *stats))
+    eval_split = eval_name and AugmentedImages(splits[eval_name], training_transform("none", size, *stats))
 
     teacher, image_stats = None, None
     if recipe.teacher is not None:
@@ -153,7 +155,7 @@ def train(dataset: str | Path, output_dir: str | Path, recipe: TrainingRecipe, r
         args=_training_arguments(recipe, work_dir),
         train_dataset=train_split,
         eval_dataset=eval_split,
-        data_collator=ImageCollator(len(label_names), recipe.mixup, recipe.cutmix),
+        data_collator=ImageCollator(len(label_names), recipe.mixup, recipe.cutmix, seed=recipe.seed),
         compute_metrics=_top1,
         callbacks=[PatchSizeCallback(), *([ema] if ema else [])],
         teacher=teacher,
