@@ -195,7 +195,7 @@ def preset_image_processor(name: str) -> SparseFormerImageProcessor:
         mean, std = IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD
     elif "clip" in name:
         mean, std = OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
-    return SparseFormerImageProcessor(image_mean=mean, image_std=std)
+    return SparseFormerImageProcessor(image_mean=list(mean), image_std=list(std))
 
 
 def _shape_problem(config: SparseFormerConfig, state_dict: dict[str, torch.Tensor]) -> str | None:

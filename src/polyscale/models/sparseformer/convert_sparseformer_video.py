@@ -4,7 +4,6 @@ import os
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig
 
 from .configuration_sparseformer import SparseFormerConfig
 from .configuration_sparseformer_video import SparseFormerVideoConfig
@@ -72,10 +71,12 @@ def _read_image_model(
     path = Path(source)
     if not (path / "config.json").is_file():
         return _read_image_model(load_official(source))
-    config = AutoConfig.from_pretrained(path)
-    if config.model_type != "sparseformer":
-        raise ValueError(f"{path} holds a model of type {config.model_type!r}; only 'sparseformer' can be inflated.")
-    name = (config.architectures or ["SparseFormerModel"])[0]
+    fields, _ = SparseFormerConfig.get_config_dict(path)
+    if fields.get("model_type") != "sparseformer":
+        raise ValueError(
+            f"{path} holds a model of type {fields.get('model_type')!r}; only 'sparseformer' can be inflated."
+        )
+    name = (fields.get("architectures") or ["SparseFormerModel"])[0]
     model = MODEL_CLASSES[name].from_pretrained(path)
     has_processor = (path / "preprocessor_config.json").is_file() or (path / "processor_config.json").is_file()
     processor = SparseFormerImageProcessor.from_pretrained(path) if has_processor else None

@@ -25,10 +25,11 @@ from .modules_sparseformer import (
     SparseFormerEmbeddings,
     SparseFormerFeatures,
     SparseFormerLayer,
+    SparseFormerMatrixLinear,
     SparseFormerMixing,
-    SparseFormerPositionInjection,
-    SparseFormerRoIAdjustment,
     SparseFormerSampling,
+    SparseFormerUnitNorm,
+    SparseFormerZeroLinear,
 )
 
 
@@ -115,7 +116,13 @@ class SparseFormerPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Linear):
+        if isinstance(module, SparseFormerZeroLinear):
+            init.zeros_(module.weight)
+        elif isinstance(module, SparseFormerMatrixLinear):
+            init.zeros_(module.weight)
+            matrices = [nn.init.xavier_uniform_(torch.empty(shape)).flatten() for shape in module.shapes]
+            init.copy_(module.bias, torch.cat(matrices))
+        elif isinstance(module, nn.Linear):
             init.trunc_normal_(module.weight, std=self.config.initializer_range)
             if module.bias is not None:
                 init.zeros_(module.bias)
@@ -123,7 +130,8 @@ class SparseFormerPreTrainedModel(PreTrainedModel):
             init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             init.zeros_(module.bias)
         elif isinstance(module, nn.LayerNorm):
-            init.ones_(module.weight)
+            is_unit = isinstance(module, SparseFormerUnitNorm)
+            init.constant_(module.weight, module.normalized_shape[0] ** -0.5 if is_unit else 1.0)
             init.zeros_(module.bias)
         elif isinstance(module, SparseFormerEmbeddings):
             replicates = self.config.replicates if self.config.roi_dimensions == 3 else None
@@ -131,27 +139,13 @@ class SparseFormerPreTrainedModel(PreTrainedModel):
             init.trunc_normal_(module.tokens, std=1.0)
             if module.cls_token is not None:
                 init.normal_(module.cls_token)
-        elif isinstance(module, SparseFormerLayer):
-            if module.stage_embedding is not None:
-                init.normal_(module.stage_embedding)
-        elif isinstance(module, SparseFormerPositionInjection):
-            if module.time_projection is not None:
-                init.zeros_(module.time_projection.weight)
-        elif isinstance(module, SparseFormerRoIAdjustment):
-            init.constant_(module.layernorm.weight, module.layernorm.normalized_shape[0] ** -0.5)
-            init.zeros_(module.deltas.weight)
+        elif isinstance(module, SparseFormerLayer) and module.stage_embedding is not None:
+            init.normal_(module.stage_embedding)
         elif isinstance(module, SparseFormerSampling):
-            init.constant_(module.layernorm.weight, module.layernorm.normalized_shape[0] ** -0.5)
-            init.zeros_(module.offsets.weight)
             init.copy_(module.offset_bias, self._initial_offsets())
-        elif isinstance(module, SparseFormerMixing):
-            init.constant_(module.layernorm.weight, module.layernorm.normalized_shape[0] ** -0.5)
-            init.zeros_(module.generator_out.weight)
-            matrices = [torch.empty(shape) for shape in (module.channel_shape, module.spatial_shape)]
-            init.copy_(module.generator_out.bias, torch.cat([nn.init.xavier_uniform_(m).flatten() for m in matrices]))
-            if module.channel_bias is not None:
-                init.zeros_(module.channel_bias)
-                init.zeros_(module.spatial_bias)
+        elif isinstance(module, SparseFormerMixing) and module.channel_bias is not None:
+            init.zeros_(module.channel_bias)
+            init.zeros_(module.spatial_bias)
         elif isinstance(module, SparseFormerModel) and module.loss_scale is not None:
             init.ones_(module.loss_scale)
 
@@ -358,7 +352,7 @@ class SparseFormerOpenCLIPVisual(nn.Module):
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """What open_clip calls; recomputes layers in the backward pass instead of storing them."""
-        (self.model.gradient_checkpointing_enable if enable else self.model.gradient_checkpointing_disable)()
+        (self.model.activation_checkpointing_enable if enable else self.model.activation_checkpointing_disable)()
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(batch, channels, height, width) -> (batch, projection_dim)"""

@@ -19,6 +19,30 @@ from .configuration_sparseformer import SparseFormerConfig
 from .geometry_sparseformer import ClampGradient, adjust_rois, encode_rois, place_points, sample_features
 
 
+class SparseFormerUnitNorm(nn.LayerNorm):
+    """A LayerNorm whose weights start at width ** -0.5: what it gives starts with a length of 1."""
+
+
+class SparseFormerZeroLinear(nn.Linear):
+    """A linear layer without bias whose weights start at zero."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__(in_features, out_features, bias=False)
+
+
+class SparseFormerMatrixLinear(nn.Linear):
+    """A linear layer that makes matrices; at first the same whatever its input, with xavier's distribution.
+
+    Args:
+        in_features: width of the input.
+        shapes: of the matrices, flattened and concatenated in the output.
+    """
+
+    def __init__(self, in_features: int, *shapes: tuple[int, int]):
+        super().__init__(in_features, sum(rows * columns for rows, columns in shapes))
+        self.shapes = shapes
+
+
 class SparseFormerFeatures(nn.Module):
     """Early convolution: the features that all samplings read, at a quarter of the picture's height and width."""
 
@@ -101,10 +125,10 @@ class SparseFormerRoIAdjustment(nn.Module):
 
     def __init__(self, config: SparseFormerConfig, width: int):
         super().__init__()
-        self.layernorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.layernorm = SparseFormerUnitNorm(width, eps=config.layer_norm_eps)
         self.hidden = nn.Linear(width, width) if config.roi_adjustment == "mlp" else None
         self.activation = ACT2FN[config.repeated_hidden_act]
-        self.deltas = nn.Linear(width, 2 * config.roi_dimensions, bias=False)
+        self.deltas = SparseFormerZeroLinear(width, 2 * config.roi_dimensions)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         tokens = self.layernorm(tokens)
@@ -122,7 +146,7 @@ class SparseFormerPositionInjection(nn.Module):
         self.layernorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.projection = nn.Linear(width, width)
         is_video = config.roi_dimensions == 3
-        self.time_projection = nn.Linear(2 * self.num_frequencies, width, bias=False) if is_video else None
+        self.time_projection = SparseFormerZeroLinear(2 * self.num_frequencies, width) if is_video else None
 
     def forward(self, rois: torch.Tensor) -> torch.Tensor:
         """(batch, tokens, 2 * dimensions) -> (batch, tokens, width)"""
@@ -141,8 +165,8 @@ class SparseFormerSampling(nn.Module):
     def __init__(self, config: SparseFormerConfig, width: int):
         super().__init__()
         self.config = config
-        self.layernorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        self.offsets = nn.Linear(width, config.num_sampling_points * config.roi_dimensions, bias=False)
+        self.layernorm = SparseFormerUnitNorm(width, eps=config.layer_norm_eps)
+        self.offsets = SparseFormerZeroLinear(width, config.num_sampling_points * config.roi_dimensions)
         self.offset_bias = nn.Parameter(torch.zeros(config.num_sampling_points * config.roi_dimensions))
 
     def forward(
@@ -169,9 +193,9 @@ class SparseFormerMixing(nn.Module):
         inner = config.generator_width_for(width)
         self.channel_shape = (channels, channels)
         self.spatial_shape = (rows, points)
-        self.layernorm = nn.LayerNorm(width, eps=1e-5)
+        self.layernorm = SparseFormerUnitNorm(width, eps=1e-5)
         self.generator_in = nn.Linear(width, inner)
-        self.generator_out = nn.Linear(inner, channels * channels + rows * points)
+        self.generator_out = SparseFormerMatrixLinear(inner, self.channel_shape, self.spatial_shape)
         self.channel_bias = nn.Parameter(torch.zeros(channels)) if config.mixing_bias else None
         self.spatial_bias = nn.Parameter(torch.zeros(rows)) if config.mixing_bias else None
         self.activation = ACT2FN[config.repeated_hidden_act]
@@ -268,8 +292,11 @@ __all__ = [
     "SparseFormerFeatures",
     "SparseFormerLayer",
     "SparseFormerMLP",
+    "SparseFormerMatrixLinear",
     "SparseFormerMixing",
     "SparseFormerPositionInjection",
     "SparseFormerRoIAdjustment",
     "SparseFormerSampling",
+    "SparseFormerUnitNorm",
+    "SparseFormerZeroLinear",
 ]

@@ -1,0 +1,61 @@
+"""Outputs of the official implementation on tiny models."""
+
+import pytest
+import torch
+from sparseformer_reference import assert_golden, golden_model, load_golden
+
+from polyscale.models.sparseformer import SparseFormerVideoConfig
+from polyscale.models.sparseformer.convert_sparseformer import rename_official
+from polyscale.models.sparseformer.convert_sparseformer_video import inflate_state_dict
+
+
+NAMES = ["v1", "btsp", "btsp_clip", "video"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_logits_tokens_and_rois_are_the_official_ones(name):
+    model, pixels, tensors = golden_model(name)
+    outputs = model(pixels)
+    assert_golden(outputs.image_embeds if name == "btsp_clip" else outputs.logits, tensors["logits"])
+    outputs = model.sparseformer(pixels, output_all_rois=True)
+    assert_golden(outputs.last_hidden_state, tensors["last_tokens"])
+    expected = [tensors[key] for key in sorted(tensors) if key.startswith("rois.")]
+    assert len(outputs.all_rois) == len(expected)
+    for actual, golden in zip(outputs.all_rois, expected, strict=True):
+        assert_golden(actual, golden)
+    assert torch.equal(outputs.rois, outputs.all_rois[-1])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_are_finite(name):
+    model, pixels, _ = golden_model(name)
+    outputs = model(pixels)
+    (outputs.image_embeds if name == "btsp_clip" else outputs.logits).square().sum().backward()
+    for parameter_name, parameter in model.named_parameters():
+        assert parameter.grad is not None, parameter_name
+        assert torch.isfinite(parameter.grad).all(), parameter_name
+
+
+def test_inflation_is_the_official_one():
+    meta, tensors = load_golden("inflation")
+    config = SparseFormerVideoConfig(
+        feature_width=8,
+        num_latent_tokens=meta["num_latent_tokens"],
+        num_sampling_points=4,
+        widths=meta["widths"],
+        repeats=meta["repeats"],
+        operations=[["attn", "roi_adj", "sampling_m", "mlp"]] * 2,
+        replicates=meta["replicates"],
+        num_labels=5,
+    )
+    image, video = (
+        rename_official(
+            {name.split(".", 1)[1]: value for name, value in tensors.items() if name.startswith(kind)}, config
+        )
+        for kind in ("image.", "video.")
+    )
+    inflated = inflate_state_dict(image, config)
+    assert inflated.keys() == video.keys()
+    for name, value in video.items():
+        assert torch.equal(inflated[name], value), name
