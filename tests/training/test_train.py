@@ -31,6 +31,7 @@ def trained(parquet_folder, tmp_path_factory):
     return output, train(parquet_folder, output, small_recipe(ema_decay=0.9))
 
 
+@pytest.mark.slow
 def test_a_trained_model_knows_its_classes_through_the_pipeline(trained):
     output, metrics = trained
     assert metrics["eval_top1"] >= 0.9
@@ -45,6 +46,7 @@ def test_a_trained_model_knows_its_classes_through_the_pipeline(trained):
         assert classifier(make_picture(label, 5000))[0]["label"] == name
 
 
+@pytest.mark.slow
 def test_fine_tuning_starts_from_the_checkpoint_with_a_new_head(trained, image_folder, tmp_path):
     recipe = make_recipe(None, init_from=str(trained[0]), image_size=16, epochs=1, batch_size=4, num_workers=0)
     before = weights_of(trained[0])
@@ -67,6 +69,7 @@ class StopAfter(TrainerCallback):
             raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_resumes_to_the_same_weights(parquet_folder, tmp_path, monkeypatch):
     recipe = small_recipe(epochs=2, save_steps=4, ema_decay=0.9, augmentation="crop")
     train(parquet_folder, tmp_path / "whole", recipe)
@@ -87,6 +90,7 @@ def test_an_interrupted_run_resumes_to_the_same_weights(parquet_folder, tmp_path
         torch.testing.assert_close(resumed[name], weight, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_distillation_from_a_checkpoint(trained, parquet_folder, tmp_path):
     recipe = small_recipe(teacher=str(trained[0]), epochs=1, temperature=2.0)
     metrics = train(parquet_folder, tmp_path / "student", recipe)
@@ -124,6 +128,7 @@ def test_published_recipes_take_changes():
     assert "hidden_size" not in RECIPES["flexivit"]["model_options"]
 
 
+@pytest.mark.slow
 def test_the_command_trains(image_folder, tmp_path):
     output = tmp_path / "model"
     settings = [argument for name, value in SHAPE.items() for argument in ("--set", f"{name}={json.dumps(value)}")]
