@@ -3,17 +3,20 @@
 The source is loaded by its own class, which knows its older weight names; its tensors are then renamed.
 """
 
+import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoImageProcessor, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from ...layers.sizes import to_pair
 from ...layers.state_dicts import rename_keys
 from .convert_flexivit_common import ORDINARY_KERNEL, FlexiViTSource, label_maps, make_image_processor, make_source
+from .convert_flexivit_timm import load_timm_name
 from .image_processing_flexivit import FlexiViTImageProcessor
 from .modeling_flexivit import FlexiViTForImageClassification, FlexiViTModel
 
@@ -303,8 +306,19 @@ def load_hf_source(source: str | Path, **overrides: Any) -> FlexiViTSource:
             f"`{source}` is no local file or folder, no name that timm knows and no released `.npz`, and it cannot be "
             f"loaded from the hub: {error}"
         ) from error
+    if config.model_type == "timm_wrapper" and not Path(source).exists():  # a repository of timm on the hub
+        return load_timm_name(f"hf-hub:{source}", **overrides)
     model_class = _class_of(config, source)
-    model, info = model_class.from_pretrained(source, output_loading_info=True)
+    try:
+        # tensors of other shapes are reported in `info`, where they are refused by name
+        model, info = model_class.from_pretrained(source, output_loading_info=True, ignore_mismatched_sizes=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"The weights of `{source}` are refused: they are a pickle that holds more than tensors, and unpickling "
+            f"such objects can run code on this machine. (torch: {str(error).splitlines()[0]})"
+        ) from error
+    except (RuntimeError, SafetensorError) as error:
+        raise ValueError(f"The weights of `{source}` cannot be loaded: {error}") from error
     has_pooler = _check_loading(info, source)
     return source_from_hf_model(model, _load_image_processor(source, config), has_pooler, **overrides)
 

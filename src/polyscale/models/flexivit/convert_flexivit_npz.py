@@ -90,7 +90,7 @@ def _convert_layer_tensor(name: str, tensor: torch.Tensor) -> tuple[str, torch.T
     if module in _NORMS:
         return f"{_NORMS[module]}.{kind}", tensor
     if module in _LINEARS:
-        return f"{_LINEARS[module]}.{kind}", tensor.T
+        return f"{_LINEARS[module]}.{kind}", tensor.T if kind == "weight" else tensor
     if projection in _QKV:  # kernel (width, heads, head width), bias (heads, head width)
         return f"attention.{_QKV[projection]}.{kind}", tensor.flatten(1).T if kind == "weight" else tensor.flatten()
     if module == f"{_ATTENTION}/out":  # kernel (heads, head width, width)

@@ -166,7 +166,7 @@ def _unsupported_parts(model: nn.Module) -> Iterator[str]:
             yield "norms without weight or bias"
     if len({getattr(norm, "eps", None) for norm in norms}) > 1:
         yield "norms with different epsilons"
-    if len({_is_absent(scale) for block in model.blocks for scale in (block.ls1, block.ls2)}) > 1:
+    if len({_is_absent(getattr(block, scale, None)) for block in model.blocks for scale in ("ls1", "ls2")}) > 1:
         yield "layer scale in some layers only"
 
 

@@ -1,0 +1,109 @@
+"""Checkpoint files are read without running their code."""
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from polyscale.layers.safe_loading import as_tensor, load_state_dict_file, unwrap_state_dict
+from polyscale.layers.state_dicts import check_state_dict, rename_keys
+
+
+TENSORS = {"a.weight": torch.arange(6.0).reshape(2, 3), "b": torch.ones(2)}
+
+
+class Malicious:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, marker: Path):
+        self.marker = marker
+
+    def __reduce__(self):
+        return (Path.touch, (self.marker,))
+
+
+def assert_equal(actual, expected=TENSORS):
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
+def test_every_format_gives_the_same_tensors(tmp_path):
+    save_file(TENSORS, tmp_path / "x.safetensors")
+    np.savez(tmp_path / "x.npz", **{name: tensor.numpy() for name, tensor in TENSORS.items()})
+    torch.save(TENSORS, tmp_path / "x.pt")
+    torch.save(
+        {"model": {f"module.{name}": tensor for name, tensor in TENSORS.items()}, "epoch": 3}, tmp_path / "x.pth"
+    )
+    for name in ("x.safetensors", "x.npz", "x.pt", "x.pth"):
+        assert_equal(load_state_dict_file(tmp_path / name))
+
+
+def test_averaged_weights_come_before_the_others():
+    other = {name: tensor + 1 for name, tensor in TENSORS.items()}
+    assert_equal(unwrap_state_dict({"state_dict": other, "state_dict_ema": TENSORS}))
+
+
+def test_bfloat16_in_npz(tmp_path):
+    values = torch.tensor([1.5, -2.0], dtype=torch.bfloat16)
+    raw = values.view(torch.int16).numpy().view("V2")
+    assert torch.equal(as_tensor(raw), values)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".pth", ".bin", ".npz", ".safetensors"])
+def test_a_pickle_that_runs_code_is_refused_and_does_not_run(tmp_path, suffix):
+    marker, path = tmp_path / "pwned", tmp_path / f"evil{suffix}"
+    path.write_bytes(pickle.dumps({"weight": Malicious(marker)}, protocol=2))
+    with pytest.raises(ValueError, match="evil"):
+        load_state_dict_file(path)
+    assert not marker.exists()
+    pickle.loads(path.read_bytes())  # the file does bite where nothing guards
+    assert marker.exists()
+
+
+def test_a_torch_file_that_runs_code_is_refused_with_the_reason(tmp_path):
+    marker, path = tmp_path / "pwned", tmp_path / "evil.pth"
+    torch.save({"state_dict": TENSORS, "hook": Malicious(marker)}, path)
+    with pytest.raises(ValueError, match=r"refused.*run code"):
+        load_state_dict_file(path)
+    assert not marker.exists()
+
+
+def test_object_arrays_in_npz_are_refused(tmp_path):
+    marker, path = tmp_path / "pwned", tmp_path / "evil.npz"
+    np.savez(path, weight=np.array([Malicious(marker)], dtype=object))
+    with pytest.raises(ValueError, match="refused"):
+        load_state_dict_file(path)
+    assert not marker.exists()
+
+
+def test_unreadable_files_are_named(tmp_path):
+    for suffix in (".pt", ".npz", ".safetensors"):
+        path = tmp_path / f"broken{suffix}"
+        path.write_bytes(b"not a checkpoint")
+        with pytest.raises(ValueError, match="broken"):
+            load_state_dict_file(path)
+    with pytest.raises(FileNotFoundError, match="absent"):
+        load_state_dict_file(tmp_path / "absent.pt")
+    (tmp_path / "weights.pickle").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"\.safetensors"):
+        load_state_dict_file(tmp_path / "weights.pickle")
+    torch.save([1, 2], tmp_path / "list.pt")
+    with pytest.raises(ValueError, match="no state dict"):
+        load_state_dict_file(tmp_path / "list.pt")
+
+
+def test_rename_keys_loses_nothing():
+    rules = [(r"a\.(weight|bias)", r"c.\1"), (r"b", None)]
+    assert_equal(rename_keys(TENSORS, rules, "it"), {"c.weight": TENSORS["a.weight"]})
+    with pytest.raises(ValueError, match=r"it holds.*: b\."):
+        rename_keys(TENSORS, rules[:1], "it")
+
+
+def test_check_state_dict_names_every_problem():
+    model = torch.nn.Linear(2, 3)
+    with pytest.raises(ValueError, match=r"missing: bias; unexpected: b; other shapes: weight is \(1, 2\)"):
+        check_state_dict({"weight": torch.zeros(1, 2), "b": torch.zeros(1)}, model, "it")
+    check_state_dict(model.state_dict(), model, "it")
