@@ -8,4 +8,11 @@ from .swap import swap_vision_tower
 
 register()
 
-__all__ = ["PackedTower", "PackedTowerConfig", "PerPictureLlavaProcessor", "register", "set_token_budget", "swap_vision_tower"]
+__all__ = [
+    "PackedTower",
+    "PackedTowerConfig",
+    "PerPictureLlavaProcessor",
+    "register",
+    "set_token_budget",
+    "swap_vision_tower",
+]

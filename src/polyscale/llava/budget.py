@@ -32,7 +32,9 @@ def _check_knobs(config: PreTrainedConfig, knobs: dict) -> None:
         raise ValueError(f"Give at least one of {', '.join(f'`{name}`' for name in legal)}.")
     for name in knobs:
         if name not in legal:
-            reason = f": {_WHY_NOT[config.model_type]}" if name == "num_tokens" and config.model_type in _WHY_NOT else ""
+            reason = (
+                f": {_WHY_NOT[config.model_type]}" if name == "num_tokens" and config.model_type in _WHY_NOT else ""
+            )
             raise ValueError(
                 f"`{name}` cannot change in a tower of type {config.model_type!r}{reason}. What can: {', '.join(legal)}."
             )
@@ -114,13 +116,17 @@ def set_token_budget(llava_model: PreTrainedModel, processor: ProcessorMixin, **
     trial = type(config).from_dict(config.to_dict())
     trial.vision_config = PackedTowerConfig(vision_config=new) if per_picture else new
     layout = token_layout(trial.vision_config)
-    new_processor = matching_processor(processor, trial, fit=getattr(processor.image_processor, "fit", None) if new.model_type == "s2_vision" else None)
+    new_processor = matching_processor(
+        processor,
+        trial,
+        fit=getattr(processor.image_processor, "fit", None) if new.model_type == "s2_vision" else None,
+    )
 
     for name in (*knobs, *_KNOBS[old.model_type]):
         if hasattr(new, name) and name in old.__dict__:
             setattr(old, name, new.__dict__[name])
     tower = llava.vision_tower.tower if isinstance(llava.vision_tower, PackedTower) else llava.vision_tower
-    llava.vision_tower = PackedTower(PackedTowerConfig(vision_config=old), tower) if per_picture else tower
+    llava.vision_tower = PackedTower.around(tower) if per_picture else tower
     config.vision_config = llava.vision_tower.config
     config.vision_feature_select_strategy = layout.select_strategy
     if layout.image_seq_length is not None:

@@ -94,6 +94,16 @@ class PackedTower(PreTrainedModel):
         self.tower = AutoModel.from_config(config.vision_config) if tower is None else tower
         self.post_init()
 
+    @classmethod
+    def around(cls, tower: PreTrainedModel) -> "PackedTower":
+        """A packed tower around one in memory, its weights shared."""
+        attention = tower.config._attn_implementation  # a config around this one resets it
+        for module in tower.modules():
+            module._is_hf_initialized = True  # keeps `post_init` from drawing new weights
+        config = PackedTowerConfig(vision_config=tower.config)
+        config._attn_implementation = attention
+        return cls(config, tower)
+
     def get_input_embeddings(self) -> torch.nn.Module:
         return self.tower.get_input_embeddings()
 
@@ -212,7 +222,9 @@ class PerPictureLlavaProcessor(LlavaProcessor):
         height, width = (int(side) for side in image_inputs["image_sizes"][image_idx])
         return self.image_token * ((height // self.patch_size) * (width // self.patch_size))
 
-    def _get_num_multimodal_tokens(self, image_sizes: Sequence[Sequence[int]] | None = None, **kwargs) -> MultiModalData:
+    def _get_num_multimodal_tokens(
+        self, image_sizes: Sequence[Sequence[int]] | None = None, **kwargs
+    ) -> MultiModalData:
         """Tokens of pictures of (height, width) pixels; with a quadtree they depend on what the pictures show.
 
         Raises:
@@ -221,9 +233,13 @@ class PerPictureLlavaProcessor(LlavaProcessor):
         if image_sizes is None:
             return MultiModalData()
         if self.quadtree is not None:
-            raise ValueError("With `split_threshold` the tokens of a picture depend on what it shows, not only on its size.")
+            raise ValueError(
+                "With `split_threshold` the tokens of a picture depend on what it shows, not only on its size."
+            )
         per_tile = self.image_processor.tile_size // self.patch_size
-        counts = [rows * columns * per_tile**2 for rows, columns in map(self.image_processor.tile_grid_for, image_sizes)]
+        counts = [
+            rows * columns * per_tile**2 for rows, columns in map(self.image_processor.tile_grid_for, image_sizes)
+        ]
         return MultiModalData(num_image_tokens=counts, num_image_patches=[1] * len(counts))
 
 

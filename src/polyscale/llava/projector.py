@@ -44,9 +44,18 @@ def fit_projector(model: PreTrainedModel, old_config: PreTrainedConfig, layers: 
     old_width, new_width = projector.linear_1.in_features, tower_config.hidden_size * layers
     if old_width == new_width:
         return
-    inner = getattr(tower_config, "vision_config", None) if tower_config.model_type == "polyscale_packed_tower" else tower_config
+    inner = (
+        getattr(tower_config, "vision_config", None)
+        if tower_config.model_type == "polyscale_packed_tower"
+        else tower_config
+    )
     scales = getattr(inner, "num_scales", 1)
-    if scales > 1 and layers == old_layers and old_width * scales == new_width and old_config.model_type != "s2_vision":
+    if (
+        scales > 1
+        and layers == old_layers
+        and old_width * scales == new_width
+        and old_config.model_type != "s2_vision"
+    ):
         projector.linear_1 = _widened(projector.linear_1, old_width // layers, scales, layers)
         return
     warnings.warn(

@@ -62,7 +62,9 @@ def _layer_is_usable(config: PreTrainedConfig, layer: int) -> bool:
     return after >= 0 and widths[after] == config.hidden_size and has_cls
 
 
-def _feature_layer(config: PreTrainedConfig, wanted: int | list[int] | None, current: int | list[int]) -> int | list[int]:
+def _feature_layer(
+    config: PreTrainedConfig, wanted: int | list[int] | None, current: int | list[int]
+) -> int | list[int]:
     """The layer or layers that LLaVA reads: those asked for, else the model's own if the tower has them, else the last."""
     layer = current if wanted is None else wanted
     layers = [layer] if isinstance(layer, int) else layer
@@ -81,7 +83,9 @@ def check_processor(processor: ProcessorMixin, config: PreTrainedConfig) -> None
     """Raises ValueError for a processor that does not belong to a model with this config."""
     missing = [name for name in ("tokenizer", "image_processor") if getattr(processor, name, None) is None]
     if missing:
-        raise ValueError(f"`processor` must be a processor with a tokenizer and an image processor, it has no {missing[0]}.")
+        raise ValueError(
+            f"`processor` must be a processor with a tokenizer and an image processor, it has no {missing[0]}."
+        )
     if processor.image_token_id != config.image_token_id:
         raise ValueError(
             f"`processor` does not belong to this model: its image token has the id {processor.image_token_id}, the model's is "
@@ -206,7 +210,7 @@ def swap_vision_tower(
     if tower.config.model_type == "flexivit" and tower.config.patch_size is None:
         tower.config.patch_size = tower.config.base_patch_size
     if has_tokens_per_picture(tower.config):
-        tower = PackedTower(PackedTowerConfig(vision_config=tower.config), tower)
+        tower = PackedTower.around(tower)
     layout = token_layout(tower.config)
     layer = _feature_layer(tower.config, vision_feature_layer, old_layer)
     if isinstance(llava_model, _LLAVA_NEXT):

@@ -170,7 +170,8 @@ class S2VisionConfig(BackboneConfigMixin, PreTrainedConfig):
     @property
     def scale_multiples(self) -> list[float]:
         """Height of a square picture at each scale, in tiles."""
-        return [height / self.tile_size[0] for height, _ in self.plan_for(self.tile_size).sizes]
+        sizes = self._static_plan(self.tile_size, self.scales, self.img_sizes).sizes
+        return [height / self.tile_size[0] for height, _ in sizes]
 
     @property
     def image_size(self) -> int | tuple[int, int]:
@@ -235,9 +236,12 @@ class S2VisionConfig(BackboneConfigMixin, PreTrainedConfig):
                 f"Give {self.num_scales} scales or sizes, as configured: got {list(scales if img_sizes is None else img_sizes)}. The output's width "
                 "depends on their number, and the weights behind it on that width."
             )
-        reference = self._reference_size(size, scales) if scales is not None else size
-        plan = plan_tiles(reference, scales, img_sizes, self.tile_size, self.uneven)
+        plan = self._static_plan(size, scales, img_sizes)
         return plan if not self.dynamic else self._dynamic_plan(size, plan)
+
+    def _static_plan(self, size: tuple[int, int], scales, img_sizes) -> TilePlan:
+        reference = self._reference_size(size, scales) if scales is not None else size
+        return plan_tiles(reference, scales, img_sizes, self.tile_size, self.uneven)
 
     def _reference_size(self, size: tuple[int, int], scales: Sequence[float]) -> tuple[int, int]:
         """What scale 1 means for a picture of `size`: a picture of its aspect ratio that just covers a tile at the smallest scale of at most 1."""

@@ -183,9 +183,10 @@ class S2VisionPreTrainedModel(PreTrainedModel):
             )
         for module in vision_model.modules():
             module._is_hf_initialized = True  # keeps `post_init` from drawing new weights
+        attention = vision_model.config._attn_implementation  # a config around this one resets it
         config = S2VisionConfig(vision_config=vision_model.config, **kwargs)
         config.dtype = vision_model.dtype
-        config._attn_implementation = vision_model.config._attn_implementation
+        config._attn_implementation = attention
         model = cls(config, vision_model=vision_model)
         return model.to(device=vision_model.device, dtype=vision_model.dtype).train(vision_model.training)
 

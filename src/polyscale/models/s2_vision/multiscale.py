@@ -221,7 +221,7 @@ class ScaleMerger:
         batch: pictures.
         resize_output_to_idx: the scale whose feature grid the output has.
         num_prefix_token: tokens in front of each tile's that have no place; averaged over the tiles of a scale.
-        features_per_tile: (rows, columns) of a tile's features; found from their number when None.
+        features_per_tile: (rows, columns) of a tile's features; found from their number when None, or when they are others.
     """
 
     def __init__(
@@ -263,7 +263,9 @@ class ScaleMerger:
             self._prefixes.append(prefix)
             features = features[:, self.num_prefix_token :]
         if features.ndim == 3:
-            grid = self.features_per_tile or token_grid(features.shape[1], self.plan.tile)
+            grid = self.features_per_tile
+            if grid is None or grid[0] * grid[1] != features.shape[1]:
+                grid = token_grid(features.shape[1], self.plan.tile)
             features = features.transpose(1, 2).unflatten(2, grid)
         per_tile = tuple(features.shape[-2:])
         features = join_tiles(features, self.plan.tile_grid(scale))

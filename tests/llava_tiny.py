@@ -1,0 +1,202 @@
+"""A tiny LLaVA with its processor, and tiny towers, for the tests of the tower swap."""
+
+import numpy as np
+import torch
+from PIL import Image
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+
+from polyscale.models.flexivit import FlexiViTConfig, FlexiViTModel
+from polyscale.models.quadtree_vit import (
+    QuadtreeViTConfig,
+    QuadtreeViTImageProcessor,
+    QuadtreeViTImageProcessorPil,
+    QuadtreeViTModel,
+)
+from polyscale.models.s2_vision import S2ImageProcessor, S2ImageProcessorPil, S2VisionConfig, S2VisionWrapper
+from polyscale.models.sparseformer import (
+    SparseFormerConfig,
+    SparseFormerImageProcessor,
+    SparseFormerImageProcessorPil,
+    SparseFormerModel,
+)
+
+
+for _config, _model, _torchvision, _pil in (
+    (S2VisionConfig, S2VisionWrapper, S2ImageProcessor, S2ImageProcessorPil),
+    (QuadtreeViTConfig, QuadtreeViTModel, QuadtreeViTImageProcessor, QuadtreeViTImageProcessorPil),
+    (SparseFormerConfig, SparseFormerModel, SparseFormerImageProcessor, SparseFormerImageProcessorPil),
+):
+    AutoConfig.register(_config.model_type, _config, exist_ok=True)
+    AutoModel.register(_config, _model, exist_ok=True)
+    AutoImageProcessor.register(
+        _config, image_processor_classes={"torchvision": _torchvision, "pil": _pil}, exist_ok=True
+    )
+
+CLIP = {
+    "hidden_size": 16,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "image_size": 32,
+    "patch_size": 8,
+}
+ENCODER = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 24}
+WORDS = [
+    "<pad>",
+    "<s>",
+    "</s>",
+    "<unk>",
+    "<image>",
+    "what",
+    "is",
+    "this",
+    "a",
+    "cat",
+    "dog",
+    "USER:",
+    "ASSISTANT:",
+    "?",
+    "the",
+]
+CHAT = (
+    "{% for m in messages %}{% for c in m['content'] %}{% if c['type'] == 'image' %}<image> {% else %}{{ c['text'] }} {% endif %}"
+    "{% endfor %}{% endfor %}"
+)
+PROMPTS = ["USER: <image> what is this ? ASSISTANT:", "USER: <image> the cat"]
+
+
+def make_tokenizer(words=WORDS) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    special = [word for word in ("<image>",) if word in words]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        additional_special_tokens=special,
+    )
+
+
+def make_text_config(**fields) -> LlamaConfig:
+    defaults = {
+        "vocab_size": len(WORDS),
+        "hidden_size": 24,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    return LlamaConfig(**{**defaults, **fields})
+
+
+def make_llava(**fields) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    torch.manual_seed(0)
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**CLIP), text_config=make_text_config(), image_token_index=4, **fields
+    )
+    image_processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    processor = LlavaProcessor(
+        image_processor,
+        make_tokenizer(),
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=CHAT,
+    )
+    return LlavaForConditionalGeneration(config).eval(), processor
+
+
+def _sparseformer(**fields) -> SparseFormerModel:
+    looking = ["attn", "roi_adj", "sampling_m", "mlp"]
+    defaults = {
+        "num_latent_tokens": 5,
+        "widths": [8, 16, 16],
+        "repeats": [2, 1, 1],
+        "operations": [looking, looking, ["attn", "mlp"]],
+        "feature_width": 8,
+        "num_sampling_points": 4,
+        "num_attention_heads": 2,
+        "image_size": 64,
+    }
+    return SparseFormerModel(SparseFormerConfig(**{**defaults, **fields}))
+
+
+def _quadtree(**fields) -> QuadtreeViTModel:
+    return QuadtreeViTModel(QuadtreeViTConfig(**ENCODER, image_size=64, min_patch_size=8, max_patch_size=16, **fields))
+
+
+def _s2(llava, **fields) -> S2VisionWrapper:
+    return S2VisionWrapper.from_vision_model(llava.model.vision_tower, scales=[1, 2], **fields)
+
+
+# name -> tower; tokens of a picture that reach the language model, None where they depend on it
+TOWERS = {
+    "s2": (_s2, 16),
+    "s2_dynamic": (lambda llava: _s2(llava, dynamic=True, max_tiles=6, resize_output_to_idx=-1), None),
+    "flexivit": (
+        lambda _: FlexiViTModel(FlexiViTConfig(**ENCODER, image_size=48, base_patch_size=8, patch_size=12)),
+        16,
+    ),
+    "flexivit_registers": (
+        lambda _: FlexiViTModel(
+            FlexiViTConfig(**ENCODER, image_size=48, base_patch_size=8, patch_size=13, num_register_tokens=2)
+        ),
+        9 + 3,
+    ),
+    "flexivit_no_cls": (
+        lambda _: FlexiViTModel(
+            FlexiViTConfig(**ENCODER, image_size=48, base_patch_size=8, use_cls_token=False, pooling="mean")
+        ),
+        36,
+    ),
+    "quadtree": (lambda _: _quadtree(num_tokens=31), 31),
+    "quadtree_threshold": (lambda _: _quadtree(split_threshold=1.0), None),
+    "sparseformer": (lambda _: _sparseformer(), 5),
+    "sparseformer_cls": (
+        lambda _: _sparseformer(
+            operations=[
+                ["sampling_m", "pe_inject", "attn", "mlp", "roi_adj"],
+                ["sampling_m", "pe_inject"],
+                ["attn", "mlp"],
+            ],
+            cls_token_layer=2,
+            pooling="cls",
+        ),
+        5,
+    ),
+}
+
+
+def make_tower(name: str, llava) -> torch.nn.Module:
+    torch.manual_seed(1)
+    return TOWERS[name][0](llava).eval()
+
+
+def make_photographs() -> list[Image.Image]:
+    """A wide and a high picture, each busy on one side and calm on the other."""
+    generator = np.random.default_rng(0)
+    photographs = []
+    for height, width in ((40, 90), (90, 50)):
+        pixels = np.full((height, width, 3), 120, dtype=np.uint8)
+        pixels[:, : width // 2] = generator.integers(0, 256, (height, width // 2, 3))
+        photographs.append(Image.fromarray(pixels))
+    return photographs
