@@ -29,6 +29,7 @@ from .layers.safe_loading import (
 # model type -> module and function; function(source, out, **options) writes into the folder `out`, which is empty
 _CONVERTERS = {
     "flexivit": (".models.flexivit.convert_flexivit", "convert_flexivit"),
+    "s2_vision": (".models.s2_vision.convert_s2_vision", "convert_s2_vision"),
 }
 
 

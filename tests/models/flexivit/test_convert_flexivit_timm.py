@@ -4,10 +4,12 @@ import json
 
 import pytest
 import torch
+import transformers
 from PIL import Image
 from safetensors.torch import save_file
 
 from polyscale import FlexiViTForImageClassification
+from polyscale.models.flexivit import convert_flexivit_hf
 from polyscale.models.flexivit.convert_flexivit import flexivit_from_source, load_flexivit_source
 
 
@@ -234,11 +236,31 @@ def test_thousand_classes_are_imagenets(randomise):
 
 
 @pytest.mark.parametrize(
-    "name", ["flexivit_small.1200ep_in1k", "timm:flexivit_small", "timm/flexivit_small.1200ep_in1k"]
+    ("name", "asked"),
+    [
+        ("flexivit_small.1200ep_in1k", "flexivit_small.1200ep_in1k"),
+        ("timm:flexivit_small", "flexivit_small"),
+        ("timm/flexivit_small.1200ep_in1k", "hf-hub:timm/flexivit_small.1200ep_in1k"),
+        ("hf-hub:someone/model", "hf-hub:someone/model"),
+    ],
 )
-def test_names_without_a_network_say_so(name):
-    with pytest.raises(ConnectionError, match="network"):
+def test_names_without_a_network_say_so(monkeypatch, name, asked):
+    def create_model(model_name, pretrained):
+        assert (model_name, pretrained) == (asked, True)
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(timm, "create_model", create_model)
+    with pytest.raises(ConnectionError, match=r"no route to host.*network"):
         load_flexivit_source(name)
+
+
+def test_repositories_of_timm_on_the_hub_are_recognised(monkeypatch, randomise):
+    source = create("vit_tiny_patch16_224", randomise)
+    monkeypatch.setattr(
+        convert_flexivit_hf.AutoConfig, "from_pretrained", lambda *_, **__: transformers.TimmWrapperConfig()
+    )
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained: {"hf-hub:someone/model": source}[name])
+    assert load_flexivit_source("someone/model").config.hidden_size == 24
 
 
 def test_names_with_random_weights():
