@@ -192,11 +192,10 @@ def make_tower(name: str, llava) -> torch.nn.Module:
 
 
 def make_photographs() -> list[Image.Image]:
-    """A wide and a high picture, each busy on one side and calm on the other."""
+    """A wide and a high picture, calm on the left and busier to the right; the second calmer than the first."""
     generator = np.random.default_rng(0)
     photographs = []
-    for height, width in ((40, 90), (90, 50)):
-        pixels = np.full((height, width, 3), 120, dtype=np.uint8)
-        pixels[:, : width // 2] = generator.integers(0, 256, (height, width // 2, 3))
-        photographs.append(Image.fromarray(pixels))
+    for height, width, strength in ((40, 90, 120), (90, 30, 40)):
+        noise = generator.uniform(-1, 1, (height, width, 3)) * np.linspace(0, strength, width)[:, None]
+        photographs.append(Image.fromarray(np.clip(120 + noise, 0, 255).astype(np.uint8)))
     return photographs

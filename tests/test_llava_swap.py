@@ -4,7 +4,6 @@ import warnings
 
 import pytest
 import torch
-from llava_tiny import CLIP, PROMPTS, TOWERS, make_llava, make_photographs, make_tokenizer, make_tower
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -24,6 +23,8 @@ from transformers import (
 from polyscale.llava import PerPictureLlavaProcessor, set_token_budget, swap_vision_tower
 from polyscale.models.flexivit import FlexiViTForImageClassification
 from polyscale.models.s2_vision import S2VisionWrapper
+
+from .llava_tiny import CLIP, PROMPTS, TOWERS, make_llava, make_photographs, make_tokenizer, make_tower
 
 
 def image_tokens(inputs) -> list[int]:

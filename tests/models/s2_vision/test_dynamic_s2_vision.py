@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_base
 from PIL import Image
+from s2_tiny import make_base
 
 from polyscale.models.s2_vision import (
     S2ImageProcessor,

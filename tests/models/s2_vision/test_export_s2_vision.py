@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import make_base
+from s2_tiny import make_base
 from transformers.exporters import DynamoConfig, DynamoExporter, OnnxConfig, OnnxExporter
 
 from polyscale.models.s2_vision import S2VisionForImageClassification

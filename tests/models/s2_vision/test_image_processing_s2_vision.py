@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from conftest import make_base
 from PIL import Image
+from s2_tiny import make_base
 from transformers import AutoImageProcessor, CLIPImageProcessor, SiglipImageProcessor, pipeline
 
 from polyscale.models.s2_vision import (

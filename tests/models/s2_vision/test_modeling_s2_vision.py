@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import BASES, make_base
+from s2_tiny import BASES, make_base
 from transformers import (
     AutoModel,
     AutoModelForImageClassification,
