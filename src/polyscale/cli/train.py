@@ -1,12 +1,11 @@
 """`polyscale train`."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .arguments import parse_number, parse_size, split_list
+from .arguments import parse_fields, parse_size, split_list
 
 
 def train(
@@ -80,19 +79,11 @@ def train(
         "seed": seed,
         "save_steps": save_steps,
     }
-    options = {}
-    for entry in set_ or []:
-        name, separator, value = entry.partition("=")
-        if not separator:
-            raise typer.BadParameter(f"expected FIELD=JSON, got {entry!r}", param_hint="--set")
-        try:
-            options[name] = json.loads(value)
-        except json.JSONDecodeError:
-            options[name] = value
+    options = parse_fields(set_)
     if patch_sizes is not None:
         options["train_patch_sizes"] = [parse_size(size) for size in split_list(patch_sizes)]
     if patch_size_probs is not None:
-        options["train_patch_size_probs"] = [float(parse_number(value)) for value in split_list(patch_size_probs)]
+        options["train_patch_size_probs"] = [float(value) for value in split_list(patch_size_probs)]
 
     from ..training import make_recipe
     from ..training import train as run
