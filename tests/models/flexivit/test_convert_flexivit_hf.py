@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from polyscale import FlexiViTForImageClassification, FlexiViTModel
@@ -204,9 +205,41 @@ def test_a_pooler_that_the_checkpoint_lacks_is_left_out(make_source, tmp_path, i
         torch.testing.assert_close(model(images).pooler_output, expected[:, 0])
 
 
-def save_altered(source, folder, alter):
-    from safetensors.torch import load_file, save_file
+OLD_NAMES = {
+    ".attention.q_proj.": ".attention.attention.query.",
+    ".attention.k_proj.": ".attention.attention.key.",
+    ".attention.v_proj.": ".attention.attention.value.",
+    ".attention.o_proj.": ".attention.output.dense.",
+    "vit.layers.": "vit.encoder.layer.",
+    ".mlp.fc1.": ".intermediate.dense.",
+    ".mlp.fc2.": ".output.dense.",
+}
 
+
+@pytest.mark.parametrize("name", ["vit classifier", "clip with text"])
+def test_checkpoints_of_older_versions_convert(make_source, tmp_path, images, name):
+    """Published weights have names that transformers translates, and left-overs that it ignores."""
+    source = make_source(name)
+
+    def alter(tensors):
+        for key in list(tensors):
+            old = key
+            if name == "vit classifier":
+                for ours, theirs in OLD_NAMES.items():
+                    old = old.replace(ours, theirs)
+            tensors[old] = tensors.pop(key)
+        if name == "vit classifier":
+            tensors["vit.pooler.dense.bias"] = torch.zeros(16)
+        else:
+            tensors["vision_model.embeddings.position_ids"] = torch.arange(17)[None]
+
+    save_altered(source, tmp_path, alter)
+    with torch.no_grad():
+        actual = flexivit_from_source(load_flexivit_source(tmp_path))(images)
+    assert_same_outputs(run_source(source, images), actual)
+
+
+def save_altered(source, folder, alter):
     source.save_pretrained(folder)
     tensors = load_file(folder / "model.safetensors")
     alter(tensors)

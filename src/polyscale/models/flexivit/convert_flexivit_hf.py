@@ -251,7 +251,8 @@ def _load_image_processor(source: str, config: PreTrainedConfig) -> FlexiViTImag
     try:
         processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        logger.warning(f"`{source}` has no image processor that can be read, so none is converted: {error}")
+        reason = str(error).split(". ")[0]
+        logger.warning(f"`{source}` has no image processor that can be read, so none is converted: {reason}.")
         return None
     if isinstance(processor, FlexiViTImageProcessor):
         return processor
