@@ -7,19 +7,28 @@ import typer
 from typer.core import TyperCommand
 
 
-def parse_number(text: str) -> int | float:
-    """A number, an int where it is one."""
-    return int(text) if text.lstrip("+-").isdigit() else float(text)
-
-
 def parse_size(text: str) -> int | tuple[int, int]:
-    """ "16" -> 16, "10x15" -> (10, 15): height and width in pixels."""
+    """A number of pixels, or height and width: "16" -> 16, "10x15" -> (10, 15)."""
     parts = text.lower().split("x")
-    return int(parts[0]) if len(parts) == 1 else tuple(int(part) for part in parts)
+    try:
+        numbers = tuple(int(part) for part in parts)
+    except ValueError:
+        numbers = ()
+    if len(numbers) not in (1, 2):
+        raise typer.BadParameter(f"expected a number such as 16, or height and width such as 10x15, got {text!r}")
+    return numbers[0] if len(numbers) == 1 else numbers
+
+
+def parse_numbers(text: str | None) -> list[float] | None:
+    """The numbers of a list: "0.5,0.25 0.25" -> [0.5, 0.25, 0.25]; None stays None."""
+    try:
+        return None if text is None else [float(value) for value in split_list(text)]
+    except ValueError:
+        raise typer.BadParameter(f"expected numbers, got {text!r}") from None
 
 
 def split_list(text: str | None) -> list[str] | None:
-    """ "8,12 16" -> ["8", "12", "16"]; None stays None."""
+    """The entries of a list: "8,12 16" -> ["8", "12", "16"]; None stays None."""
     return None if text is None else text.replace(",", " ").split()
 
 
@@ -63,4 +72,4 @@ class ListCommand(TyperCommand):
         return super().parse_args(ctx, joined)
 
 
-__all__ = ["ListCommand", "parse_fields", "parse_number", "parse_size", "split_list"]
+__all__ = ["ListCommand", "parse_fields", "parse_numbers", "parse_size", "split_list"]

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .arguments import parse_size, split_list
+from .arguments import parse_numbers, parse_size, split_list
 
 
 def evaluate(
@@ -73,7 +73,7 @@ def _statistic(text: str | None) -> str | list[float] | None:
     values = split_list(text)
     if values is None or (len(values) == 1 and values[0].isalpha()):
         return text
-    return [float(value) for value in values]
+    return parse_numbers(text)
 
 
 __all__ = ["evaluate"]

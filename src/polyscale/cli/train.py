@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .arguments import parse_fields, parse_size, split_list
+from .arguments import parse_fields, parse_numbers, parse_size, split_list
 
 
 def train(
@@ -57,8 +57,8 @@ def train(
         "preset": preset,
         "init_from": init_from,
         "image_size": image_size and parse_size(image_size),
-        "image_mean": mean and tuple(float(value) for value in split_list(mean)),
-        "image_std": std and tuple(float(value) for value in split_list(std)),
+        "image_mean": mean and tuple(parse_numbers(mean)),
+        "image_std": std and tuple(parse_numbers(std)),
         "augmentation": augmentation,
         "mixup": mixup,
         "cutmix": cutmix,
@@ -83,7 +83,7 @@ def train(
     if patch_sizes is not None:
         options["train_patch_sizes"] = [parse_size(size) for size in split_list(patch_sizes)]
     if patch_size_probs is not None:
-        options["train_patch_size_probs"] = [float(value) for value in split_list(patch_size_probs)]
+        options["train_patch_size_probs"] = parse_numbers(patch_size_probs)
 
     from ..training import make_recipe
     from ..training import train as run
