@@ -75,6 +75,7 @@ _LAZY = {
     "bundled_checkpoint": ".checkpoints",
     "convert_checkpoint": ".conversion",
     "convert_patch_embed": ".conversion",
+    "sample_photographs": ".assets",
     "set_token_budget": ".llava",
     "swap_vision_tower": ".llava",
 }
@@ -187,6 +188,7 @@ __all__ = [
     "quadtree_tokens",
     "resize_abs_pos_embed",
     "reverse_quadtree",
+    "sample_photographs",
     "set_token_budget",
     "swap_vision_tower",
 ]

@@ -1,0 +1,7 @@
+"""`python -m polyscale` and `accelerate launch -m polyscale`: the `polyscale` command."""
+
+from .cli import main
+
+
+if __name__ == "__main__":
+    main()
