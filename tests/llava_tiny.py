@@ -73,7 +73,8 @@ WORDS = [
     "the",
 ]
 CHAT = (
-    "{% for m in messages %}{% for c in m['content'] %}{% if c['type'] == 'image' %}<image> {% else %}{{ c['text'] }} {% endif %}"
+    "{% for m in messages %}{% for c in m['content'] %}{% if c['type'] == 'image' %}<image> {% else %}{{ "
+    "c['text'] }} {% endif %}"
     "{% endfor %}{% endfor %}"
 )
 PROMPTS = ["USER: <image> what is this ? ASSISTANT:", "USER: <image> the cat"]

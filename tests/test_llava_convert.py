@@ -60,7 +60,9 @@ def parts(tmp_path):
     make_tokenizer(WORDS).save_pretrained(tmp_path / "base")
     clip = CLIPVisionModel(CLIPVisionConfig(**CLIP)).eval()
     clip.save_pretrained(tmp_path / "clip")
-    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(tmp_path / "clip")
+    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(
+        tmp_path / "clip"
+    )
     shapes = {"0.weight": (24, 48), "0.bias": (24,), "2.weight": (24, 24), "2.bias": (24,)}
     projector = {name: random_like(shape, index) for index, (name, shape) in enumerate(shapes.items())}
     return tmp_path, base, clip, projector
@@ -172,7 +174,9 @@ def test_everything_in_one(parts, sharded, tmp_path):
 
 def test_projector_alone(parts, tmp_path):
     folder = write_config(tmp_path / "llava-pretrain", tmp_path, image_aspect_ratio="resize")
-    torch.save({f"model.mm_projector.{name}": tensor for name, tensor in parts[3].items()}, folder / "mm_projector.bin")
+    torch.save(
+        {f"model.mm_projector.{name}": tensor for name, tensor in parts[3].items()}, folder / "mm_projector.bin"
+    )
     out = tmp_path / "out"
     out.mkdir()
     convert_s2_vision(folder, out, base=tmp_path / "base")
@@ -232,7 +236,9 @@ def test_broken_checkpoints_are_refused(parts, tmp_path):
         load_llava_s2(folder)
     torch.save(adapter, folder / "adapter_model.bin")
 
-    torch.save({"base_model.model.model.mm_projector.0.weight": torch.zeros(24, 16)}, folder / "non_lora_trainables.bin")
+    torch.save(
+        {"base_model.model.model.mm_projector.0.weight": torch.zeros(24, 16)}, folder / "non_lora_trainables.bin"
+    )
     with pytest.raises(ValueError, match=r"has the shape \(24, 16\), the model wants \(24, 48\)"):
         load_llava_s2(folder)
     torch.save({}, folder / "non_lora_trainables.bin")
@@ -285,7 +291,10 @@ def test_vila(tmp_path):
     assert pixel_values.shape == (1, 3, 48, 48)
     features = model(pixel_values, output_hidden_states=-2).hidden_states[-2]
     expected = multiscale_forward(
-        lambda x: siglip(x, output_hidden_states=True).hidden_states[-2], pixel_values, img_sizes=[24, 48], max_split_size=24
+        lambda x: siglip(x, output_hidden_states=True).hidden_states[-2],
+        pixel_values,
+        img_sizes=[24, 48],
+        max_split_size=24,
     )
     torch.testing.assert_close(features, expected, atol=1e-5, rtol=1e-4)
     projected = DownsampleProjector.from_folder(out)(features)

@@ -147,8 +147,8 @@ def test_models_that_do_not_fit_are_refused_and_nothing_changes():
     )
     with pytest.raises(ValueError, match="image token has the id 5, the model's is 4"):
         swap_vision_tower(model, tower, other)
+    small = CLIPImageProcessor(crop_size={"height": 20, "width": 20})
     with pytest.raises(ValueError, match=r"gives pictures of \(20, 20\) pixels"):
-        small = CLIPImageProcessor(crop_size={"height": 20, "width": 20})
         swap_vision_tower(model, tower, processor, image_processor=small)
     tower.config.train_patch_sizes = [8, 12]
     with pytest.raises(ValueError, match="train_patch_sizes"):

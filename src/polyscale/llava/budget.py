@@ -25,7 +25,8 @@ def _check_knobs(config: PreTrainedConfig, knobs: dict) -> None:
     legal = _KNOBS.get(config.model_type)
     if legal is None:
         raise ValueError(
-            f"The vision tower is a {config.model_type!r}, which has no token budget: put a tower of this library in its place with "
+            f"The vision tower is a {config.model_type!r}, which has no token budget: put a tower of "
+            "this library in its place with "
             "`swap_vision_tower`."
         )
     if not knobs:
@@ -36,7 +37,8 @@ def _check_knobs(config: PreTrainedConfig, knobs: dict) -> None:
                 f": {_WHY_NOT[config.model_type]}" if name == "num_tokens" and config.model_type in _WHY_NOT else ""
             )
             raise ValueError(
-                f"`{name}` cannot change in a tower of type {config.model_type!r}{reason}. What can: {', '.join(legal)}."
+                f"`{name}` cannot change in a tower of type {config.model_type!r}{reason}. What can: "
+                f"{', '.join(legal)}."
             )
 
 
@@ -73,7 +75,8 @@ def _check_s2(config: PreTrainedConfig, fields: dict) -> None:
             continue
         if len(fields[name]) != config.num_scales:
             raise ValueError(
-                f"`{name}` must name {config.num_scales} scales, as many as the projector's weights were made for, got {len(fields[name])}: "
+                f"`{name}` must name {config.num_scales} scales, as many as the projector's weights were "
+                f"made for, got {len(fields[name])}: "
                 "another number of scales needs new weights."
             )
         fields[name] = list(fields[name])
@@ -87,14 +90,17 @@ def set_token_budget(llava_model: PreTrainedModel, processor: ProcessorMixin, **
     Args:
         llava_model: a LLaVA model with a tower of this library: see `swap_vision_tower`.
         processor: its processor; it is changed in place where it stays of the same kind.
-        knobs: of a FlexiViT `patch_size` or `num_tokens` (the nearest that a patch size gives), and `image_size`; of a Quadtree ViT `num_tokens` or
-            `split_threshold`, and `image_size`; of S2 `scales` or `img_sizes` (as many as before), and `max_tiles`; of a SparseFormer `image_size`.
+        knobs: of a FlexiViT `patch_size` or `num_tokens` (the nearest that a patch size gives), and `image_size`; of
+            a Quadtree ViT `num_tokens` or `split_threshold`, and `image_size`; of S2 `scales` or `img_sizes` (as
+            many as before), and `max_tiles`; of a SparseFormer `image_size`.
 
     Returns:
-        The processor to use from now on: `processor` itself, unless the tower changed between a fixed number of tokens and one a picture.
+        The processor to use from now on: `processor` itself, unless the tower changed between a fixed number of
+            tokens and one a picture.
 
     Raises:
-        ValueError: for what cannot change without new weights (with the reason), or a value that the tower refuses. Nothing is changed then.
+        ValueError: for what cannot change without new weights (with the reason), or a value that the tower refuses.
+            Nothing is changed then.
 
     Example:
 

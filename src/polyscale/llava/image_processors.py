@@ -35,7 +35,9 @@ def output_size(image_processor: BaseImageProcessor) -> tuple[int, int] | None:
 
 
 def resized(image_processor: BaseImageProcessor, size: tuple[int, int], **fields) -> BaseImageProcessor:
-    """A copy of an image processor that gives pictures of (height, width) pixels, and has a `crop_size` that says so."""
+    """A copy of an image processor that gives pictures of (height, width) pixels, and has a `crop_size` that says
+    so.
+    """
     settings = image_processor.to_dict()
     for name in ("image_processor_type", "processor_class"):
         settings.pop(name, None)
@@ -73,7 +75,8 @@ def tower_image_processor(
     if given is not None:
         if output_size(given) not in (None, layout.image_size) and not getattr(inner, "dynamic", False):
             raise ValueError(
-                f"`image_processor` gives pictures of {output_size(given)} pixels (height, width), the tower's tokens are counted for "
+                f"`image_processor` gives pictures of {output_size(given)} pixels (height, width), the "
+                "tower's tokens are counted for "
                 f"{layout.image_size}. Change one of them (`crop_size` or `size`, `config.image_size`)."
             )
         return given if getattr(inner, "dynamic", False) else resized(given, layout.image_size)

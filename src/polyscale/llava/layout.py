@@ -41,8 +41,9 @@ class TokenLayout:
     def processor_settings(self) -> dict:
         """Arguments of `LlavaProcessor` with which it counts these tokens.
 
-        It counts `(height // patch_size) * (width // patch_size)` and adds `num_additional_image_tokens`. Where no int `patch_size` gives the grid, and
-        for tokens that are none, the patch is larger than the picture, so that only the second term counts.
+        It counts `(height // patch_size) * (width // patch_size)` and adds `num_additional_image_tokens`. Where no
+        int `patch_size` gives the grid, and for tokens that are none, the patch is larger than the picture, so that
+        only the second term counts.
         """
         settings = {"vision_feature_select_strategy": self.select_strategy}
         patch_size = self._patch_size()
@@ -73,7 +74,8 @@ def token_layout(config: PreTrainedConfig) -> TokenLayout:
         grid = config.feature_grid_for(size)
         if grid is None:
             raise ValueError(
-                f"`tower`: the tokens of {config.vision_config.model_type!r} cannot be counted, its config has no `patch_size`."
+                f"`tower`: the tokens of {config.vision_config.model_type!r} cannot be counted, its "
+                "config has no `patch_size`."
             )
         return TokenLayout(size, config.num_prefix_tokens, grid[0] * grid[1], grid)
     if config.model_type == "quadtree_vit":
@@ -85,7 +87,8 @@ def token_layout(config: PreTrainedConfig) -> TokenLayout:
     grid = None if size is None else base_feature_grid(config, size)
     if grid is None:
         raise ValueError(
-            f"`tower` of type {config.model_type!r}: its config has no `image_size` and `patch_size`, so its tokens cannot be counted."
+            f"`tower` of type {config.model_type!r}: its config has no `image_size` and `patch_size`, so "
+            "its tokens cannot be counted."
         )
     return TokenLayout(size, base_num_prefix_tokens(config), grid[0] * grid[1], grid)
 

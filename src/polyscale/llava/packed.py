@@ -1,7 +1,8 @@
-"""A vision tower whose pictures have different numbers of tokens, inside of a LLaVA model, and the processor that counts them.
+"""A vision tower whose pictures have different numbers of tokens, inside of a LLaVA model, and the processor that
+counts them.
 
-The only door that `LlavaModel` has for this is `image_sizes`: the tower gives the tokens of all pictures one after the other,
-and LLaVA splits them by `(image_sizes // tower.patch_size).prod(-1)`.
+The only door that `LlavaModel` has for this is `image_sizes`: the tower gives the tokens of all pictures one after
+the other, and LLaVA splits them by `(image_sizes // tower.patch_size).prod(-1)`.
 """
 
 from collections.abc import Sequence
@@ -20,7 +21,8 @@ from ..models.quadtree_vit import PixelBlurPatchScorer
 
 @strict
 class PackedTowerConfig(PreTrainedConfig):
-    """Configuration of `PackedTower`: that of the tower inside, an S2 model with `dynamic` or a Quadtree ViT with `split_threshold`.
+    """Configuration of `PackedTower`: that of the tower inside, an S2 model with `dynamic` or a Quadtree ViT with
+    `split_threshold`.
 
     Raises:
         ValueError: for a tower whose pictures all have the same number of tokens.
@@ -39,7 +41,8 @@ class PackedTowerConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         if not has_tokens_per_picture(self.vision_config):
             raise ValueError(
-                "`vision_config` must be that of an S2 model with `dynamic=True` or of a Quadtree ViT with `split_threshold`, got "
+                "`vision_config` must be that of an S2 model with `dynamic=True` or of a Quadtree ViT "
+                "with `split_threshold`, got "
                 f"{self.vision_config.model_type!r}, which gives every picture as many tokens."
             )
         if self.vision_config.model_type == "s2_vision" and self.vision_config.resize_output_to_idx not in (
@@ -47,7 +50,8 @@ class PackedTowerConfig(PreTrainedConfig):
             self.vision_config.num_scales - 1,
         ):
             raise ValueError(
-                "`resize_output_to_idx` must be -1 (the last scale, whose tiles fit the picture) for a tower with `dynamic=True`, got "
+                "`resize_output_to_idx` must be -1 (the last scale, whose tiles fit the picture) for a "
+                "tower with `dynamic=True`, got "
                 f"{self.vision_config.resize_output_to_idx}."
             )
 
@@ -144,7 +148,8 @@ class PackedTower(PreTrainedModel):
         """
         if image_sizes is None:
             raise ValueError(
-                "`image_sizes` is required: this tower gives every picture its own number of tokens. Use the processor that `swap_vision_tower` or "
+                "`image_sizes` is required: this tower gives every picture its own number of tokens. Use "
+                "the processor that `swap_vision_tower` or "
                 "`set_token_budget` returned."
             )
         pictures = self._pictures(pixel_values, image_sizes, output_hidden_states=output_hidden_states, **kwargs)
@@ -170,13 +175,15 @@ class PackedTower(PreTrainedModel):
 
 
 class PerPictureLlavaProcessor(LlavaProcessor):
-    """A `LlavaProcessor` for towers that give each picture its own number of tokens: it counts them, and says so in `image_sizes`.
+    """A `LlavaProcessor` for towers that give each picture its own number of tokens: it counts them, and says so in
+    `image_sizes`.
 
     Args:
         image_processor: the tower's; of Dynamic-S2 it says how many tiles a picture has.
         tokenizer: the model's.
         patch_size: pixels of `image_sizes` a token: `PackedTower.patch_size`.
-        quadtree: of a Quadtree ViT: `min_patch_size`, `max_patch_size`, `split_threshold` and `num_tokens` (the maximum, or None).
+        quadtree: of a Quadtree ViT: `min_patch_size`, `max_patch_size`, `split_threshold` and `num_tokens` (the
+            maximum, or None).
     """
 
     def __init__(

@@ -59,7 +59,8 @@ def fit_projector(model: PreTrainedModel, old_config: PreTrainedConfig, layers: 
         projector.linear_1 = _widened(projector.linear_1, old_width // layers, scales, layers)
         return
     warnings.warn(
-        f"The projector reads {old_width} channels and the new tower gives {new_width}: it is replaced by a new one, which has to be trained.",
+        f"The projector reads {old_width} channels and the new tower gives {new_width}: it is replaced "
+        "by a new one, which has to be trained.",
         stacklevel=3,
     )
     weight = projector.linear_1.weight

@@ -43,7 +43,8 @@ def _check_tower(tower: PreTrainedModel) -> None:
     if type(tower) not in expected:
         names = " or ".join(option.__name__ for option in expected if option is not None)
         raise ValueError(
-            f"`tower` must be {names or 'a model that AutoModel gives for its config'}, a model without a head, got {type(tower).__name__}."
+            f"`tower` must be {names or 'a model that AutoModel gives for its config'}, a model without "
+            f"a head, got {type(tower).__name__}."
         )
     if getattr(tower.config, "output_shape", "bnc") == "bchw":
         raise ValueError("`tower` gives feature maps (a ConvNet); LLaVA needs tokens.")
@@ -65,7 +66,9 @@ def _layer_is_usable(config: PreTrainedConfig, layer: int) -> bool:
 def _feature_layer(
     config: PreTrainedConfig, wanted: int | list[int] | None, current: int | list[int]
 ) -> int | list[int]:
-    """The layer or layers that LLaVA reads: those asked for, else the model's own if the tower has them, else the last."""
+    """The layer or layers that LLaVA reads: those asked for, else the model's own if the tower has them, else the
+    last.
+    """
     layer = current if wanted is None else wanted
     layers = [layer] if isinstance(layer, int) else layer
     inner = config.vision_config if isinstance(config, PackedTowerConfig) else config
@@ -73,7 +76,8 @@ def _feature_layer(
         return layer
     if wanted is not None:
         raise ValueError(
-            f"`vision_feature_layer` {wanted!r} does not exist in the tower, or has another width than its last layer: it has "
+            f"`vision_feature_layer` {wanted!r} does not exist in the tower, or has another width than "
+            "its last layer: it has "
             f"{config.num_hidden_layers} layers of {config.model_type!r}."
         )
     return -1
@@ -88,7 +92,8 @@ def check_processor(processor: ProcessorMixin, config: PreTrainedConfig) -> None
         )
     if processor.image_token_id != config.image_token_id:
         raise ValueError(
-            f"`processor` does not belong to this model: its image token has the id {processor.image_token_id}, the model's is "
+            "`processor` does not belong to this model: its image token has the id "
+            f"{processor.image_token_id}, the model's is "
             f"{config.image_token_id}."
         )
 
@@ -126,7 +131,8 @@ def _quadtree_settings(config: PreTrainedConfig) -> dict | None:
         return None
     if config.patch_scorer != "pixel_blur":
         raise ValueError(
-            f"`split_threshold` in a LLaVA model needs `patch_scorer='pixel_blur'`, got {config.patch_scorer!r}: the processor has to count the "
+            "`split_threshold` in a LLaVA model needs `patch_scorer='pixel_blur'`, got "
+            f"{config.patch_scorer!r}: the processor has to count the "
             "tokens of a picture, and has no network to score it with."
         )
     names = ("min_patch_size", "max_patch_size", "split_threshold", "num_tokens")
@@ -134,14 +140,18 @@ def _quadtree_settings(config: PreTrainedConfig) -> dict | None:
 
 
 def _check_next(layout: TokenLayout, tower: PreTrainedConfig) -> None:
-    """LLaVA-NeXT puts the tokens of its tiles together to one grid, and takes that grid from `image_size // patch_size`."""
+    """LLaVA-NeXT puts the tokens of its tiles together to one grid, and takes that grid from `image_size //
+    patch_size`.
+    """
     size = getattr(tower, "image_size", None)
     patch = getattr(tower, "patch_size", None)
     side = size // patch if isinstance(size, int) and isinstance(patch, int) else None
     if layout.grid is None or layout.grid != (side, side) or layout.num_prefix_tokens > 1:
         raise ValueError(
-            f"`tower` of type {tower.model_type!r} cannot be in a LLaVA-NeXT model: that needs a square grid of tokens of an int `image_size` and "
-            f"`patch_size`, and at most one prefix token; got {layout.num_tokens} tokens, the grid {layout.grid}, `image_size` {size!r}, `patch_size` "
+            f"`tower` of type {tower.model_type!r} cannot be in a LLaVA-NeXT model: that needs a square "
+            "grid of tokens of an int `image_size` and "
+            f"`patch_size`, and at most one prefix token; got {layout.num_tokens} tokens, the grid "
+            f"{layout.grid}, `image_size` {size!r}, `patch_size` "
             f"{patch!r} and {layout.num_prefix_tokens} prefix tokens. A LlavaForConditionalGeneration takes it."
         )
 
@@ -169,25 +179,29 @@ def swap_vision_tower(
 ) -> ProcessorMixin | None:
     """Puts another vision tower into a LLaVA model, in place, and returns the processor that matches.
 
-    The projector is kept where the widths agree. For an S2 tower around a model as wide as the old tower it is widened: it reads the first scale as
-    before, and the others with weights of zero, so that nothing changes until it is trained. Otherwise it is new, with a warning.
+    The projector is kept where the widths agree. For an S2 tower around a model as wide as the old tower it is
+    widened: it reads the first scale as before, and the others with weights of zero, so that nothing changes until
+        it is trained. Otherwise it is new, with a warning.
 
     Args:
-        llava_model: a `LlavaForConditionalGeneration`, or a `LlavaNextForConditionalGeneration` where the tower's tokens are a square grid.
-        tower: an S2VisionWrapper, FlexiViTModel, QuadtreeViTModel, SparseFormerModel or another vision model without a head. Its config
-            says how many tokens it gives (`patch_size`, `num_tokens`, ...). `S2VisionWrapper.from_vision_model(llava_model.model.vision_tower,
-            scales=[1, 2, 3])` is S2 around the model's own tower.
+        llava_model: a `LlavaForConditionalGeneration`, or a `LlavaNextForConditionalGeneration` where the tower's
+            tokens are a square grid.
+        tower: an S2VisionWrapper, FlexiViTModel, QuadtreeViTModel, SparseFormerModel or another vision model without
+            a head. Its config says how many tokens it gives (`patch_size`, `num_tokens`, ...).
+            `S2VisionWrapper.from_vision_model(llava_model.model.vision_tower, scales=[1, 2, 3])` is S2 around the
+            model's own tower.
         processor: the model's processor; without it, none is returned.
         image_processor: of the tower; made from the tower's own, or for S2 from that of `processor`, when None.
         fit: of an S2 tower, how pictures become squares: "squash", "crop" or "pad"; as the processor did when None.
-        vision_feature_layer: the layer or layers of the tower that are read; the model's own when the tower has it, else the last.
+        vision_feature_layer: the layer or layers of the tower that are read; the model's own when the tower has it,
+            else the last.
 
     Returns:
         A processor with the same tokenizer, which saves and reloads with `AutoProcessor`; None without `processor`.
 
     Raises:
-        ValueError: for another kind of model, a tower with a head, tokens that cannot be counted, or a processor that does not belong to the model.
-            The model is unchanged then.
+        ValueError: for another kind of model, a tower with a head, tokens that cannot be counted, or a processor
+            that does not belong to the model. The model is unchanged then.
 
     Example:
 
@@ -204,7 +218,8 @@ def swap_vision_tower(
     old_config, old_layer = config.vision_config, config.vision_feature_layer
     if getattr(tower.config, "train_patch_sizes", None) is not None:
         raise ValueError(
-            "`tower` draws its patch size in training (`train_patch_sizes`), so that its tokens cannot be counted: set `tower.config.train_patch_sizes` "
+            "`tower` draws its patch size in training (`train_patch_sizes`), so that its tokens cannot "
+            "be counted: set `tower.config.train_patch_sizes` "
             "and `train_patch_size_probs` to None."
         )
     if tower.config.model_type == "flexivit" and tower.config.patch_size is None:

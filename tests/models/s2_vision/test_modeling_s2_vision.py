@@ -325,7 +325,7 @@ def test_bad_calls_are_refused(clip, pictures):
         model(pictures, scales=[1, 2], img_sizes=[32, 64])
     with pytest.raises(ValueError, match="3 channels"):
         model(pictures[:, :2])
-    with pytest.raises(ValueError, match="belongs to `config.dynamic=True`"):
+    with pytest.raises(ValueError, match=r"belongs to `config.dynamic=True`"):
         model(pictures, image_sizes=torch.tensor([[64, 64]]))
     wrong = S2VisionWrapper.from_vision_model(clip, scales=[1, 2], num_prefix_tokens=0)
     with pytest.raises(ValueError, match="num_prefix_token"):

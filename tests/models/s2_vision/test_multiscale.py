@@ -1,4 +1,6 @@
-"""multiscale_forward against the official outputs, and against a plain reference where the official function does not go."""
+"""multiscale_forward against the official outputs, and against a plain reference where the official function does
+not go.
+"""
 
 import math
 from pathlib import Path

@@ -17,7 +17,8 @@ _ONE_PREFIX_TOKEN = (
 )
 _CLS_AND_REGISTERS = ("dinov2_with_registers", "dinov3_vit")
 _UNSUPPORTED = {
-    "siglip2_vision_model": "it takes patches of one native resolution, not pictures; the fixed-resolution SigLIP2 checkpoints have the "
+    "siglip2_vision_model": "it takes patches of one native resolution, not pictures; the "
+    "fixed-resolution SigLIP2 checkpoints have the "
     "type 'siglip_vision_model'",
     "vit_mae": "its encoder drops random patches",
     "s2_vision": "it has several scales already",
@@ -28,11 +29,13 @@ def check_base(config: PreTrainedConfig) -> None:
     """Raises ValueError for a model that S2 cannot wrap, with the reason."""
     if config.model_type in _UNSUPPORTED:
         raise ValueError(
-            f"`vision_config` of type {config.model_type!r} does not work at several scales: {_UNSUPPORTED[config.model_type]}."
+            f"`vision_config` of type {config.model_type!r} does not work at several scales: "
+            f"{_UNSUPPORTED[config.model_type]}."
         )
     if getattr(config, "vision_config", None) is not None:
         raise ValueError(
-            f"`vision_config` must be that of a vision model, got one of type {config.model_type!r}: give its `vision_config`."
+            f"`vision_config` must be that of a vision model, got one of type {config.model_type!r}: "
+            "give its `vision_config`."
         )
 
 
@@ -48,7 +51,8 @@ def base_width(config: PreTrainedConfig) -> int:
     width = widths[-1] if widths else getattr(config, "hidden_size", None)
     if width is None:
         raise ValueError(
-            f"`vision_config` of type {config.model_type!r} has no `hidden_size`: S2 cannot know the width of its features."
+            f"`vision_config` of type {config.model_type!r} has no `hidden_size`: S2 cannot know the "
+            "width of its features."
         )
     return width
 
@@ -94,7 +98,9 @@ def base_num_prefix_tokens(config: PreTrainedConfig) -> int:
 
 
 def base_feature_grid(config: PreTrainedConfig, tile: tuple[int, int]) -> tuple[int, int] | None:
-    """(rows, columns) of the model's features for a tile of (height, width) pixels; None where its config does not say."""
+    """(rows, columns) of the model's features for a tile of (height, width) pixels; None where its config does
+    not say.
+    """
     if config.model_type == "quadtree_vit":
         return tile[0] // config.min_patch_size, tile[1] // config.min_patch_size
     if hasattr(config, "patch_grid_for"):

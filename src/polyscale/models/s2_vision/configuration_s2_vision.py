@@ -33,23 +33,28 @@ class S2VisionConfig(BackboneConfigMixin, PreTrainedConfig):
     Exactly one of `scales` and `img_sizes` is given. All sizes are in pixels, (height, width) or an int for both.
 
     Args:
-        vision_config: configuration of the model that is wrapped, of any type registered with `AutoModel`; CLIP's vision part by default.
-        scales: the scales, as multiples of the tile's size. Where some are below 1, the smallest is the tile: `[0.5, 1]` is `[1, 2]`. They do
-            not depend on the size of a picture; a picture that is not square keeps its aspect ratio, its short side scaled.
+        vision_config: configuration of the model that is wrapped, of any type registered with `AutoModel`; CLIP's
+            vision part by default.
+        scales: the scales, as multiples of the tile's size. Where some are below 1, the smallest is the tile: `[0.5,
+            1]` is `[1, 2]`. They do not depend on the size of a picture; a picture that is not square keeps its
+            aspect ratio, its short side scaled.
         img_sizes: in place of `scales`, the size at each scale; a picture of another aspect ratio is squashed.
         max_split_size: size of the tiles that the model sees; its own `image_size` by default.
         resize_output_to_idx: the scale (its place in the list) whose feature grid the output has.
-        num_prefix_tokens: tokens in front of the model's output without a place in the picture (CLS, registers); known for the usual models.
+        num_prefix_tokens: tokens in front of the model's output without a place in the picture (CLS, registers);
+            known for the usual models.
         output_shape: "bnc" (tokens) or "bchw" (maps, from ConvNets); known for the usual models.
         uneven: what becomes of a size that is no multiple of the tile: "resize" or "pad", as in `multiscale_forward`.
         split_forward: whether tiles go through the model one place at a time: the memory of about one scale.
         tiles_per_forward: how many tiles go through the model at a time; all when None.
         pooling: what the classifier reads: "pooler" (`pooler_output`) or "mean" (over the patch tokens).
-        dynamic: Dynamic-S2 (NVILA, arXiv 2412.04468): the last scale has as many tiles as fit the picture's aspect ratio.
+        dynamic: Dynamic-S2 (NVILA, arXiv 2412.04468): the last scale has as many tiles as fit the picture's aspect
+            ratio.
         max_tiles: with `dynamic`, the most tiles in the last scale; the fewest are those of the last scale's square.
 
     Raises:
-        ValueError: for both or neither of `scales` and `img_sizes`, an unknown choice or index, or a model that S2 cannot wrap.
+        ValueError: for both or neither of `scales` and `img_sizes`, an unknown choice or index, or a model that S2
+            cannot wrap.
 
     Example:
 
@@ -105,7 +110,8 @@ class S2VisionConfig(BackboneConfigMixin, PreTrainedConfig):
         check_chunks(self.tiles_per_forward)
         if self.num_prefix_tokens < 0 or (self.output_shape == "bchw" and self.num_prefix_tokens):
             raise ValueError(
-                f"`num_prefix_tokens` must be at least 0, and 0 with `output_shape='bchw'`, got {self.num_prefix_tokens}."
+                "`num_prefix_tokens` must be at least 0, and 0 with `output_shape='bchw'`, got "
+                f"{self.num_prefix_tokens}."
             )
         plan = self.plan_for(self.tile_size)
         check_scale_index(self.resize_output_to_idx, len(plan.sizes))
@@ -122,11 +128,13 @@ class S2VisionConfig(BackboneConfigMixin, PreTrainedConfig):
             )
         if any(multiple < 1 or multiple != int(multiple) for multiple in multiples) or multiples != sorted(multiples):
             raise ValueError(
-                f"`dynamic=True` needs scales that are whole multiples of the tile, in rising order, got {multiples} tiles."
+                "`dynamic=True` needs scales that are whole multiples of the tile, in rising order, got "
+                f"{multiples} tiles."
             )
         if self.max_tiles < multiples[-1] ** 2:
             raise ValueError(
-                f"`max_tiles` must be at least {int(multiples[-1]) ** 2}, the tiles of the last scale's square, got {self.max_tiles}."
+                f"`max_tiles` must be at least {int(multiples[-1]) ** 2}, the tiles of the last scale's "
+                f"square, got {self.max_tiles}."
             )
 
     @property
@@ -163,7 +171,8 @@ class S2VisionConfig(BackboneConfigMixin, PreTrainedConfig):
         size = base_image_size(self.vision_config)
         if size is None:
             raise ValueError(
-                f"`vision_config` of type {self.vision_config.model_type!r} has no `image_size`: give `max_split_size`, the size of the tiles."
+                f"`vision_config` of type {self.vision_config.model_type!r} has no `image_size`: give "
+                "`max_split_size`, the size of the tiles."
             )
         return size
 
@@ -186,7 +195,9 @@ class S2VisionConfig(BackboneConfigMixin, PreTrainedConfig):
 
     @property
     def patch_size(self) -> int | None:
-        """Pixels of a picture of `image_size` a token: what `LlavaProcessor` counts with. With `dynamic`, of the last scale."""
+        """Pixels of a picture of `image_size` a token: what `LlavaProcessor` counts with. With `dynamic`, of the
+        last scale.
+        """
         if self.features_per_tile is None:
             return None
         if self.dynamic:
@@ -199,7 +210,9 @@ class S2VisionConfig(BackboneConfigMixin, PreTrainedConfig):
         return self.num_tokens_for(self.tile_size)
 
     def feature_grid_for(self, image_size: int | Sequence[int]) -> tuple[int, int] | None:
-        """(rows, columns) of the output for a picture of (height, width) pixels; None where the wrapped config does not say."""
+        """(rows, columns) of the output for a picture of (height, width) pixels; None where the wrapped config
+        does not say.
+        """
         if self.features_per_tile is None:
             return None
         plan = self.plan_for(image_size)
@@ -233,7 +246,8 @@ class S2VisionConfig(BackboneConfigMixin, PreTrainedConfig):
             scales if img_sizes is None else img_sizes
         ) != self.num_scales:
             raise ValueError(
-                f"Give {self.num_scales} scales or sizes, as configured: got {list(scales if img_sizes is None else img_sizes)}. The output's width "
+                f"Give {self.num_scales} scales or sizes, as configured: got "
+                f"{list(scales if img_sizes is None else img_sizes)}. The output's width "
                 "depends on their number, and the weights behind it on that width."
             )
         plan = self._static_plan(size, scales, img_sizes)
@@ -244,7 +258,9 @@ class S2VisionConfig(BackboneConfigMixin, PreTrainedConfig):
         return plan_tiles(reference, scales, img_sizes, self.tile_size, self.uneven)
 
     def _reference_size(self, size: tuple[int, int], scales: Sequence[float]) -> tuple[int, int]:
-        """What scale 1 means for a picture of `size`: a picture of its aspect ratio that just covers a tile at the smallest scale of at most 1."""
+        """What scale 1 means for a picture of `size`: a picture of its aspect ratio that just covers a tile at
+        the smallest scale of at most 1.
+        """
         numbers = [scale for scale in scales if isinstance(scale, int | float) and scale > 0]
         smallest = min([1, *numbers])
         factor = max(tile / side for tile, side in zip(self.tile_size, size, strict=True)) / smallest

@@ -1,9 +1,11 @@
 """LLaVA-1.5 with S2, in the layouts of haotian-liu/LLaVA, as a `LlavaForConditionalGeneration` of transformers.
 
-Three layouts: LoRA (`adapter_config.json`, `adapter_model.*`, `non_lora_trainables.bin`, and a base language model elsewhere),
-projector only (`mm_projector.bin`, and a base), and everything in one (`pytorch_model*.bin` or `model*.safetensors`).
+Three layouts: LoRA (`adapter_config.json`, `adapter_model.*`, `non_lora_trainables.bin`, and a base language model
+elsewhere), projector only (`mm_projector.bin`, and a base), and everything in one (`pytorch_model*.bin` or
+`model*.safetensors`).
 
-Memory: the language model is made once, without values, and filled tensor by tensor from files that are mapped, not read.
+Memory: the language model is made once, without values, and filled tensor by tensor from files that are mapped, not
+read.
 """
 
 import json
@@ -53,10 +55,12 @@ _RENAMES = (
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
-    "{% if message['role'] == 'system' %}{{ message['content'][0]['text'] if message['content'] is not string else message['content'] }} "
+    "{% if message['role'] == 'system' %}{{ message['content'][0]['text'] if message['content'] is not "
+    "string else message['content'] }} "
     "{% else %}{{ message['role'].upper() }}: "
     "{% if message['content'] is string %}{{ message['content'] }} "
-    "{% else %}{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>\n{% elif part['type'] == 'text' %}{{ part['text'] }} "
+    "{% else %}{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>\n{% elif "
+    "part['type'] == 'text' %}{{ part['text'] }} "
     "{% endif %}{% endfor %}{% endif %}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
@@ -135,7 +139,8 @@ class LoraUpdates:
             match = _LORA_KEY.fullmatch(name)
             if match is None:
                 raise ValueError(
-                    f"`{folder}` holds the adapter tensor {name!r}: expected names that end in lora_A.weight or lora_B.weight."
+                    f"`{folder}` holds the adapter tensor {name!r}: expected names that end in "
+                    "lora_A.weight or lora_B.weight."
                 )
             self.factors.setdefault(f"{match['name']}.weight", {})[match["side"]] = tensor
 
@@ -168,7 +173,8 @@ def s2_config(record: dict[str, Any], vision_config: PreTrainedConfig) -> S2Visi
     """
     if not record.get("s2"):
         raise ValueError(
-            "The checkpoint has no `s2: true` in its config.json: it is an ordinary LLaVA, which transformers converts itself."
+            "The checkpoint has no `s2: true` in its config.json: it is an ordinary LLaVA, which "
+            "transformers converts itself."
         )
     text = str(record.get("s2_scales", DEFAULT_SCALES))
     try:
@@ -188,14 +194,16 @@ def _check_supported(record: dict[str, Any], tower: S2VisionConfig) -> None:
     projector = record.get("mm_projector_type", "linear")
     if projector != "mlp2x_gelu":
         raise ValueError(
-            f"`mm_projector_type` is {projector!r}: a LlavaForConditionalGeneration has the projector 'mlp2x_gelu' and no other."
+            f"`mm_projector_type` is {projector!r}: a LlavaForConditionalGeneration has the projector "
+            "'mlp2x_gelu' and no other."
         )
     if record.get("mm_use_im_start_end"):
         raise ValueError("`mm_use_im_start_end` is true: LlavaProcessor puts no tokens around a picture.")
     width = record.get("mm_hidden_size", tower.hidden_size)
     if width != tower.hidden_size:
         raise ValueError(
-            f"`mm_hidden_size` is {width}, but {tower.num_scales} scales of {tower.vision_config.model_type!r} are {tower.hidden_size} wide: "
+            f"`mm_hidden_size` is {width}, but {tower.num_scales} scales of "
+            f"{tower.vision_config.model_type!r} are {tower.hidden_size} wide: "
             "is `vision_tower` the right one?"
         )
 
@@ -238,7 +246,9 @@ def _fill(parameter: torch.Tensor, tensor: torch.Tensor, name: str) -> None:
 
 
 def _trainables(source: Path) -> dict[str, torch.Tensor]:
-    """What LLaVA saved beside an adapter or in place of a model: projector and the like, under the names of the model."""
+    """What LLaVA saved beside an adapter or in place of a model: projector and the like, under the names of the
+    model.
+    """
     for name in ("non_lora_trainables.bin", "mm_projector.bin"):
         if (source / name).is_file():
             tensors = load_torch_file(source / name)
@@ -268,7 +278,8 @@ def _base_folder(source: Path, base: str | None, record: dict[str, Any]) -> Path
         base = read_json(source / "adapter_config.json").get("base_model_name_or_path")
     if base is None or not Path(base).is_dir():
         raise ValueError(
-            f"`source` {source} holds no language model: give the folder of its base (LLaVA-1.5: Vicuna) as `base`, got {base!r}."
+            f"`source` {source} holds no language model: give the folder of its base (LLaVA-1.5: Vicuna) "
+            f"as `base`, got {base!r}."
         )
     return Path(base)
 
@@ -325,7 +336,8 @@ def load_llava_s2(
     keeps_all = record.get("mm_vision_select_feature", "patch") == "cls_patch"
     if keeps_all and tower.num_prefix_tokens:
         raise ValueError(
-            "`mm_vision_select_feature` is 'cls_patch' for a tower with CLS: its tokens are no grid, S2 cannot have been used."
+            "`mm_vision_select_feature` is 'cls_patch' for a tower with CLS: its tokens are no grid, S2 "
+            "cannot have been used."
         )
     drops_cls = tower.num_prefix_tokens == 1
     config = LlavaConfig(

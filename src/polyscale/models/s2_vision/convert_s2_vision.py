@@ -1,4 +1,6 @@
-"""Checkpoints as S2: a plain vision model, a LLaVA-1.5 with S2, or the vision tower and projector of a VILA-1.5 with S2."""
+"""Checkpoints as S2: a plain vision model, a LLaVA-1.5 with S2, or the vision tower and projector of a VILA-1.5
+with S2.
+"""
 
 import os
 from pathlib import Path
@@ -18,7 +20,9 @@ PROJECTOR_FILE = "mm_projector.safetensors"
 
 
 def space_to_depth(tokens: torch.Tensor) -> torch.Tensor:
-    """A square grid of tokens (batch, rows * columns, width) -> each 2 x 2 of them as one, (batch, ..., 4 * width); odd grids get zeros after them."""
+    """A square grid of tokens (batch, rows * columns, width) -> each 2 x 2 of them as one, (batch, ..., 4 *
+    width); odd grids get zeros after them.
+    """
     batch, count, width = tokens.shape
     side = int(count**0.5)
     if side * side != count:
@@ -32,7 +36,9 @@ def space_to_depth(tokens: torch.Tensor) -> torch.Tensor:
 
 
 class DownsampleProjector(nn.Module):
-    """VILA's projector "mlp_downsample": 2 x 2 tokens as one, LayerNorm, two linear layers. (batch, tokens, width) -> (batch, tokens / 4, text width)"""
+    """VILA's projector "mlp_downsample": 2 x 2 tokens as one, LayerNorm, two linear layers. (batch, tokens,
+    width) -> (batch, tokens / 4, text width)
+    """
 
     def __init__(self, vision_width: int, text_width: int):
         super().__init__()
@@ -55,7 +61,9 @@ class DownsampleProjector(nn.Module):
 
 
 def _convert_vila(source: Path, out: Path) -> None:
-    """VILA-1.5 with S2: the folders `vision_tower` (a SigLIP) and `mm_projector`; the language model stays what it is."""
+    """VILA-1.5 with S2: the folders `vision_tower` (a SigLIP) and `mm_projector`; the language model stays what
+    it is.
+    """
     record = read_json(source / "config.json")
     projector = read_json(source / "mm_projector" / "config.json").get("mm_projector_type")
     if projector not in ("mlp_downsample", "mlp_downsample_2x2_fix"):
@@ -79,7 +87,8 @@ def _convert_vila(source: Path, out: Path) -> None:
     width = tensors["layernorm.weight"].shape[0]
     if width != 4 * model.config.hidden_size:
         raise ValueError(
-            f"The projector of {source} reads {width} channels, four tokens of the tower have {4 * model.config.hidden_size}."
+            f"The projector of {source} reads {width} channels, four tokens of the tower have "
+            f"{4 * model.config.hidden_size}."
         )
     model.save_pretrained(out)
     _save_image_processor(model, vision, out, "squash")
@@ -103,7 +112,8 @@ def convert_s2_vision(
     """Writes a checkpoint as S2 into the folder `out`.
 
     Args:
-        source: the folder of a LLaVA-1.5 with S2 (LoRA, projector or everything), of a VILA-1.5 with S2, or of a plain vision model.
+        source: the folder of a LLaVA-1.5 with S2 (LoRA, projector or everything), of a VILA-1.5 with S2, or of a
+            plain vision model.
         out: a folder that exists and is empty.
         base: of a LLaVA LoRA, the folder of its language model.
         vision_tower: of a LLaVA, the folder of its CLIP.

@@ -10,8 +10,8 @@ def dynamic_tile_grid(image_size: Sequence[int], multiple: int, max_tiles: int, 
         image_size: (height, width) of the picture in pixels.
         multiple: side of the last scale's square, in tiles; the grid has at least as many tiles as that square.
         max_tiles: the most tiles.
-        tile: side of a tile in pixels. Of two grids that are equally near, the one with more tiles is taken if the picture has more than half
-            its pixels.
+        tile: side of a tile in pixels. Of two grids that are equally near, the one with more tiles is taken if the
+            picture has more than half its pixels.
 
     Example:
 

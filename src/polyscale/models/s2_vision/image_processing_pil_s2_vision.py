@@ -7,7 +7,9 @@ from .image_processing_s2_vision import S2ImageProcessorMixin
 
 
 class S2ImageProcessorPil(S2ImageProcessorMixin, PilBackend):
-    """The twin of `S2ImageProcessor` on PIL and NumPy: same fields, same results up to the rounding of resized pixels."""
+    """The twin of `S2ImageProcessor` on PIL and NumPy: same fields, same results up to the rounding of resized
+    pixels.
+    """
 
     def _pad_to_square(self, image: np.ndarray, image_mean) -> np.ndarray:
         channels, height, width = image.shape

@@ -22,8 +22,8 @@ FITS = ("squash", "crop", "pad")
 
 class S2ImageProcessorKwargs(ImagesKwargs, total=False):
     """
-    fit: "squash" (to `crop_size`, whatever the aspect ratio), "crop" (short side to `crop_size`, then centre crop) or "pad" (to a square with the
-        mean colour, then to `crop_size`).
+    fit: "squash" (to `crop_size`, whatever the aspect ratio), "crop" (short side to `crop_size`, then centre crop)
+        or "pad" (to a square with the mean colour, then to `crop_size`).
     tile_size: with Dynamic-S2, the side of a tile in pixels; None without.
     tile_multiples: with Dynamic-S2, the side of each scale's square, in tiles.
     max_tiles: with Dynamic-S2, the most tiles in the last scale.
@@ -42,7 +42,9 @@ def _base_settings(base: BaseImageProcessor) -> dict:
 
 
 class S2ImageProcessorMixin(FiniteImagesMixin):
-    """What both backends of the S2 image processor share; a backend says how pictures are padded, resized, cropped and normalised."""
+    """What both backends of the S2 image processor share; a backend says how pictures are padded, resized,
+    cropped and normalised.
+    """
 
     valid_kwargs = S2ImageProcessorKwargs
     model_input_names = ["pixel_values"]
@@ -110,7 +112,9 @@ class S2ImageProcessorMixin(FiniteImagesMixin):
     def _cut(
         self, image, tile_size: int, tile_multiples: Sequence[int], max_tiles: int, resample
     ) -> tuple[list, tuple[int, int]]:
-        """One picture -> its tiles (Dynamic-S2), scale by scale, row by row; and (height, width) in pixels of its last scale."""
+        """One picture -> its tiles (Dynamic-S2), scale by scale, row by row; and (height, width) in pixels of its
+        last scale.
+        """
         rows, columns = dynamic_tile_grid(image.shape[-2:], tile_multiples[-1], max_tiles, tile_size)
         tiles = []
         for grid in [(multiple, multiple) for multiple in tile_multiples[:-1]] + [(rows, columns)]:
@@ -143,8 +147,9 @@ class S2ImageProcessorMixin(FiniteImagesMixin):
     ) -> BatchFeature:
         """Pictures -> `pixel_values` (batch, channels, height, width).
 
-        With Dynamic-S2: `pixel_values` (batch, most tiles a picture can have, channels, tile, tile), zeros after the tiles of a picture that has
-        fewer, so that pictures of all shapes fit in one batch; and `image_sizes` (batch, 2), the size of its last scale in pixels.
+        With Dynamic-S2: `pixel_values` (batch, most tiles a picture can have, channels, tile, tile), zeros after the
+        tiles of a picture that has fewer, so that pictures of all shapes fit in one batch; and `image_sizes` (batch,
+        2), the size of its last scale in pixels.
         """
 
         def normalized(image):
@@ -168,8 +173,8 @@ class S2ImageProcessorMixin(FiniteImagesMixin):
 class S2ImageProcessor(S2ImageProcessorMixin, TorchvisionBackend):
     """Pictures -> `pixel_values` at the largest scale of an S2 model, or its tiles with Dynamic-S2.
 
-    Best made with `S2ImageProcessor.for_config(config, base)`. The fields are those of the base model's processor, `size` and `crop_size` (both: the largest
-    scale), and `fit`, `tile_size`, `tile_multiples` and `max_tiles`.
+    Best made with `S2ImageProcessor.for_config(config, base)`. The fields are those of the base model's processor,
+    `size` and `crop_size` (both: the largest scale), and `fit`, `tile_size`, `tile_multiples` and `max_tiles`.
 
     Raises:
         ValueError: for pictures with NaN or infinite values, or an unknown `fit`.

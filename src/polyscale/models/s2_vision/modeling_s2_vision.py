@@ -1,7 +1,7 @@
 """When Do We Not Need Larger Vision Models? (S2, arXiv 2403.13043).
 
-Faithful to bfshi/scaling_on_scales; its use in LLaVA to haotian-liu/LLaVA, `CLIPVisionTowerS2`; Dynamic-S2 (NVILA, arXiv 2412.04468) to
-NVlabs/VILA, `merge_features_for_dynamic_s2`.
+Faithful to bfshi/scaling_on_scales; its use in LLaVA to haotian-liu/LLaVA, `CLIPVisionTowerS2`; Dynamic-S2 (NVILA,
+arXiv 2412.04468) to NVlabs/VILA, `merge_features_for_dynamic_s2`.
 """
 
 from collections.abc import Sequence
@@ -17,18 +17,19 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
-from ...layers.quadtree import reverse_quadtree
 from ...layers.sizes import check_pixel_values
 from .base_config import base_stage_widths
 from .configuration_s2_vision import S2VisionConfig
-from .multiscale import ScaleMerger, TilePlan, as_tokens, features_of, run_tiles, token_grid
+from .multiscale import TilePlan, as_tokens, run_tiles, token_grid
+from .tile_outputs import TileOutputs
 
 
 @dataclass
 class S2VisionOutput(BaseModelOutputWithPooling):
     """
     Args:
-        last_hidden_state: (batch, num_prefix_tokens + num_tokens, scales * width); from a ConvNet (batch, scales * width, rows, columns).
+        last_hidden_state: (batch, num_prefix_tokens + num_tokens, scales * width); from a ConvNet (batch, scales *
+            width, rows, columns).
         pooler_output: (batch, scales * pooled width).
         hidden_states: a tuple of tensors like `last_hidden_state`; None at layers that were not asked for.
         attentions: one tensor a layer of the wrapped model, (batch, tiles of all scales, heads, tokens, tokens).
@@ -40,111 +41,6 @@ class S2VisionOutput(BaseModelOutputWithPooling):
     token_mask: torch.Tensor | None = None
     num_tokens: torch.Tensor | None = None
     block_sizes: torch.Tensor | None = None
-
-
-def _wanted(output_hidden_states: bool | int | Sequence[int] | None, count: int) -> set[int]:
-    """The places in a tuple of `count` hidden states that are asked for."""
-    if output_hidden_states is None or output_hidden_states is False:
-        return set()
-    if output_hidden_states is True:
-        return set(range(count))
-    layers = [output_hidden_states] if isinstance(output_hidden_states, int) else output_hidden_states
-    return {layer % count for layer in layers if -count <= layer < count}
-
-
-def _pooled(outputs, num_prefix_tokens: int) -> torch.Tensor:
-    """One vector a tile: the model's own, else CLS, else the mean over its tokens."""
-    if outputs.get("pooler_output") is not None:
-        return outputs["pooler_output"].flatten(1)
-    features = outputs["last_hidden_state"]
-    if features.ndim == 4:
-        return features.mean(dim=(2, 3))
-    return features[:, 0] if num_prefix_tokens else features.mean(dim=1)
-
-
-def _quadtree_as_grid(tokens: torch.Tensor, outputs, tile: tuple[int, int], config) -> torch.Tensor:
-    """Tokens of a Quadtree ViT, of patches of several sizes, as the grid of its smallest patches."""
-    prefix, patches = tokens[:, : config.num_prefix_tokens], tokens[:, config.num_prefix_tokens :]
-    grid = reverse_quadtree(
-        patches,
-        outputs["patch_centers"],
-        outputs["patch_sizes"],
-        tile,
-        config.min_patch_size,
-        outputs.get("token_mask"),
-    )
-    return torch.cat([prefix, grid.flatten(2).transpose(1, 2)], dim=1)
-
-
-class TileOutputs:
-    """Collects what the wrapped model says about tiles; `take` is called with the tiles, in the order of their plan."""
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        config: S2VisionConfig,
-        output_hidden_states: bool | int | Sequence[int] | None,
-        output_attentions: bool,
-        options: dict,
-    ):
-        self.model = model
-        self.config = config
-        self.output_hidden_states = output_hidden_states
-        self.output_attentions = output_attentions
-        self.options = options
-        self.num_hidden_states = 0
-        self.streams: dict[object, list[torch.Tensor]] = {}
-
-    def take(self, tiles: torch.Tensor) -> None:
-        outputs = self.model(
-            tiles,
-            output_hidden_states=self.output_hidden_states,
-            output_attentions=self.output_attentions,
-            return_dict=True,
-            **self.options,
-        )
-        features = features_of(outputs, self.config.output_shape)
-        is_quadtree = self.model.config.model_type == "quadtree_vit"
-        tile = tuple(tiles.shape[-2:])
-
-        def add(name: object, value: torch.Tensor) -> None:
-            if is_quadtree and value.ndim == 3:
-                value = _quadtree_as_grid(value, outputs, tile, self.model.config)
-            self.streams.setdefault(name, []).append(value)
-
-        add("last_hidden_state", features)
-        add("pooler_output", _pooled(outputs, self.config.num_prefix_tokens))
-        hidden_states = outputs.get("hidden_states") or ()
-        self.num_hidden_states = len(hidden_states)
-        for layer in _wanted(self.output_hidden_states, len(hidden_states)):
-            if hidden_states[layer] is not None:
-                add(("hidden_states", layer), hidden_states[layer])
-        if self.output_attentions:
-            for layer, attention in enumerate(outputs.get("attentions") or ()):
-                self.streams.setdefault(("attentions", layer), []).append(attention)
-
-    def merged(self, plan: TilePlan, batch: int, parts: dict[object, list[torch.Tensor]] | None = None) -> dict:
-        """Each stream over all scales: a vector, or a map and its prefix tokens; attentions with the tiles of a picture together."""
-        result = {}
-        for name, tensors in (self.streams if parts is None else parts).items():
-            if isinstance(name, tuple) and name[0] == "attentions":
-                result[name] = torch.cat(tensors).unflatten(0, (-1, batch)).transpose(0, 1)
-                continue
-            merger = ScaleMerger(
-                plan,
-                batch,
-                self.config.resize_output_to_idx,
-                self.config.num_prefix_tokens if tensors[0].ndim == 3 else 0,
-                self.config.features_per_tile,
-            )
-            for tensor in tensors:
-                merger.add(tensor)
-            result[name] = merger.result()
-        return result
-
-    def layers(self, values: dict, name: str, count: int) -> tuple | None:
-        """The values of a stream that has one for each layer, None at layers without."""
-        return tuple(values.get((name, layer)) for layer in range(count)) if count else None
 
 
 class S2VisionPreTrainedModel(PreTrainedModel):
@@ -178,7 +74,8 @@ class S2VisionPreTrainedModel(PreTrainedModel):
                 or "a model that AutoModel knows"
             )
             raise ValueError(
-                f"`vision_model` must be {names}, a model without a head, got {type(vision_model).__name__}: a classifier's logits are no "
+                f"`vision_model` must be {names}, a model without a head, got "
+                f"{type(vision_model).__name__}: a classifier's logits are no "
                 "features. Give the model inside it."
             )
         for module in vision_model.modules():
@@ -195,8 +92,10 @@ class S2VisionPreTrainedModel(PreTrainedModel):
         """Loads a plain checkpoint of the model to wrap.
 
         Args:
-            pretrained_model_name_or_path: a folder or a name on the Hub; of a CLIP-like checkpoint with a text part, the vision part is read.
-            model_kwargs: arguments of `from_pretrained` for the wrapped model (`dtype`, `device_map`, `attn_implementation`, ...).
+            pretrained_model_name_or_path: a folder or a name on the Hub; of a CLIP-like checkpoint with a text part,
+                the vision part is read.
+            model_kwargs: arguments of `from_pretrained` for the wrapped model (`dtype`, `device_map`,
+                `attn_implementation`, ...).
             kwargs: fields of `S2VisionConfig`, `scales` or `img_sizes` among them.
 
         Raises:
@@ -213,7 +112,8 @@ class S2VisionPreTrainedModel(PreTrainedModel):
         missing = [key for key in info["missing_keys"] if not key.startswith(("pooler.", "head."))]
         if missing:
             raise ValueError(
-                f"`pretrained_model_name_or_path` {pretrained_model_name_or_path!r} does not fit {type(vision_model).__name__}: it lacks "
+                f"`pretrained_model_name_or_path` {pretrained_model_name_or_path!r} does not fit "
+                f"{type(vision_model).__name__}: it lacks "
                 f"{len(missing)} weights, {sorted(missing)[0]!r} among them."
             )
         return cls.from_vision_model(vision_model, **kwargs)
@@ -254,22 +154,24 @@ class S2VisionWrapper(S2VisionPreTrainedModel):
     ) -> S2VisionOutput:
         """
         Args:
-            pixel_values: (batch, channels, height, width), any height and width, best at the largest scale. With `image_sizes`: the tiles
-                that `S2ImageProcessor(dynamic=True)` cuts, (batch, tiles, channels, tile, tile) padded to the same number of tiles, or
-                (all tiles, channels, tile, tile) one picture after the other.
+            pixel_values: (batch, channels, height, width), any height and width, best at the largest scale. With
+                `image_sizes`: the tiles that `S2ImageProcessor(dynamic=True)` cuts, (batch, tiles, channels, tile,
+                tile) padded to the same number of tiles, or (all tiles, channels, tile, tile) one picture after the
+                other.
             scales: in place of the configured scales, as many of them; what they mean is said at `S2VisionConfig`.
             img_sizes: in place of them, the sizes in pixels: int or (height, width).
-            image_sizes: only with `config.dynamic`: (batch, 2), height and width in pixels of the last scale of each picture.
-            output_hidden_states: True for all layers of the wrapped model, or the index or indices of those that are wanted; only those
-                are put together.
+            image_sizes: only with `config.dynamic`: (batch, 2), height and width in pixels of the last scale of each
+                picture.
+            output_hidden_states: True for all layers of the wrapped model, or the index or indices of those that are
+                wanted; only those are put together.
             kwargs: passed to the wrapped model (`patch_size=` of a FlexiViT, `interpolate_pos_encoding=` of a CLIP).
 
         Returns:
             `S2VisionOutput`.
 
         Raises:
-            ValueError: for a wrong shape of `pixel_values`, another number of scales than configured, features that are no grid, or
-                `image_sizes` that do not fit the tiles.
+            ValueError: for a wrong shape of `pixel_values`, another number of scales than configured, features that
+                are no grid, or `image_sizes` that do not fit the tiles.
         """
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
@@ -302,7 +204,8 @@ class S2VisionWrapper(S2VisionPreTrainedModel):
         if self.config.features_per_tile is not None:
             return self.config.features_per_tile
         raise ValueError(
-            f"`dynamic=True` needs a wrapped model whose config says its `patch_size`; {self.config.vision_config.model_type!r} does not."
+            "`dynamic=True` needs a wrapped model whose config says its `patch_size`; "
+            f"{self.config.vision_config.model_type!r} does not."
         )
 
     def _joined(self, features: torch.Tensor, prefix: torch.Tensor | None) -> torch.Tensor:
@@ -334,7 +237,8 @@ class S2VisionWrapper(S2VisionPreTrainedModel):
         for size in sizes:
             if len(size) != 2 or any(side < tile or side % tile for side in size):
                 raise ValueError(
-                    f"`image_sizes` must hold (height, width) in pixels of the last scale of each picture, multiples of the tile of {tile}, "
+                    "`image_sizes` must hold (height, width) in pixels of the last scale of each "
+                    f"picture, multiples of the tile of {tile}, "
                     f"got {size}."
                 )
         return [(height // tile, width // tile) for height, width in sizes]
@@ -371,13 +275,16 @@ class S2VisionWrapper(S2VisionPreTrainedModel):
         return self._output(values, collector, more)
 
     def _only_real_tiles(self, pixel_values: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
-        """(batch, tiles, channels, tile, tile) or (all tiles, channels, tile, tile) -> (all real tiles, channels, tile, tile)"""
+        """(batch, tiles, channels, tile, tile) or (all tiles, channels, tile, tile) -> (all real tiles, channels,
+        tile, tile)
+        """
         shape = tuple(pixel_values.shape)
         if pixel_values.ndim == 5 and shape[0] == len(counts) and shape[1] >= max(counts):
             pixel_values = torch.cat([tiles[:count] for tiles, count in zip(pixel_values, counts, strict=True)])
         elif pixel_values.ndim != 4 or shape[0] != sum(counts):
             raise ValueError(
-                f"`pixel_values` of shape {shape} does not fit `image_sizes`, which say {list(counts)} tiles for {len(counts)} pictures: expected "
+                f"`pixel_values` of shape {shape} does not fit `image_sizes`, which say {list(counts)} "
+                f"tiles for {len(counts)} pictures: expected "
                 "(pictures, tiles, channels, tile, tile) or (all tiles, channels, tile, tile)."
             )
         check_pixel_values(pixel_values, self.config.num_channels)
@@ -441,7 +348,8 @@ class S2VisionBackbone(BackboneMixin, S2VisionPreTrainedModel):
         super().__init__(config)
         if config.dynamic:
             raise ValueError(
-                "`dynamic=True` gives each picture a feature map of its own size: use `S2VisionWrapper`, not a backbone."
+                "`dynamic=True` gives each picture a feature map of its own size: use `S2VisionWrapper`, "
+                "not a backbone."
             )
         widths = base_stage_widths(config.vision_config)
         self.num_features = [config.num_scales * width for width in widths]
@@ -462,8 +370,8 @@ class S2VisionBackbone(BackboneMixin, S2VisionPreTrainedModel):
             pixel_values, scales, img_sizes: as in `S2VisionWrapper.forward`.
 
         Returns:
-            `feature_maps`: one (batch, scales * width, rows, columns) a stage; with `config.reshape_hidden_states=False`
-            (batch, tokens, scales * width), prefix tokens included.
+            `feature_maps`: one (batch, scales * width, rows, columns) a stage; with
+            `config.reshape_hidden_states=False` (batch, tokens, scales * width), prefix tokens included.
         """
         outputs = self.s2_vision(pixel_values, scales=scales, img_sizes=img_sizes, **kwargs)
         feature_maps = ()

@@ -1,7 +1,7 @@
 """When Do We Not Need Larger Vision Models? (S2, arXiv 2403.13043): any vision model at several scales.
 
-Faithful to bfshi/scaling_on_scales (`s2wrapper`) on the square pictures it takes; pictures and tiles of other shapes follow its
-`dev_any_shape` branch, with the token count that branch promises.
+Faithful to bfshi/scaling_on_scales (`s2wrapper`) on the square pictures it takes; pictures and tiles of other shapes
+follow its `dev_any_shape` branch, with the token count that branch promises.
 """
 
 import math
@@ -42,7 +42,9 @@ class TilePlan:
         return rows * columns
 
     def feature_grid(self, scale: int, features_per_tile: tuple[int, int]) -> tuple[int, int]:
-        """(rows, columns) of features that the picture itself covers at a scale: padding and enlargement of tiles add none."""
+        """(rows, columns) of features that the picture itself covers at a scale: padding and enlargement of tiles
+        add none.
+        """
         return tuple(
             -(-side * features // tile)
             for side, tile, features in zip(self.sizes[scale], self.tile, features_per_tile, strict=True)
@@ -81,7 +83,8 @@ def _scaled_size(input_size: Sequence[int], scale: float) -> tuple[int, int]:
     height, width = (int(side * scale) for side in input_size)
     if height < 1 or width < 1:
         raise ValueError(
-            f"`scales` holds {scale!r}, which leaves an empty tile of a picture of {tuple(input_size)} pixels (height, width): "
+            f"`scales` holds {scale!r}, which leaves an empty tile of a picture of {tuple(input_size)} "
+            "pixels (height, width): "
             "use a larger scale or a larger picture."
         )
     return height, width
@@ -119,7 +122,8 @@ def join_tiles(maps: torch.Tensor, tile_grid: tuple[int, int]) -> torch.Tensor:
 
 
 def _window(start: int, stop: int, old: int, new: int) -> tuple[int, int]:
-    """The part of a signal of length `old` from which a bicubic resize to `new` makes the entries from `start` to `stop`.
+    """The part of a signal of length `old` from which a bicubic resize to `new` makes the entries from `start` to
+    `stop`.
 
     It begins and ends where old and new pixels have a border in common, so that the part can be resized on its own.
     """
@@ -160,7 +164,9 @@ def _whole_scale(picture: torch.Tensor, plan: TilePlan, scale: int, antialias: b
 
 
 def _tiles_one_by_one(picture: torch.Tensor, plan: TilePlan, antialias: bool) -> Iterator[torch.Tensor]:
-    """The tiles in the order of `cut_tiles`, scale by scale; each (batch, channels, *tile), made when it is asked for."""
+    """The tiles in the order of `cut_tiles`, scale by scale; each (batch, channels, *tile), made when it is asked
+    for.
+    """
     height, width = plan.tile
     for scale, size in enumerate(plan.sizes):
         rows, columns = plan.tile_grid(scale)
@@ -177,7 +183,9 @@ def _tiles_one_by_one(picture: torch.Tensor, plan: TilePlan, antialias: bool) ->
 
 
 def _in_chunks(tiles: Iterator[torch.Tensor], chunk: int) -> Iterator[torch.Tensor]:
-    """Tensors of any batch size -> tensors of batch size `chunk`, the last one smaller where it does not come out even."""
+    """Tensors of any batch size -> tensors of batch size `chunk`, the last one smaller where it does not come out
+    even.
+    """
     waiting, count = [], 0
     for tile in tiles:
         waiting.append(tile)
@@ -208,7 +216,8 @@ def token_grid(num_tokens: int, tile: tuple[int, int]) -> tuple[int, int]:
                 if grid[0] * grid[1] == num_tokens:
                     return grid
     raise ValueError(
-        f"The model gives {num_tokens} tokens for a tile of {height} x {width} pixels, which is no grid. If some are prefix tokens (CLS, "
+        f"The model gives {num_tokens} tokens for a tile of {height} x {width} pixels, which is no grid. "
+        "If some are prefix tokens (CLS, "
         "registers), say how many: `num_prefix_token` (`num_prefix_tokens` in a config)."
     )
 
@@ -221,7 +230,8 @@ class ScaleMerger:
         batch: pictures.
         resize_output_to_idx: the scale whose feature grid the output has.
         num_prefix_token: tokens in front of each tile's that have no place; averaged over the tiles of a scale.
-        features_per_tile: (rows, columns) of a tile's features; found from their number when None, or when they are others.
+        features_per_tile: (rows, columns) of a tile's features; found from their number when None, or when they are
+            others.
     """
 
     def __init__(
@@ -242,7 +252,9 @@ class ScaleMerger:
         self._prefixes: list[torch.Tensor] = []
 
     def add(self, features: torch.Tensor) -> None:
-        """The next tiles' output, in the order of the tiles: tokens (n, tokens, width), maps (n, width, h, w) or vectors (n, width)."""
+        """The next tiles' output, in the order of the tiles: tokens (n, tokens, width), maps (n, width, h, w) or
+        vectors (n, width).
+        """
         self._waiting.append(features)
         while len(self._maps) < len(self.plan.sizes):
             needed = self.plan.num_tiles(len(self._maps)) * self.batch
@@ -275,7 +287,9 @@ class ScaleMerger:
         self._maps.append(area_resize(features, self.plan.feature_grid(self.target, per_tile)))
 
     def result(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The map (batch, scales * width, rows, columns) or vector (batch, scales * width), and the prefix tokens if any."""
+        """The map (batch, scales * width, rows, columns) or vector (batch, scales * width), and the prefix tokens
+        if any.
+        """
         prefix = torch.cat(self._prefixes, dim=-1) if self._prefixes else None
         return torch.cat(self._maps, dim=1), prefix
 
@@ -293,7 +307,9 @@ def run_tiles(
     tiles_per_forward: int | None = None,
     antialias: bool = False,
 ) -> None:
-    """Gives every tile of every scale to `run`: all at once, or `tiles_per_forward` at a time, made when they are needed."""
+    """Gives every tile of every scale to `run`: all at once, or `tiles_per_forward` at a time, made when they are
+    needed.
+    """
     if tiles_per_forward is None:
         scales = range(len(plan.sizes))
         run(
@@ -316,13 +332,15 @@ def check_chunks(tiles_per_forward: int | None) -> None:
 def check_scale_index(resize_output_to_idx: int, num_scales: int) -> None:
     if not -num_scales <= resize_output_to_idx < num_scales:
         raise ValueError(
-            f"`resize_output_to_idx` must name one of the {num_scales} scales ({-num_scales} to {num_scales - 1}), got "
+            f"`resize_output_to_idx` must name one of the {num_scales} scales ({-num_scales} to "
+            f"{num_scales - 1}), got "
             f"{resize_output_to_idx}."
         )
 
 
 def features_of(output: object, output_shape: str) -> torch.Tensor:
-    """The features in what a model returned: a tensor, a tuple that begins with it, or an output object of transformers.
+    """The features in what a model returned: a tensor, a tuple that begins with it, or an output object of
+    transformers.
 
     Raises:
         ValueError: for a classifier's logits, or features of another shape than `output_shape` says.
@@ -335,7 +353,8 @@ def features_of(output: object, output_shape: str) -> torch.Tensor:
             output = named["feature_maps"][-1]
         elif "logits" in named:
             raise ValueError(
-                "`model` gives a classifier's logits where features are expected: pass the model without its head, or a function that returns "
+                "`model` gives a classifier's logits where features are expected: pass the model without "
+                "its head, or a function that returns "
                 "the features (`lambda x: model(x, output_hidden_states=True).hidden_states[-1]`)."
             )
         elif isinstance(output, tuple | list) and output and isinstance(output[0], torch.Tensor):
@@ -348,14 +367,16 @@ def features_of(output: object, output_shape: str) -> torch.Tensor:
     expected = {"bnc": 3, "bchw": 4}[output_shape]
     if output.ndim == 2:
         raise ValueError(
-            f"`model` gives a classifier's logits, or another single vector a picture, of shape {tuple(output.shape)} where features are "
+            "`model` gives a classifier's logits, or another single vector a picture, of shape "
+            f"{tuple(output.shape)} where features are "
             "expected: (batch, tokens, width) or (batch, width, rows, columns). Pass the model without its head."
         )
     if output.ndim != expected:
         fitting = {3: "bnc", 4: "bchw"}.get(output.ndim)
         hint = f" Use `output_shape={fitting!r}`." if fitting else ""
         raise ValueError(
-            f"`output_shape={output_shape!r}` expects features with {expected} dimensions, the model gives {tuple(output.shape)}.{hint}"
+            f"`output_shape={output_shape!r}` expects features with {expected} dimensions, the model "
+            f"gives {tuple(output.shape)}.{hint}"
         )
     return output
 
@@ -376,32 +397,35 @@ def multiscale_forward(
 ) -> torch.Tensor:
     """Features of a picture at several scales, concatenated on channels: the token count is that of one scale.
 
-    Each scale is the input resized (bicubic, not antialiased), cut into tiles of `max_split_size`, and given to the model; the tiles' features
-    are joined to one map a scale, and all maps resized ("area") to one grid. The arguments are those of `s2wrapper.forward`.
+    Each scale is the input resized (bicubic, not antialiased), cut into tiles of `max_split_size`, and given to the
+    model; the tiles' features are joined to one map a scale, and all maps resized ("area") to one grid. The
+    arguments are those of `s2wrapper.forward`.
 
     Args:
-        model: a function or model from pictures (n, channels, height, width) to features: (n, tokens, width) or (n, width, rows, columns), an
-            output object with `last_hidden_state`, or a tuple that begins with one of these.
+        model: a function or model from pictures (n, channels, height, width) to features: (n, tokens, width) or (n,
+            width, rows, columns), an output object with `last_hidden_state`, or a tuple that begins with one of these.
         input: pictures of shape (batch, channels, height, width), any height and width.
         scales: the scales, as factors of the input's height and width.
         img_sizes: in place of `scales`, the size in pixels at each scale: int (a square) or (height, width).
         max_split_size: size in pixels of the tiles, int or (height, width); the input's size when None.
         resize_output_to_idx: the scale (its place in the list) whose feature grid the output has.
-        num_prefix_token: tokens in front of the model's output that have no place in the picture (CLS, registers). They are averaged over
-            the tiles of a scale.
+        num_prefix_token: tokens in front of the model's output that have no place in the picture (CLS, registers).
+            They are averaged over the tiles of a scale.
         output_shape: "bnc" (tokens: a ViT) or "bchw" (maps: a ConvNet); the model's output and this function's.
-        split_forward: whether the tiles go through the model one place at a time (`batch` tiles): the memory of about one scale.
-        uneven: how a size that is no multiple of `max_split_size` is cut, so that the model still sees tiles of that size: "resize"
-            enlarges the scaled picture to whole tiles, "pad" adds zeros at its bottom and right. The feature grid is that of the
-            scaled picture in both cases.
+        split_forward: whether the tiles go through the model one place at a time (`batch` tiles): the memory of
+            about one scale.
+        uneven: how a size that is no multiple of `max_split_size` is cut, so that the model still sees tiles of that
+            size: "resize" enlarges the scaled picture to whole tiles, "pad" adds zeros at its bottom and right. The
+            feature grid is that of the scaled picture in both cases.
         tiles_per_forward: how many tiles go through the model at a time; all when None.
 
     Returns:
         (batch, num_prefix_token + tokens, scales * width), or (batch, scales * width, rows, columns).
 
     Raises:
-        ValueError: for both or neither of `scales` and `img_sizes`, a scale that leaves an empty tile, a wrong choice or index, an input of
-            another shape or without floating-point numbers, logits in place of features, and token counts that are no grid.
+        ValueError: for both or neither of `scales` and `img_sizes`, a scale that leaves an empty tile, a wrong
+            choice or index, an input of another shape or without floating-point numbers, logits in place of
+            features, and token counts that are no grid.
 
     Example:
 
