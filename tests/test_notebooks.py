@@ -16,7 +16,7 @@ def code_cells(notebook) -> list:
 
 def has_picture(notebook) -> bool:
     outputs = [output for cell in code_cells(notebook) for output in cell.outputs]
-    return any("image/png" in output.get("data", {}) for output in outputs)
+    return any(kind.startswith("image/") for output in outputs for kind in output.get("data", {}))
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 
 MAX_PICTURES = 12
+MAX_SIDE = 480  # pixels: what a cell of a figure can show
 
 
 def make_grid(rows: int, columns: int, cell: tuple[float, float] = (2.0, 2.0)) -> tuple["Figure", np.ndarray]:
@@ -60,6 +61,13 @@ def seen_region(image: Image.Image, processor) -> Image.Image:
     return image.crop((round(left), round(top), round(left + seen_width), round(top + seen_height)))
 
 
+def draw_picture(axis: "Axes", image: Image.Image, **options) -> None:
+    """Draws a picture, reduced to at most `MAX_SIDE` pixels; `options` go to `Axes.imshow`."""
+    image = image.copy()
+    image.thumbnail((MAX_SIDE, MAX_SIDE))
+    axis.imshow(image, **options)
+
+
 def preprocess(image: Image.Image, processor, model) -> torch.Tensor:
     """A picture as a model on its device takes it: (1, channels, height, width)."""
     pixel_values = processor(images=image.convert("RGB"), return_tensors="pt")["pixel_values"]
@@ -84,7 +92,7 @@ def draw_patch_grid(
     """
     height, width = image_size
     patch_height, patch_width = to_pair(patch_size, "patch_size")
-    axis.imshow(image, extent=(0, width, height, 0), interpolation="lanczos", aspect="equal")
+    draw_picture(axis, image, extent=(0, width, height, 0), interpolation="lanczos", aspect="equal")
     line = {"color": "white", "linewidth": 0.7, "alpha": 0.85}
     bottom = height // patch_height * patch_height if uneven == "crop" else height
     right = width // patch_width * patch_width if uneven == "crop" else width
@@ -110,10 +118,10 @@ def picture_drawer(model, processor) -> Callable[["Axes", Image.Image, object], 
         patch_size = config.resolve_patch_size(patch_size)
         draw_patch_grid(axis, seen_region(image, processor), image_size, patch_size, config.uneven)
 
-    def draw_picture(axis: "Axes", image: Image.Image, budget) -> None:
-        axis.imshow(seen_region(image, processor))
+    def draw_alone(axis: "Axes", image: Image.Image, budget) -> None:
+        draw_picture(axis, seen_region(image, processor))
 
-    return draw_flexivit_patches if config.model_type == "flexivit" else draw_picture
+    return draw_flexivit_patches if config.model_type == "flexivit" else draw_alone
 
 
 def draw_classification(model, processor, records: Sequence[dict]) -> "Figure":
@@ -289,6 +297,7 @@ __all__ = [
     "draw_flexivit",
     "draw_kernels",
     "draw_patch_grid",
+    "draw_picture",
     "features_to_rgb",
     "flexivit_features",
     "make_grid",
