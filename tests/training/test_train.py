@@ -98,6 +98,20 @@ def test_distillation_from_a_checkpoint(trained, parquet_folder, tmp_path):
     assert (tmp_path / "student" / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
+def test_other_families_train_and_every_picture_is_scored(parquet_folder, tmp_path):
+    options = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    options |= {"min_patch_size": 4, "max_patch_size": 8, "num_tokens": 10}
+    recipe = make_recipe(None, options, family="quadtree_vit", image_size=16, epochs=3, batch_size=7, num_workers=0)
+    metrics = train(parquet_folder, tmp_path / "model", recipe)
+    assert metrics["eval_top1"] * 24 == pytest.approx(round(metrics["eval_top1"] * 24))
+    model = AutoModelForImageClassification.from_pretrained(tmp_path / "model")
+    assert model.config.model_type == "quadtree_vit"
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "model")
+    inputs = processor([make_picture(0, 0), make_picture(1, 0)], return_tensors="pt")
+    assert model(**inputs).logits.shape == (2, 3)
+
+
 def test_bad_choices_are_refused_before_anything_is_written(parquet_folder, trained, tmp_path):
     output = tmp_path / "out"
     for choices, message in (

@@ -64,17 +64,14 @@ def load_classifier(source: str | Path, **config_options) -> tuple[PreTrainedMod
         model = AutoModelForImageClassification.from_pretrained(source, **config_options)
         return model.eval(), AutoImageProcessor.from_pretrained(source)
 
-    from ..models.flexivit.convert_flexivit import load_flexivit_source
+    from ..models.flexivit.convert_flexivit import flexivit_from_source, load_flexivit_source
 
-    config, state_dict, processor = load_flexivit_source(source)
-    for name, value in config_options.items():
-        setattr(config, name, value)
-    model = FlexiViTForImageClassification(config)
-    missing, unexpected = model.load_state_dict(state_dict, strict=False)
-    if missing or unexpected:
-        raise ValueError(
-            f"{source!s} is no image classifier: missing {missing or 'nothing'}, left over {unexpected or 'nothing'}."
-        )
+    loaded = load_flexivit_source(source, **config_options)
+    model, processor = flexivit_from_source(loaded), loaded.image_processor
+    if not isinstance(model, FlexiViTForImageClassification):
+        raise ValueError(f"{source!s} has no classifier: accuracy needs an image-classification checkpoint.")
+    if processor is None:
+        raise ValueError(f"{source!s} brings no image processor: convert it first, and write one beside the result.")
     return model.eval(), processor
 
 

@@ -76,7 +76,6 @@ def _training_arguments(recipe: TrainingRecipe, work_dir: Path) -> TrainingArgum
         bf16=recipe.bf16,
         activation_checkpointing=recipe.gradient_checkpointing,
         dataloader_num_workers=recipe.num_workers,
-        dataloader_drop_last=True,
         remove_unused_columns=False,
         label_names=["labels"],
         eval_strategy="no",

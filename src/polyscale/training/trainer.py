@@ -69,7 +69,7 @@ class ImageClassificationTrainer(Trainer):
         else:
             smoothing = self.label_smoothing if model.training else 0.0
             loss = F.cross_entropy(logits, labels, label_smoothing=smoothing)
-        return (loss, outputs) if return_outputs else loss
+        return (loss, {"logits": logits}) if return_outputs else loss
 
 
 __all__ = ["ImageClassificationTrainer"]
