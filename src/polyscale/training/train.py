@@ -9,6 +9,7 @@ from accelerate import PartialState
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
+    PreTrainedConfig,
     PreTrainedModel,
     TrainingArguments,
     set_seed,
@@ -47,12 +48,18 @@ def make_model(recipe: TrainingRecipe, label_names: list[str]) -> PreTrainedMode
     return AutoModelForImageClassification.from_config(config)
 
 
-def make_image_processor(recipe: TrainingRecipe) -> TorchvisionBackend:
-    """The processor that is saved beside the model: resize to `recipe.image_size`, the recipe's mean and deviation."""
+def make_image_processor(recipe: TrainingRecipe, config: PreTrainedConfig) -> TorchvisionBackend:
+    """The processor that is saved beside the model: resize to `recipe.image_size`, the recipe's mean and deviation.
+
+    What it shares with the model's config by name (the patch sizes that a picture must fit) is taken from there.
+    """
     if recipe.init_from is not None:
         processor = AutoImageProcessor.from_pretrained(recipe.init_from)
     else:
         processor = IMAGE_PROCESSOR_MAPPING[CONFIG_MAPPING[recipe.family]]["torchvision"]()
+    for name in processor.valid_kwargs.__annotations__:
+        if hasattr(config, name):
+            setattr(processor, name, getattr(config, name))
     height, width = to_pair(recipe.image_size, "image_size")
     processor.size = type(processor.size)(height=height, width=width)
     processor.crop_size = type(processor.size)(height=height, width=width)
@@ -127,7 +134,7 @@ def train(dataset: str | Path, output_dir: str | Path, recipe: TrainingRecipe, r
     label_names = splits["train"].features["label"].names
     set_seed(recipe.seed)
     model = make_model(recipe, label_names)
-    processor = make_image_processor(recipe)
+    processor = make_image_processor(recipe, model.config)
 
     size = to_pair(recipe.image_size, "image_size")
     stats = (list(recipe.image_mean), list(recipe.image_std))
