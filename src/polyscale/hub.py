@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, HfApi
-from transformers import AutoImageProcessor, AutoVideoProcessor, PreTrainedModel
+from transformers import AutoImageProcessor, AutoVideoProcessor, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 from transformers.models.auto.video_processing_auto import VIDEO_PROCESSOR_MAPPING
@@ -120,6 +120,17 @@ def _processor_classes(config_class: type, processor) -> tuple[str, str, dict[st
     )
 
 
+def _check_parts(config: PreTrainedConfig) -> None:
+    """Refuses a polyscale model inside another: transformers looks for the code of the outer one only."""
+    for name in config.sub_configs:
+        part = getattr(config, name, None)
+        if isinstance(part, PreTrainedConfig) and _is_ours(type(part).__module__):
+            raise ValueError(
+                f"`model` holds a {part.model_type!r} in `{name}`: code of a model inside another cannot travel with "
+                "weights. Save it with `model.save_pretrained`; it loads where polyscale is installed."
+            )
+
+
 def _add_auto_map(path: Path, auto_map: dict) -> None:
     content = json.loads(path.read_text(encoding="utf-8"))
     content["auto_map"] = auto_map
@@ -144,7 +155,7 @@ def save_with_code(model: PreTrainedModel, save_directory: str | os.PathLike, pr
         The folder.
 
     Raises:
-        ValueError: if `model` or `processor` is not of a polyscale family.
+        ValueError: if `model` or `processor` is not of a polyscale family, or the model holds another polyscale model.
     """
     config_class = type(model.config)
     if not _is_ours(type(model).__module__) or not _is_ours(config_class.__module__):
@@ -152,6 +163,7 @@ def save_with_code(model: PreTrainedModel, save_directory: str | os.PathLike, pr
             f"`model` is a {type(model).__module__}.{type(model).__name__}: only a polyscale model carries code of "
             "polyscale. Save other models with `model.save_pretrained`."
         )
+    _check_parts(model.config)
     model_classes = _model_classes(config_class)
     auto_map = {"AutoConfig": _reference(config_class)}
     auto_map.update({name: _reference(cls) for name, cls in model_classes.items()})

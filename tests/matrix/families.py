@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedConfig, TrainerCallback
+from transformers import CLIPVisionConfig, PreTrainedConfig, TrainerCallback
 
 import polyscale
 
@@ -24,12 +24,27 @@ class Budget:
     num_tokens: int
 
 
+def count_a_grid(config: PreTrainedConfig, budget: Budget) -> dict[str, int]:
+    """What `LlavaProcessor` counts with where tokens are a grid of patches."""
+    return {"patch_size": budget.knobs["patch_size"], "num_additional_image_tokens": config.num_prefix_tokens}
+
+
+def count_a_number(config: PreTrainedConfig, budget: Budget) -> dict[str, int]:
+    """What it counts with where the number of tokens is that of no grid: no patch fits in, and so many are added."""
+    return {
+        "patch_size": 10_000,
+        "num_additional_image_tokens": budget.num_tokens + config.num_prefix_tokens,
+    }
+
+
 @dataclass(frozen=True)
 class LlavaRecipe:
     """How a LLaVA model reads the tower: its select strategy and what `LlavaProcessor` counts with."""
 
     strategy: str  # "default" drops token 0 and needs exactly one prefix token; "full" keeps all
     processor_kwargs: Callable[[PreTrainedConfig, Budget], dict[str, int]]
+    # Why the budget of a model in memory is fixed, where it is.
+    fixed_budget: str | None = None
 
 
 @dataclass(frozen=True)
@@ -45,7 +60,10 @@ class Family:
     processor_kwargs: dict[str, Any]
     budgets: tuple[Budget, ...]  # the config's own first; at least two where the family has a knob
     llava: LlavaRecipe | None
+    llava_budgets: tuple[Budget, ...]  # two, set in the tower's config
     input_shape: tuple[int, ...] = (3, 32, 32)  # of one picture, or of one video (frames first)
+    # Overrides of the config for Hugging Face's common suite, where it counts layers otherwise.
+    common_overrides: dict[str, Any] = field(default_factory=dict)
     # What a training run sets in the config and adds to the Trainer, for families that draw the knob at every step.
     training_overrides: dict[str, Any] = field(default_factory=dict)
     make_callbacks: Callable[[], list[TrainerCallback]] = list
@@ -114,20 +132,172 @@ FLEXIVIT = Family(
         Budget({"patch_size": 16}, 4),
         Budget({"patch_size": [4, 8]}, 32),
     ),
-    llava=LlavaRecipe(
-        strategy="default",
-        processor_kwargs=lambda config, budget: {
-            "patch_size": budget.knobs["patch_size"],
-            "num_additional_image_tokens": config.num_prefix_tokens,
-        },
-    ),
+    llava=LlavaRecipe("default", count_a_grid),
+    llava_budgets=(Budget({"patch_size": 8}, 16), Budget({"patch_size": 16}, 4)),
     training_overrides={"train_patch_sizes": [4, 8, 16]},
     make_callbacks=lambda: [polyscale.PatchSizeCallback()],
     dropout_overrides=_ENCODER_DROPOUT,
     common_skips={"test_inputs_embeds": _NO_TEXT_EMBEDDING},
 )
 
-FAMILIES = (FLEXIVIT,)
+
+def _quadtree_config(**overrides) -> PreTrainedConfig:
+    sizes = {"min_patch_size": 4, "max_patch_size": 16, "num_tokens": 16}
+    return polyscale.QuadtreeViTConfig(**{**_ENCODER, **sizes, **overrides})
+
+
+QUADTREE_VIT = Family(
+    name="quadtree_vit",
+    title="Quadtree ViT",
+    make_config=_quadtree_config,
+    model=polyscale.QuadtreeViTModel,
+    classifier=polyscale.QuadtreeViTForImageClassification,
+    backbone=polyscale.QuadtreeViTBackbone,
+    processor=polyscale.QuadtreeViTImageProcessor,
+    processor_pil=polyscale.QuadtreeViTImageProcessorPil,
+    processor_kwargs={"size": {"height": 32, "width": 32}, "max_patch_size": 16},
+    budgets=(Budget({"num_tokens": 16}, 16), Budget({"num_tokens": 40}, 40)),
+    llava=LlavaRecipe("default", count_a_number),
+    llava_budgets=(Budget({"num_tokens": 16}, 16), Budget({"num_tokens": 40}, 40)),
+    dropout_overrides=_ENCODER_DROPOUT,
+    common_skips={
+        "test_inputs_embeds": _NO_TEXT_EMBEDDING,
+        "test_model_outputs_equivalence": (
+            "The test subtracts outputs, and `token_mask` is boolean; `test_outputs_as_a_tuple` asks the same."
+        ),
+    },
+)
+
+
+_SPARSEFORMER = {
+    "feature_width": 8,
+    "num_latent_tokens": 9,
+    "num_sampling_points": 4,
+    "num_attention_heads": 2,
+    "widths": [32, 32],
+    "repeats": [2, 1],
+    "operations": [["attn", "roi_adj", "sampling_m", "mlp"], ["attn", "mlp"]],
+    "image_size": 32,
+    "initializer_range": 0.2,
+    **_LABELS,
+}
+_SPARSEFORMER_DEEPER = {
+    "widths": [32] * 4,
+    "repeats": [1] * 4,
+    "operations": [["attn", "roi_adj", "sampling_m", "mlp"], *[["attn", "mlp"]] * 3],
+}
+_ONE_REPEAT = {"repeats": [1, 1]}
+
+
+def _sparseformer_config(**overrides) -> PreTrainedConfig:
+    return polyscale.SparseFormerConfig(**{**_SPARSEFORMER, **overrides})
+
+
+_LLAVA_ROWS = tuple(column for column in COLUMNS if column.startswith("LLaVA"))
+_FIXED_TOKENS = "The tokens of a SparseFormer are weights: their number is chosen when a model is made."
+
+SPARSEFORMER = Family(
+    name="sparseformer",
+    title="SparseFormer",
+    make_config=_sparseformer_config,
+    model=polyscale.SparseFormerModel,
+    classifier=polyscale.SparseFormerForImageClassification,
+    backbone=None,
+    processor=polyscale.SparseFormerImageProcessor,
+    processor_pil=polyscale.SparseFormerImageProcessorPil,
+    processor_kwargs=_PROCESSOR_32,
+    budgets=(Budget({}, 9),),
+    llava=LlavaRecipe("full", count_a_number, fixed_budget=_FIXED_TOKENS),
+    llava_budgets=(Budget({"num_latent_tokens": 9}, 9), Budget({"num_latent_tokens": 16}, 16)),
+    dropout_overrides={"drop_path_rate": 0.2},
+    deeper_overrides=_SPARSEFORMER_DEEPER,
+    lora_targets=("qkv", "fc1"),
+    head_modules=("classifier",),
+    common_overrides=_ONE_REPEAT,
+    common_skips={"test_inputs_embeds": _NO_TEXT_EMBEDDING},
+)
+
+
+def _sparseformer_video_config(**overrides) -> PreTrainedConfig:
+    frames = {"num_latent_tokens": 4, "replicates": 2, "num_frames": 4}
+    return polyscale.SparseFormerVideoConfig(**{**_SPARSEFORMER, **frames, **overrides})
+
+
+SPARSEFORMER_VIDEO = Family(
+    name="sparseformer_video",
+    title="SparseFormer (video)",
+    make_config=_sparseformer_video_config,
+    model=polyscale.SparseFormerVideoModel,
+    classifier=polyscale.SparseFormerForVideoClassification,
+    backbone=None,
+    processor=polyscale.SparseFormerVideoProcessor,
+    processor_pil=None,
+    processor_kwargs=_PROCESSOR_32,
+    budgets=(Budget({}, 8),),
+    llava=None,
+    llava_budgets=(),
+    input_shape=(4, 3, 32, 32),
+    not_asked={
+        'pipeline("image-classification")': '`pipeline("video-classification")` reads files with `av`, an extra.',
+        'pipeline("image-feature-extraction")': "transformers has no pipeline for features of videos.",
+        **dict.fromkeys(_LLAVA_ROWS, "LLaVA takes pictures, not videos."),
+    },
+    dropout_overrides={"drop_path_rate": 0.2},
+    deeper_overrides=_SPARSEFORMER_DEEPER,
+    lora_targets=("qkv", "fc1"),
+    head_modules=("classifier",),
+    common_overrides=_ONE_REPEAT,
+    common_skips={"test_inputs_embeds": _NO_TEXT_EMBEDDING},
+)
+
+
+def _clip_config(num_hidden_layers: int = 2) -> CLIPVisionConfig:
+    return CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=num_hidden_layers,
+        num_attention_heads=2,
+        image_size=16,
+        patch_size=4,
+        initializer_range=0.2,
+    )
+
+
+def _s2_config(**overrides) -> PreTrainedConfig:
+    return polyscale.S2VisionConfig(
+        **{"vision_config": _clip_config(), "scales": [1, 2], "initializer_range": 0.2, **_LABELS, **overrides}
+    )
+
+
+S2_VISION = Family(
+    name="s2_vision",
+    title="S2",
+    make_config=_s2_config,
+    model=polyscale.S2VisionWrapper,
+    classifier=polyscale.S2VisionForImageClassification,
+    backbone=polyscale.S2VisionBackbone,
+    processor=polyscale.S2ImageProcessor,
+    processor_pil=polyscale.S2ImageProcessorPil,
+    processor_kwargs={"size": {"height": 32, "width": 32}, "crop_size": {"height": 32, "width": 32}},
+    budgets=(Budget({"scales": [1, 2]}, 16), Budget({"scales": [2, 3]}, 64)),
+    llava=LlavaRecipe("default", count_a_number),
+    llava_budgets=(Budget({"scales": [1, 2]}, 16), Budget({"scales": [2, 3]}, 64)),
+    deeper_overrides={"vision_config": _clip_config(num_hidden_layers=4)},
+    head_modules=("classifier",),
+    common_overrides={"attn_implementation": "eager"},  # the only one whose attentions a wrapped model returns
+    common_skips={
+        "test_inputs_embeds": _NO_TEXT_EMBEDDING,
+        "test_can_init_all_missing_weights": (
+            "In a third-party model, transformers initialises no module without weights of its own; CLIP draws "
+            "the weights of its attention and MLP in such modules. A checkpoint that has the weights is not affected."
+        ),
+        "test_retain_grad_hidden_states_attentions": (
+            "The hidden states of all scales are put together from those of the tiles, beside the way to the output."
+        ),
+    },
+)
+
+FAMILIES = (FLEXIVIT, QUADTREE_VIT, SPARSEFORMER, SPARSEFORMER_VIDEO, S2_VISION)
 
 
 def _cell(column: str, family: Family) -> list[pytest.MarkDecorator] | None:

@@ -11,6 +11,7 @@ from polyscale.hub import save_with_code
 
 from .families import Family
 from .pictures import photographs
+from .video import moving_frames
 
 
 @torch.no_grad()
@@ -33,13 +34,12 @@ def write_reference(family: Family, folder: Path, with_code: bool) -> dict[str, 
         expected[f"last_hidden_state.{index}"] = outputs.last_hidden_state
         expected[f"pooler_output.{index}"] = outputs.pooler_output
         expected[f"logits.{index}"] = classifier(pixel_values, **budget.knobs).logits
-    pictures = photographs()[:3]
+    samples = [moving_frames(picture) if family.is_video else picture for picture in photographs()[:3]]
     backends = [family.processor] if family.processor_pil is None else [family.processor, family.processor_pil]
     names = dict(zip(("torchvision", "pil"), (cls.__name__ for cls in backends), strict=False))
     for backend in names:
-        expected[f"processed.{backend}"] = family.make_processor(backend)(list(pictures), return_tensors="pt")[
-            "pixel_values"
-        ]
+        processed = family.make_processor(backend)(samples, return_tensors="pt")
+        expected[f"processed.{backend}"] = processed["pixel_values"]
     task = "Video" if family.is_video else "Image"
     auto_classes = {
         "AutoModel": family.model.__name__,
@@ -56,6 +56,7 @@ def write_reference(family: Family, folder: Path, with_code: bool) -> dict[str, 
         "budgets": [{"knobs": budget.knobs, "num_tokens": budget.num_tokens} for budget in family.budgets],
         "num_prefix_tokens": getattr(classifier.config, "num_prefix_tokens", 0),
         "pictures": [str(path) for path in sample_photographs()[:3]],
+        "is_video": family.is_video,
         "with_polyscale": not with_code,
     }
 

@@ -45,7 +45,7 @@ class ModelTester:
 
     def __init__(self, family: Family):
         self.family = family
-        config = family.make_config()
+        config = self.get_config()
         for name in ("num_hidden_layers", "num_attention_heads", "hidden_size"):
             setattr(self, name, getattr(config, name, None))
         self.image_size = family.input_shape[-1]
@@ -54,7 +54,7 @@ class ModelTester:
             setattr(self, name, value)
 
     def get_config(self):
-        return self.family.make_config()
+        return self.family.make_config(**self.family.common_overrides)
 
     def prepare_config_and_inputs_for_common(self):
         return self.get_config(), {"pixel_values": self.family.make_inputs(self.batch_size)}

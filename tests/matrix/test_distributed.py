@@ -66,7 +66,7 @@ def test_offload_to_disk(family, tmp_path):
         offload_folder=tmp_path / "offload",
     )
     assert set(offloaded.hf_device_map.values()) == {"cpu", "disk"}, offloaded.hf_device_map
-    whole = set(family.classifier._no_split_modules)
+    whole = set(offloaded._no_split_modules)
     for name, module in offloaded.named_modules():
         if type(module).__name__ in whole:
             inside = {key for key in offloaded.hf_device_map if key.startswith(f"{name}.")}

@@ -106,6 +106,16 @@ def test_hidden_states(family):
 
 
 @each_family("hidden states (True, int, list) and attentions")
+def test_outputs_as_a_tuple(family):
+    for model_class in (family.model, family.classifier):
+        model, inputs = family.make_model(model_class), family.make_inputs()
+        for options in ({}, {"output_hidden_states": True}):
+            with torch.no_grad():
+                outputs = model(inputs, **options)
+                assert_close(model(inputs, return_dict=False, **options), outputs.to_tuple(), rtol=0, atol=0)
+
+
+@each_family("hidden states (True, int, list) and attentions")
 def test_attentions_are_probabilities(family):
     model, inputs = family.make_model(family.model), family.make_inputs()
     model.set_attn_implementation("eager")
@@ -114,7 +124,9 @@ def test_attentions_are_probabilities(family):
             outputs = model(inputs, output_attentions=True, **budget.knobs)
         assert len(outputs.attentions) > 0
         for attention in outputs.attentions:
-            assert attention.ndim == 4
-            assert attention.shape[-1] == outputs.last_hidden_state.shape[1]
+            # (batch, heads, tokens, tokens), or (batch, tiles, heads, tokens, tokens)
+            assert attention.shape[0] == 2
+            assert attention.shape[-1] == attention.shape[-2]
+            assert attention.ndim == 5 or attention.shape[-1] == outputs.last_hidden_state.shape[1]
             assert (attention >= 0).all()
             assert_close(attention.sum(-1), torch.ones(attention.shape[:-1]))

@@ -59,7 +59,7 @@ def test_lora(family, checkpointing, tmp_path):
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    assert losses[-1] < 0.5 * losses[0]
+    assert losses[-1] < 0.7 * losses[0]
 
     model.eval()
     model.save_pretrained(tmp_path)

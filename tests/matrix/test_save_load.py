@@ -20,7 +20,7 @@ _CHECKS = {
     "classifier": "save and load in a fresh process",
     "knobs_in_the_config": "token budget from the config",
     "auto_backbone": "Auto classes",
-    "image_processors": "image processors, torchvision and PIL",
+    "processors": "image processors, torchvision and PIL",
     "classification_pipeline": 'pipeline("image-classification")',
     "feature_pipeline": 'pipeline("image-feature-extraction")',
 }

@@ -15,10 +15,17 @@ import transformers
 from PIL import Image
 from safetensors.torch import load_file
 from torch.testing import assert_close
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, pipeline
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    AutoVideoProcessor,
+    pipeline,
+)
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from ..running import answer_checks
+from ..video import moving_frames
 
 
 class _Blocker(importlib.abc.MetaPathFinder):
@@ -36,8 +43,10 @@ class Context:
         self.processors: dict[str, str] = facts["processors"]
         self.budgets: list[dict] = facts["budgets"]
         self.num_prefix_tokens: int = facts["num_prefix_tokens"]
-        self.pictures = [Image.open(path).convert("RGB") for path in facts["pictures"]]
-        self.picture_paths: list[str] = facts["pictures"]
+        self.is_video: bool = facts["is_video"]
+        self.paths: list[str] = facts["pictures"]
+        pictures = [Image.open(path).convert("RGB") for path in self.paths]
+        self.samples = [moving_frames(picture) for picture in pictures] if self.is_video else pictures
         self.with_polyscale: bool = facts["with_polyscale"]
         self.trust = {} if self.with_polyscale else {"trust_remote_code": True}
 
@@ -69,7 +78,10 @@ def check_polyscale_is_or_is_not_there(context: Context) -> None:
 def check_trust_is_asked_for(context: Context) -> None:
     if context.with_polyscale:
         return
-    for auto_class in ("AutoConfig", "AutoModel", "AutoModelForImageClassification", "AutoImageProcessor"):
+    processor = "AutoVideoProcessor" if context.is_video else "AutoImageProcessor"
+    for auto_class in ("AutoConfig", processor, *context.auto_classes):
+        if auto_class == "AutoBackbone":
+            continue
         with pytest.raises(ValueError, match="trust_remote_code=True"):
             getattr(transformers, auto_class).from_pretrained(context.checkpoint, trust_remote_code=False)
 
@@ -121,11 +133,13 @@ def check_auto_backbone(context: Context) -> None:
     context.close(outputs.feature_maps[-1], "feature_map")
 
 
-def check_image_processors(context: Context) -> None:
+def check_processors(context: Context) -> None:
+    auto_class = AutoVideoProcessor if context.is_video else AutoImageProcessor
     for backend, name in context.processors.items():
-        processor = AutoImageProcessor.from_pretrained(context.checkpoint, backend=backend, **context.trust)
+        options = {} if context.is_video else {"backend": backend}
+        processor = auto_class.from_pretrained(context.checkpoint, **options, **context.trust)
         assert type(processor).__name__ == name
-        inputs = processor(context.pictures, return_tensors="pt")
+        inputs = processor(context.samples, return_tensors="pt")
         context.close(inputs["pixel_values"], f"processed.{backend}")
 
 
@@ -143,9 +157,9 @@ def check_classification_pipeline(context: Context) -> None:
             assert found.keys() == reference.keys(), found
             assert_close([found[name] for name in reference], list(reference.values()), rtol=1e-4, atol=1e-5)
 
-    check([classify(context.picture_paths[0]), *(classify(picture) for picture in context.pictures[1:])])
-    check(classify(context.pictures))
-    check(classify(context.picture_paths, batch_size=2))
+    check([classify(context.paths[0]), *(classify(picture) for picture in context.samples[1:])])
+    check(classify(context.samples))
+    check(classify(context.paths, batch_size=2))
 
 
 def check_feature_pipeline(context: Context) -> None:
@@ -157,10 +171,10 @@ def check_feature_pipeline(context: Context) -> None:
         assert_close(torch.tensor(answers), reference, rtol=1e-4, atol=1e-5)
 
     first = outputs.last_hidden_state[:1]
-    check(extract(context.pictures[0]), first)
-    check(extract(context.picture_paths[0], pool=True), outputs.pooler_output[:1])
-    check([answer[0] for answer in extract(context.pictures)], outputs.last_hidden_state)
-    batched = extract(context.pictures, batch_size=2, pool=True)
+    check(extract(context.samples[0]), first)
+    check(extract(context.paths[0], pool=True), outputs.pooler_output[:1])
+    check([answer[0] for answer in extract(context.samples)], outputs.last_hidden_state)
+    batched = extract(context.samples, batch_size=2, pool=True)
     check([answer[0] for answer in batched], outputs.pooler_output)
 
 

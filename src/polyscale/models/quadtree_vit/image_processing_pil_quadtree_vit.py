@@ -4,12 +4,13 @@ from transformers.image_processing_backends import PilBackend
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling
 
 from ...layers.image_checks import FiniteImagesMixin
-from .image_sizes_quadtree_vit import LegalSizeMixin
+from .image_sizes_quadtree_vit import LegalSizeMixin, QuadtreeViTImageProcessorKwargs
 
 
 class QuadtreeViTImageProcessorPil(FiniteImagesMixin, LegalSizeMixin, PilBackend):
     """The twin of `QuadtreeViTImageProcessor` for machines without torchvision: same fields, same results."""
 
+    valid_kwargs = QuadtreeViTImageProcessorKwargs
     resample = PILImageResampling.BICUBIC
     image_mean = IMAGENET_DEFAULT_MEAN
     image_std = IMAGENET_DEFAULT_STD

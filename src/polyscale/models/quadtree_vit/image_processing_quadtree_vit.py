@@ -4,7 +4,7 @@ from transformers.image_processing_backends import TorchvisionBackend
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling
 
 from ...layers.image_checks import FiniteImagesMixin
-from .image_sizes_quadtree_vit import LegalSizeMixin
+from .image_sizes_quadtree_vit import LegalSizeMixin, QuadtreeViTImageProcessorKwargs
 
 
 class QuadtreeViTImageProcessor(FiniteImagesMixin, LegalSizeMixin, TorchvisionBackend):
@@ -24,6 +24,7 @@ class QuadtreeViTImageProcessor(FiniteImagesMixin, LegalSizeMixin, TorchvisionBa
             the nearest legal ones.
     """
 
+    valid_kwargs = QuadtreeViTImageProcessorKwargs
     resample = PILImageResampling.BICUBIC
     image_mean = IMAGENET_DEFAULT_MEAN
     image_std = IMAGENET_DEFAULT_STD

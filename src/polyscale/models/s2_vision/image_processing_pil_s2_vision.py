@@ -3,13 +3,15 @@
 import numpy as np
 from transformers.image_processing_backends import PilBackend
 
-from .image_processing_s2_vision import S2ImageProcessorMixin
+from .image_processing_s2_vision import S2ImageProcessorKwargs, S2ImageProcessorMixin
 
 
 class S2ImageProcessorPil(S2ImageProcessorMixin, PilBackend):
     """The twin of `S2ImageProcessor` on PIL and NumPy: same fields, same results up to the rounding of resized
     pixels.
     """
+
+    valid_kwargs = S2ImageProcessorKwargs
 
     def _pad_to_square(self, image: np.ndarray, image_mean) -> np.ndarray:
         channels, height, width = image.shape
