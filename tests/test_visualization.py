@@ -2,9 +2,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTConfig, ViTForImageClassification
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTModel,
+)
 
-from polyscale import FlexiViTImageProcessor, FlexiViTImageProcessorPil
+from polyscale import FlexiViTImageProcessor, FlexiViTImageProcessorPil, S2ImageProcessor, S2VisionWrapper
 from polyscale.assets import sample_photographs
 from polyscale.classification import classify_images
 from polyscale.visualization import (
@@ -13,6 +19,7 @@ from polyscale.visualization import (
     draw_flexivit,
     draw_kernels,
     draw_patch_grid,
+    draw_s2,
     features_to_rgb,
     flexivit_features,
     make_grid,
@@ -204,6 +211,20 @@ def test_a_model_without_patches_to_choose_is_drawn_as_the_picture(processor, ph
     _, [[axis]] = make_grid(1, 1)
     picture_drawer(ViTForImageClassification(config), processor)(axis, photograph, None)
     assert (len(axis.images), len(axis.collections)) == (1, 0)
+
+
+def test_draw_s2_has_a_column_a_scale(photograph):
+    base = ViTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=32, patch_size=8
+    )
+    model = S2VisionWrapper.from_vision_model(ViTModel(base), scales=[1, 2]).eval()
+    processor = S2ImageProcessor(size={"height": 64, "width": 64}, do_center_crop=False)
+    figure = draw_s2(model, processor, photograph)
+    titles = [axis.get_title() for axis in figure.axes]
+    assert titles == ["32 x 32 pixels\n1 tile", "64 x 64 pixels\n4 tiles", "", ""]
+    assert [axis.images[0].get_array().shape for axis in figure.axes[2:]] == [(4, 4, 3), (8, 8, 3)]
+    with pytest.raises(ValueError, match="`budgets` must be None"):
+        draw_s2(model, processor, photograph, [1, 2])
 
 
 def test_show_takes_a_checkpoint_and_a_file(checkpoint, tmp_path):

@@ -5,7 +5,6 @@ Every function returns a `matplotlib.figure.Figure`; `figure.savefig("picture.pn
 
 import os
 from collections.abc import Callable, Sequence
-from importlib import import_module
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -254,8 +253,41 @@ def draw_kernels(model, patch_sizes: Sequence, count: int = 8) -> "Figure":
     return figure
 
 
-# Who draws a family: a function (model, processor, image, budgets) of a module of this package.
-_DRAWINGS = {"flexivit": ("visualization", "draw_flexivit")}
+def draw_s2(model, processor, image: Image.Image, budgets: Sequence | None = None) -> "Figure":
+    """A picture at every scale of an S2 model: above with its tiles, below the features as colours.
+
+    Args:
+        model: an S2 model.
+        processor: its image processor.
+        image: the picture.
+        budgets: None; the scales belong to the checkpoint.
+
+    Raises:
+        ValueError: for budgets.
+    """
+    from .visualization_s2 import draw_tiles, scale_features
+
+    if budgets is not None:
+        raise ValueError(f"`budgets` must be None: the scales of an S2 model belong to its checkpoint, got {budgets}.")
+    pixel_values = preprocess(image, processor, model)
+    plan = model.config.plan_for(tuple(pixel_values.shape[-2:]))
+    maps = [features.permute(1, 2, 0).float().cpu().numpy() for features in scale_features(model, pixel_values)]
+    figure, axes = make_grid(2, len(maps), cell=(2.6, 2.7))
+    for scale, colour in enumerate(features_to_rgb(maps)):
+        above, below = axes[:, scale]
+        above.imshow(draw_tiles(seen_region(image, processor), plan, scale))
+        height, width = plan.sizes[scale]
+        rows, columns = plan.tile_grid(scale)
+        tiles = rows * columns
+        above.set_title(f"{width} x {height} pixels\n{tiles} tile{'s' if tiles > 1 else ''}", fontsize=9)
+        below.imshow(colour, interpolation="nearest")
+    axes[0, 0].set_ylabel("tiles", fontsize=9)
+    axes[1, 0].set_ylabel("features, as colours", fontsize=9)
+    return figure
+
+
+# Who draws a family: a function (model, processor, image, budgets).
+_DRAWINGS = {"flexivit": draw_flexivit, "s2_vision": draw_s2}
 
 
 def show(
@@ -263,7 +295,7 @@ def show(
 ) -> "Figure":
     """What a model looks at in a picture, drawn in the manner of its family.
 
-    FlexiViT: the patches and the features at several patch sizes.
+    FlexiViT: the patches and the features at several patch sizes. S2: the tiles and the features of each scale.
 
     Args:
         model: name of a bundled checkpoint, local folder, or name on the hub.
@@ -288,8 +320,7 @@ def show(
             raise ValueError(f"`image` {os.fspath(image)!r} cannot be drawn: {error}.") from error
     network = AutoModel.from_pretrained(source).eval()
     processor = AutoImageProcessor.from_pretrained(source)
-    module, function = _DRAWINGS[config.model_type]
-    return getattr(import_module(f".{module}", __package__), function)(network, processor, image, budgets)
+    return _DRAWINGS[config.model_type](network, processor, image, budgets)
 
 
 __all__ = [
@@ -298,6 +329,7 @@ __all__ = [
     "draw_kernels",
     "draw_patch_grid",
     "draw_picture",
+    "draw_s2",
     "features_to_rgb",
     "flexivit_features",
     "make_grid",
