@@ -19,6 +19,10 @@ from .configuration_sparseformer import SparseFormerConfig
 from .geometry_sparseformer import ClampGradient, adjust_rois, encode_rois, place_points, sample_features
 
 
+# Mixing parameters made at a time on a CPU: those of a few tokens fit its caches, those of a batch do not.
+_MIXING_PARAMETERS = 2**19
+
+
 class SparseFormerUnitNorm(nn.LayerNorm):
     """A LayerNorm whose weights start at width ** -0.5: what it gives starts with a length of 1."""
 
@@ -201,19 +205,31 @@ class SparseFormerMixing(nn.Module):
         self.activation = ACT2FN[config.repeated_hidden_act]
         self.o_proj = nn.Linear(channels * rows, width)
 
-    def forward(self, tokens: torch.Tensor, sampled: torch.Tensor) -> torch.Tensor:
-        """(batch, tokens, width) and sampled (batch, tokens, points, channels) -> (batch, tokens, width)"""
-        parameters = self.generator_out(self.generator_in(self.layernorm(tokens))).flatten(0, 1)
+    def mix(self, generators: torch.Tensor, sampled: torch.Tensor) -> torch.Tensor:
+        """(batch * tokens, inner) and (batch * tokens, points, channels) -> (batch * tokens, rows * channels)"""
+        parameters = self.generator_out(generators)
         channel_size = self.channel_shape[0] * self.channel_shape[1]
         channel_mixing = parameters[:, :channel_size].unflatten(-1, self.channel_shape)
         spatial_mixing = parameters[:, channel_size:].unflatten(-1, self.spatial_shape)
-        mixed = sampled.flatten(0, 1).to(parameters.dtype)  # (batch * tokens, points, channels)
+        mixed = sampled.to(parameters.dtype)
         if self.channel_bias is None:
             mixed = torch.bmm(spatial_mixing, torch.bmm(mixed, channel_mixing))
         else:
             mixed = self.activation(torch.baddbmm(self.channel_bias, mixed, channel_mixing))
             mixed = torch.baddbmm(self.spatial_bias[:, None], spatial_mixing, mixed)
-        mixed = self.activation(mixed).flatten(1)  # (batch * tokens, rows * channels)
+        return self.activation(mixed).flatten(1)
+
+    def forward(self, tokens: torch.Tensor, sampled: torch.Tensor) -> torch.Tensor:
+        """(batch, tokens, width) and sampled (batch, tokens, points, channels) -> (batch, tokens, width)"""
+        generators = self.generator_in(self.layernorm(tokens)).flatten(0, 1)
+        sampled = sampled.flatten(0, 1)
+        step = max(_MIXING_PARAMETERS // self.generator_out.out_features, 1)
+        in_steps = tokens.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if in_steps and len(generators) > step:
+            parts = [self.mix(*part) for part in zip(generators.split(step), sampled.split(step), strict=True)]
+            mixed = torch.cat(parts)
+        else:
+            mixed = self.mix(generators, sampled)
         return self.o_proj(mixed).unflatten(0, tokens.shape[:2])
 
 
