@@ -36,12 +36,16 @@ def test_compiles_without_graph_breaks(name, pictures):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize(
-    "exporter", [(DynamoExporter, DynamoConfig), (OnnxExporter, OnnxConfig)], ids=["dynamo", "onnx"]
+    ("exporter", "config", "name"),
+    [
+        (DynamoExporter, DynamoConfig, "even"),
+        (DynamoExporter, DynamoConfig, "split"),
+        (OnnxExporter, OnnxConfig, "uneven"),
+    ],
 )
-@pytest.mark.parametrize("name", ["even", "uneven", "split"])
-def test_exports_with_a_dynamic_batch(name, exporter, pictures):
+def test_exports_with_a_dynamic_batch(name, exporter, config, pictures):
     model = make_model(name)
-    exported = exporter[0]().export(model, {"pixel_values": pictures}, exporter[1](dynamic=True))
+    exported = exporter().export(model, {"pixel_values": pictures}, config(dynamic=True))
     more = torch.randn(5, 3, 64, 64)
     with torch.no_grad():
         logits = torch.as_tensor(exported(pixel_values=more)["logits"])
