@@ -238,7 +238,7 @@ def _train_step(model, images, loss_scale=1.0):
 
 def test_the_clamp_acts_and_follows_the_loss_scale():
     free = make_model(SparseFormerForImageClassification, tiny_config())
-    clamped = SparseFormerForImageClassification(tiny_config(restrict_sampling_gradient=True))
+    clamped = SparseFormerForImageClassification(tiny_config(restrict_grad_norm=True))
     clamped.load_state_dict(free.state_dict())
     images = pixels(2, 3, 32, 32) * 4
     gradients = _train_step(clamped.eval(), images)
@@ -257,14 +257,14 @@ def test_the_clamp_acts_and_follows_the_loss_scale():
 
 
 def test_the_loss_scale_survives_loading(tmp_path):
-    make_model(SparseFormerModel, tiny_config(restrict_sampling_gradient=True)).save_pretrained(tmp_path)
+    make_model(SparseFormerModel, tiny_config(restrict_grad_norm=True)).save_pretrained(tmp_path)
     assert SparseFormerModel.from_pretrained(tmp_path).loss_scale.item() == 1.0
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_gradient_checkpointing_gives_the_same_gradients(kind, use_reentrant):
-    config = tiny_config(kind, restrict_sampling_gradient=True)
+    config = tiny_config(kind, restrict_grad_norm=True)
     model = make_model(SparseFormerForImageClassification, config).train()
     images = pixels(2, 3, 32, 32)
     expected = _train_step(model, images, 8.0)

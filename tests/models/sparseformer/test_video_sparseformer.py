@@ -39,7 +39,7 @@ def test_the_order_of_frames_matters():
 def test_the_clamp_works_in_three_dimensions():
     config = tiny_config("video")
     free = make_model(SparseFormerForVideoClassification, config)
-    clamped = SparseFormerForVideoClassification(tiny_config("video", restrict_sampling_gradient=True)).eval()
+    clamped = SparseFormerForVideoClassification(tiny_config("video", restrict_grad_norm=True)).eval()
     clamped.load_state_dict(free.state_dict())
     gradients = []
     for model in (free, clamped):

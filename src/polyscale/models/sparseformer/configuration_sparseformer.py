@@ -114,7 +114,7 @@ class SparseFormerConfig(PreTrainedConfig):
         mixing_bias: whether mixing has biases, and an activation between its two products (v1).
         generator_width: width inside the generator of mixing parameters; None for a quarter of the layer's width (v1).
         sampling_padding: "zeros" (v1) or "border" (bootstrapped): what a point outside of the picture sees.
-        restrict_sampling_gradient: whether the gradient of sampling points is clamped to one row of features (v1's
+        restrict_grad_norm: whether the gradient of sampling points is clamped to one row of features (v1's
             training).
         transition_norm: whether a LayerNorm follows the linear layer between two widths (v1).
         stage_embedding: whether layers with several repeats add a vector of their own at each of them (bootstrapped).
@@ -161,7 +161,7 @@ class SparseFormerConfig(PreTrainedConfig):
     mixing_bias: bool = True
     generator_width: int | None = None
     sampling_padding: str = "zeros"
-    restrict_sampling_gradient: bool = False
+    restrict_grad_norm: bool = False
     transition_norm: bool = True
     stage_embedding: bool = False
     drop_path_rate: float | int = 0.0

@@ -222,7 +222,7 @@ class SparseFormerModel(SparseFormerPreTrainedModel):
         self.layers = nn.ModuleList(SparseFormerLayer(config, index) for index in range(config.num_hidden_layers))
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         # A tensor, so that a compiled model reads its value of the day.
-        loss_scale = torch.ones(()) if config.restrict_sampling_gradient else None
+        loss_scale = torch.ones(()) if config.restrict_grad_norm else None
         self.register_buffer("loss_scale", loss_scale, persistent=False)
         self.post_init()
 
@@ -243,7 +243,7 @@ class SparseFormerModel(SparseFormerPreTrainedModel):
         Args:
             pixel_values: (batch, channels, height, width), any height and width.
             loss_scale: 0-dim tensor, the factor on the loss (of a `GradScaler`); read only where
-                `config.restrict_sampling_gradient`, the value of `set_loss_scale` (1 at first) when None.
+                `config.restrict_grad_norm`, the value of `set_loss_scale` (1 at first) when None.
             kwargs: `output_hidden_states`, `output_attentions`, `output_all_rois`, `output_sampling_points`,
                 `output_sampling_rois`.
 
@@ -255,7 +255,7 @@ class SparseFormerModel(SparseFormerPreTrainedModel):
         """
         features = self.encode(pixel_values)
         tokens, rois = self.embeddings(features.shape[0])
-        if not self.config.restrict_sampling_gradient:
+        if not self.config.restrict_grad_norm:
             loss_scale = None
         elif loss_scale is None:
             loss_scale = self.loss_scale
