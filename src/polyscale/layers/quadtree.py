@@ -118,9 +118,12 @@ def _check_scores(scores: Sequence[torch.Tensor]) -> None:
                 f"`scores[{level}]` must have the shape {expected} (batch, rows, columns): each level's grid is twice "
                 f"the one before; got {tuple(score.shape)}."
             )
-        # A look at the values waits for the device, and tracers have none: only for eager tensors on the CPU.
-        if score.device.type == "cpu" and not torch.compiler.is_compiling() and bool(torch.isnan(score).any()):
-            raise ValueError(f"`scores[{level}]` holds NaN: scores must be ordered, higher = split sooner.")
+
+
+def _check_values(flat_scores: torch.Tensor) -> None:
+    # A look at the values waits for the device, and tracers have none: only for eager tensors on the CPU.
+    if flat_scores.device.type == "cpu" and not torch.compiler.is_compiling() and bool(flat_scores.isnan().any()):
+        raise ValueError("`scores` hold NaN: scores must be ordered, higher = split sooner.")
 
 
 def _enlarge(grid: torch.Tensor) -> torch.Tensor:
@@ -135,44 +138,38 @@ def _per_level(flat: torch.Tensor, grids: Sequence[tuple[int, int]]) -> list[tor
     return [part.unflatten(1, grid) for part, grid in zip(parts, grids, strict=True)]
 
 
+def _pack(entries: list[torch.Tensor], depth: int, nodes: int) -> list[torch.Tensor]:
+    """The entries of keys, up to `depth` of them, as few integers as hold them, in the same lexicographic order."""
+    digits = max(1, int(KEY_BITS / math.log2(nodes + 1)))  # entries that fit in one integer
+    packed = []
+    for start in range(0, depth, digits):
+        stop = min(start + digits, depth)
+        key = entries[start] if start < len(entries) else torch.zeros_like(entries[0])
+        for entry in entries[start + 1 : stop]:
+            key = key * (nodes + 1) + entry
+        missing = stop - max(min(stop, len(entries)), start + 1)
+        packed.append(key * (nodes + 1) ** missing if missing else key)
+    return packed
+
+
 def _expansion_keys(flat_scores: torch.Tensor, grids: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
     """Integers (batch, nodes) whose lexicographic order is that in which best-first expansion visits nodes."""
     nodes = flat_scores.shape[1]
     # A stable sort breaks ties by the number of the node: coarser level first, then raster.
     order = flat_scores.sort(dim=1, descending=True, stable=True).indices
-    places = torch.arange(nodes, device=order.device).expand_as(order)
-    ranks = torch.zeros_like(order).scatter(1, order, places)
+    places = torch.arange(1, nodes + 1, device=order.device).expand_as(order)
+    ranks = torch.empty_like(order).scatter(1, order, places)
 
-    keys_by_level: list[list[torch.Tensor]] = []  # in each level, the entries of its nodes' keys; -1 = key has ended
-    entries: list[torch.Tensor] = []
+    packed_by_level = []
+    entries: list[torch.Tensor] = []  # of the keys of the level before, largest first; 0 = the key has ended
     for rank in _per_level(ranks, grids):
         inherited = [_enlarge(entry) for entry in entries]
-        entries = []
-        for index, entry in enumerate([*inherited, torch.full_like(rank, -1)]):
-            own = rank if index == 0 else torch.where(inherited[index - 1] > rank, rank, -1)
-            entries.append(torch.where(entry > rank, entry, own))
-        keys_by_level.append(entries)
-
-    depth = len(grids)
-    ended = [torch.full_like(level[0], -1) for level in keys_by_level]
-    columns = [
-        torch.cat(
-            [
-                (level[index] if index < len(level) else end).flatten(1)
-                for level, end in zip(keys_by_level, ended, strict=True)
-            ],
-            dim=1,
-        )
-        for index in range(depth)
-    ]
-    digits = max(1, int(KEY_BITS / math.log2(nodes + 1)))  # entries that fit in one integer
-    packed = []
-    for start in range(0, depth, digits):
-        key = torch.zeros_like(columns[0])
-        for column in columns[start : start + digits]:
-            key = key * (nodes + 1) + (column + 1)
-        packed.append(key)
-    return packed
+        entries = [torch.maximum(inherited[0], rank) if inherited else rank]
+        for before, entry in pairwise([*inherited, None]):
+            own = torch.where(before > rank, rank, 0)
+            entries.append(own if entry is None else torch.where(entry > rank, entry, own))
+        packed_by_level.append(_pack(entries, len(grids), nodes))
+    return [torch.cat([key.flatten(1) for key in keys], dim=1) for keys in zip(*packed_by_level, strict=True)]
 
 
 def _first_splits(flat_scores: torch.Tensor, grids: Sequence[tuple[int, int]], count: int) -> torch.Tensor:
@@ -217,6 +214,7 @@ def select_nodes(
 
     grids = [tuple(score.shape[1:]) for score in scores]
     flat_scores = torch.cat([score.flatten(1) for score in scores], dim=1).detach()
+    _check_values(flat_scores)
     mask = None
     if num_tokens is not None:
         splits = _first_splits(flat_scores, grids, (num_tokens - coarsest) // 3)
@@ -233,32 +231,45 @@ def select_nodes(
     split_grids = _per_level(splits, grids)
     live = [~split_grids[0]]
     for parent, split in pairwise(split_grids):
-        live.append(_enlarge(parent) & ~split)
+        live.append(_enlarge(parent) ^ split)
     live.append(_enlarge(split_grids[-1]))
     live = torch.cat([grid.flatten(1) for grid in live], dim=1)
 
-    # The i-th live node goes to place i; all others to a place that is cut off.
-    place = torch.where(live, live.long().cumsum(dim=1) - 1, num_tokens)
+    # The i-th live node goes to place i; all others to place 0, which is cut off.
+    place = live.cumsum(dim=1) * live
     numbers = torch.arange(live.shape[1], device=live.device).expand_as(place)
     nodes = place.new_zeros(place.shape[0], num_tokens + 1).scatter(1, place, numbers)
-    return nodes[:, :num_tokens], mask
+    return nodes[:, 1:], mask
+
+
+def _node_table(rows: int, columns: int, levels: int, device: torch.device) -> torch.Tensor:
+    """Level, row and column of every node: (nodes, 3)"""
+    grids = []
+    for level in range(levels):
+        shape = (rows << level, columns << level)
+        row = torch.arange(shape[0], device=device)[:, None].expand(shape)
+        column = torch.arange(shape[1], device=device).expand(shape)
+        grids.append(torch.stack([torch.full_like(row, level), row, column], dim=-1).flatten(0, 1))
+    return torch.cat(grids)
+
+
+_node_tables: dict[tuple, torch.Tensor] = {}
 
 
 def decode_nodes(nodes: torch.Tensor, rows: int, columns: int, levels: int) -> QuadtreeTokens:
-    """Numbers of nodes -> level, row and column; level 0 has the grid (rows, columns), `levels` counts the finest too."""
-    level = torch.zeros_like(nodes)
-    first = torch.zeros_like(nodes)  # number of the first node of the level
-    width = torch.full_like(nodes, columns)
-    start = 0
-    for index in range(1, levels):
-        start += (rows * columns) << (2 * (index - 1))
-        reached = nodes >= start
-        level = torch.where(reached, index, level)
-        first = torch.where(reached, start, first)
-        width = torch.where(reached, columns << index, width)
-    offset = nodes - first
-    row = torch.div(offset, width, rounding_mode="floor")
-    return QuadtreeTokens(level, row, offset - row * width)
+    """Numbers of nodes -> level, row, column; level 0 has the grid (rows, columns), `levels` counts the finest too."""
+    if torch.compiler.is_compiling():
+        table = _node_table(rows, columns, levels, nodes.device)
+    else:
+        key = (rows, columns, levels, nodes.device)
+        table = _node_tables.get(key)
+        if table is None:
+            # outside of inference mode, so that the cached tensor may later take part in a backward pass
+            with torch.inference_mode(False):
+                table = _node_table(rows, columns, levels, nodes.device)
+            if type(table) is torch.Tensor and table.device.type != "meta":  # a tracer's stand-in must not be kept
+                _node_tables[key] = table
+    return QuadtreeTokens(*F.embedding(nodes, table).unbind(dim=-1))
 
 
 def quadtree_tokens(

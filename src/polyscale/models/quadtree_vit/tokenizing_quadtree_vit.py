@@ -18,7 +18,7 @@ from ...layers.quadtree import check_multiple, check_token_budget, decode_nodes,
 from ...layers.resizing import resize_abs_pos_embed
 from ...layers.sizes import check_pixel_values
 from .configuration_quadtree_vit import QuadtreeViTConfig
-from .scoring_quadtree_vit import PatchScorer, PrecomputedPatchScorer, make_patch_scorer, resize_bilinear
+from .scoring_quadtree_vit import PatchScorer, PrecomputedPatchScorer, make_patch_scorer, reduce_bilinear
 
 
 class TokenizerOutput(NamedTuple):
@@ -214,12 +214,8 @@ class QuadtreeTokenizer(PatchTokenizer):
 
     def patches_of(self, pixel_values: torch.Tensor, nodes: torch.Tensor) -> torch.Tensor:
         """Cuts out the selected patches, reduced to the smallest size: (batch, tokens, channels * size * size)"""
-        height, width = pixel_values.shape[-2:]
-        levels = self.config.num_levels
-        pyramid = [
-            resize_bilinear(pixel_values, (height >> shift, width >> shift)) if shift else pixel_values
-            for shift in range(levels - 1, -1, -1)
-        ]
+        factors = [1 << shift for shift in range(self.config.num_levels - 1, 0, -1)]
+        pyramid = [reduce_bilinear(pixel_values, factor) for factor in factors] + [pixel_values]
         patches = torch.cat([self.cut(image) for image in pyramid], dim=1)  # (batch, nodes, pixels)
         batch, num_nodes = patches.shape[:2]
         first = torch.arange(batch, device=nodes.device)[:, None] * num_nodes

@@ -1,0 +1,187 @@
+"""Time of Quadtree ViT: selection, tokenization, growth with pixels, and the encoder's gain from a smaller budget.
+
+    python benchmarks/quadtree_vit.py [--official PATH] [--device cuda] [--only selection tokenization pixels encoder]
+
+Rivals run side by side: each round times every one once, in turn; ratios are those of the medians. `--official`
+is a checkout of TomerRonen34/mixed-resolution-vit; without it, a plain re-creation of its loop stands in for it.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from polyscale import PixelBlurPatchScorer, QuadtreeTokenizer, QuadtreeViTConfig, QuadtreeViTModel, quadtree_tokens
+
+
+SECTIONS = ("selection", "tokenization", "pixels", "encoder")
+
+
+def median_times(runs: dict[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, float]:
+    """Median milliseconds of each run; every round takes each of them once, after one round that does not count."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for index in range(rounds + 1):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            if index:
+                times[name].append((time.perf_counter() - start) * 1e3)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def smooth_images(batch: int, size: int, device: torch.device) -> torch.Tensor:
+    """Pictures with busy and quiet parts: noise of several scales."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.zeros(batch, 3, size, size)
+    for cells in (4, 16, 64):
+        noise = torch.randn(batch, 3, cells, cells, generator=generator)
+        images += F.interpolate(noise, size=(size, size), mode="bilinear") * (4 / cells) ** 0.5
+    return images.to(device)
+
+
+def loop_selection(scores: list[torch.Tensor], num_tokens: int) -> torch.Tensor:
+    """One patch at a time, with a batched argmin: (batch, nodes), True for the patches that are left in the end."""
+    rows, columns = scores[0].shape[1:]
+    grids = [(rows << level, columns << level) for level in range(len(scores) + 1)]
+    starts = [sum(r * c for r, c in grids[:level]) for level in range(len(grids) + 1)]
+    children = torch.zeros(starts[-2], 4, dtype=torch.long)
+    for level, (r, c) in enumerate(grids[:-1]):
+        row, column = torch.arange(r)[:, None], torch.arange(c)
+        corner = starts[level + 1] + 2 * row * 2 * c + 2 * column
+        offsets = torch.tensor([0, 1, 2 * c, 2 * c + 1])
+        children[starts[level] : starts[level + 1]] = (corner[..., None] + offsets).flatten(0, 1)
+    device = scores[0].device
+    children = children.to(device)
+    costs = F.pad(
+        -torch.cat([score.flatten(1) for score in scores], dim=1), (0, grids[-1][0] * grids[-1][1]), value=1e6
+    )
+    live = torch.zeros(costs.shape, dtype=torch.bool, device=device)
+    live[:, : starts[1]] = True
+    frontier = torch.where(live, costs, torch.inf)
+    for _ in range((num_tokens - starts[1]) // 3):
+        split = frontier.argmin(dim=1, keepdim=True)
+        new = children[split[:, 0]]
+        frontier.scatter_(1, split, torch.inf).scatter_(1, new, costs.gather(1, new))
+        live.scatter_(1, split, False).scatter_(1, new, True)
+    return live
+
+
+def published_tokenization(official: str | None, tokenizer: QuadtreeTokenizer, size: int) -> Callable:
+    """The fastest published tokenization (z-curve where the size is a power of two)."""
+    config = tokenizer.config
+    if official is not None:
+        sys.path.insert(0, official)
+        from mixed_res.patch_scorers.pixel_blur_patch_scorer import PixelBlurPatchScorer as PublishedScorer
+        from mixed_res.quadtree_impl.quadtree_tensor_lookup import TensorLookupQuadtreeRunner
+        from mixed_res.quadtree_impl.quadtree_z_curve import ZCurveQuadtreeRunner
+        from mixed_res.tokenization.patch_embed import FlatPatchEmbed
+        from mixed_res.tokenization.tokenizers import QuadtreeTokenizer as PublishedTokenizer
+
+        runner_class = TensorLookupQuadtreeRunner if size & (size - 1) else ZCurveQuadtreeRunner
+        runner = runner_class(config.num_tokens, config.min_patch_size, config.max_patch_size)
+        embed = FlatPatchEmbed(size, config.min_patch_size, embed_dim=config.hidden_size)
+        embed = embed.to(tokenizer.patch_embeddings.projection.weight.device)
+        cls_token = torch.zeros(config.hidden_size, device=tokenizer.patch_embeddings.projection.weight.device)
+        return PublishedTokenizer(embed, cls_token, runner, PublishedScorer()).tokenize
+
+    def recreated(images: torch.Tensor) -> torch.Tensor:
+        live = loop_selection(tokenizer.patch_scorer(images), config.num_tokens)
+        nodes = live.nonzero()[:, 1].view(images.shape[0], -1)
+        patches = tokenizer.patches_of(images, nodes)
+        centers = torch.rand(*nodes.shape, 2, device=images.device)
+        steps = torch.arange(config.hidden_size // 4, device=images.device)
+        angles = centers[..., None] * torch.exp(steps * -0.05)
+        positions = torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(2)
+        return tokenizer.assemble(patches, positions)
+
+    return recreated
+
+
+def report(title: str, times: dict[str, float]) -> None:
+    ours, rival = times.values()
+    names = ", ".join(f"{name} {value:.2f} ms" for name, value in times.items())
+    print(f"{title}: {names}, ratio {rival / ours:.1f}")
+
+
+def benchmark_selection(device: torch.device, rounds: int) -> None:
+    for size, num_tokens in ((256, 196), (512, 784), (1024, 3136)):
+        generator = torch.Generator().manual_seed(0)
+        scores = [torch.rand(16, size // p, size // p, generator=generator).to(device) for p in (64, 32)]
+        runs = {
+            "polyscale": lambda scores=scores, n=num_tokens: quadtree_tokens(scores, n),
+            "loop": lambda scores=scores, n=num_tokens: loop_selection(scores, n),
+        }
+        report(f"selection, 16 images, {size} px, {num_tokens} tokens", median_times(runs, rounds, device))
+
+
+def benchmark_tokenization(device: torch.device, rounds: int, official: str | None) -> None:
+    rival = "published" if official else "re-creation"
+    for size, num_tokens in ((256, 100), (256, 196), (512, 784)):
+        tokenizer = QuadtreeTokenizer(QuadtreeViTConfig(num_tokens=num_tokens)).to(device)
+        images = smooth_images(16, size, device)
+        published = published_tokenization(official, tokenizer, size)
+        runs = {
+            "polyscale": lambda tokenizer=tokenizer, images=images: tokenizer(images),
+            rival: lambda published=published, images=images: published(images),
+        }
+        report(f"tokenization, 16 images, {size} px, {num_tokens} tokens", median_times(runs, rounds, device))
+
+
+def benchmark_pixels(device: torch.device, rounds: int) -> None:
+    scorer = PixelBlurPatchScorer()
+    for size in (256, 512, 1024, 2048):
+        num_tokens = 196 * (size // 256) ** 2
+        tokenizer = QuadtreeTokenizer(QuadtreeViTConfig(image_size=size, num_tokens=num_tokens)).to(device)
+        images = smooth_images(1, size, device)
+        runs = {
+            "scores": lambda images=images: scorer(images),
+            "tokenization": lambda tokenizer=tokenizer, images=images: tokenizer(images),
+        }
+        times = median_times(runs, rounds, device)
+        megapixels = size * size / 2**20
+        print(f"1 image of {size} px: " + ", ".join(f"{n} {t / megapixels:.1f} ms/Mpixel" for n, t in times.items()))
+
+
+def benchmark_encoder(device: torch.device, rounds: int) -> None:
+    model = QuadtreeViTModel(QuadtreeViTConfig.preset("quadtree_vit_base")).eval().to(device)
+    images = smooth_images(4, 256, device)
+    runs = {
+        "100 tokens": lambda: model(images, num_tokens=100),
+        "256 tokens": lambda: model(images, num_tokens=256),
+    }
+    times = median_times(runs, rounds, device)
+    report("ViT-B end to end, 4 images, 256 px", times)
+    share = median_times({"tokenization": lambda: model.embeddings(images, 100)}, rounds, device)["tokenization"]
+    print(f"tokenization of 100 tokens: {share:.2f} ms, {share / times['100 tokens']:.1%} of the forward pass")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--official", metavar="PATH", help="a checkout of TomerRonen34/mixed-resolution-vit")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS)
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    print(
+        f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, medians of {arguments.rounds} rounds"
+    )
+    with torch.inference_mode():
+        if "selection" in arguments.only:
+            benchmark_selection(device, arguments.rounds)
+        if "tokenization" in arguments.only:
+            benchmark_tokenization(device, arguments.rounds, arguments.official)
+        if "pixels" in arguments.only:
+            benchmark_pixels(device, arguments.rounds)
+        if "encoder" in arguments.only:
+            benchmark_encoder(device, arguments.rounds)
+
+
+if __name__ == "__main__":
+    main()
