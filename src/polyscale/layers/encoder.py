@@ -83,13 +83,18 @@ class EncoderAttention(nn.Module):
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
+        num_queries: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        leading = hidden_states.shape[:-1]
-        heads = (*leading, -1, self.head_dim)
+        """With `num_queries` only the first tokens ask, of all: (batch, num_queries, hidden) comes back."""
+        queries = hidden_states[:, :num_queries]
         query, key, value = (
-            projection(hidden_states).view(heads).transpose(1, 2)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
+            projection(tokens).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for projection, tokens in (
+                (self.q_proj, queries),
+                (self.k_proj, hidden_states),
+                (self.v_proj, hidden_states),
+            )
         )  # (batch, heads, tokens, head width)
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -104,7 +109,7 @@ class EncoderAttention(nn.Module):
             scaling=self.scaling,
             **kwargs,
         )
-        return self.o_proj(output.reshape(*leading, -1).contiguous()), weights
+        return self.o_proj(output.flatten(2)), weights
 
 
 class EncoderMLP(nn.Module):
@@ -135,7 +140,11 @@ class EncoderSwiGLU(nn.Module):
 
 
 class EncoderLayer(GradientCheckpointingLayer):
-    """Pre-norm transformer layer. (batch, tokens, hidden) -> the same shape."""
+    """Pre-norm transformer layer. (batch, tokens, hidden) -> the same shape.
+
+    With `num_queries` only the first tokens are computed, and only they come back: all that a classifier reads of the
+    last layer.
+    """
 
     def __init__(self, config: EncoderConfig, drop_path_rate: float = 0.0):
         super().__init__()
@@ -153,10 +162,11 @@ class EncoderLayer(GradientCheckpointingLayer):
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
+        num_queries: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
-        update, _ = self.attention(self.layernorm_before(hidden_states), attention_mask, **kwargs)
-        hidden_states = hidden_states + self.drop_path(self.attention_scale(self.dropout(update)))
+        update, _ = self.attention(self.layernorm_before(hidden_states), attention_mask, num_queries, **kwargs)
+        hidden_states = hidden_states[:, :num_queries] + self.drop_path(self.attention_scale(self.dropout(update)))
         update = self.mlp(self.layernorm_after(hidden_states))
         return hidden_states + self.drop_path(self.mlp_scale(self.dropout(update)))
 
@@ -258,6 +268,18 @@ class EncoderPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": EncoderLayer, "attentions": EncoderAttention}
+
+    def reads_prefix_only(self, layers: nn.ModuleList, **kwargs) -> bool:
+        """Whether a classifier may leave the patch tokens of the last layer uncomputed.
+
+        It may where its pooling does not read them and nobody else does: no `hidden_states` or `attentions` are asked
+        for, and no hook is there to see them.
+        """
+        outputs = ("output_hidden_states", "output_attentions")
+        if any(kwargs.get(name, getattr(self.config, name, False)) for name in outputs) or len(layers) == 0:
+            return False
+        hooked = any(module._forward_hooks or module._forward_pre_hooks for module in layers[-1].modules())
+        return self.config.pooling in ("cls", "pooler") and not hooked
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -161,6 +161,7 @@ class FlexiViTModel(FlexiViTPreTrainedModel):
         self,
         pixel_values: torch.Tensor | None = None,
         patch_size: int | Sequence[int] | None = None,
+        prefix_only: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         """
@@ -168,6 +169,8 @@ class FlexiViTModel(FlexiViTPreTrainedModel):
             pixel_values: (batch, channels, height, width), any height and width.
             patch_size: int or (height, width) in pixels. When None: in training drawn from `config.train_patch_sizes`,
                 if there are any; otherwise `config.patch_size`, or `config.base_patch_size`.
+            prefix_only: leave the patch tokens out of the last layer and of `last_hidden_state`. `pooler_output` is
+                the same wherever the pooling reads prefix tokens alone ("cls", "pooler").
 
         Returns:
             `last_hidden_state` (batch, num_prefix_tokens + num_tokens, hidden) and `pooler_output` (batch, pooled).
@@ -178,7 +181,8 @@ class FlexiViTModel(FlexiViTPreTrainedModel):
         hidden_states, _ = self.embeddings(pixel_values, patch_size)
         hidden_states = self.pre_layernorm(hidden_states)
         for layer in self.layers:
-            hidden_states = layer(hidden_states, **kwargs)
+            num_queries = self.config.num_prefix_tokens if prefix_only and layer is self.layers[-1] else None
+            hidden_states = layer(hidden_states, num_queries=num_queries, **kwargs)
         hidden_states = self.layernorm(hidden_states)
         return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=self.pooler(hidden_states))
 
@@ -210,7 +214,8 @@ class FlexiViTForImageClassification(FlexiViTPreTrainedModel):
         Returns:
             `logits` (batch, num_labels), and `loss` when `labels` are given.
         """
-        outputs = self.flexivit(pixel_values, patch_size=patch_size, **kwargs)
+        prefix_only = self.reads_prefix_only(self.flexivit.layers, **kwargs)
+        outputs = self.flexivit(pixel_values, patch_size=patch_size, prefix_only=prefix_only, **kwargs)
         logits = self.head(outputs.pooler_output, outputs.last_hidden_state)
         loss = self.loss_function(labels, logits, self.config, **kwargs) if labels is not None else None
         return ImageClassifierOutput(
