@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModelForImageClassification, TrainerCallback, pipeline
 from typer.testing import CliRunner
 
@@ -92,10 +93,14 @@ def test_an_interrupted_run_resumes_to_the_same_weights(parquet_folder, tmp_path
 
 @pytest.mark.slow
 def test_distillation_from_a_checkpoint(trained, parquet_folder, tmp_path):
-    recipe = small_recipe(teacher=str(trained[0]), epochs=1, temperature=2.0)
+    recipe = small_recipe(teacher=str(trained[0]), epochs=1, temperature=2.0, save_dtype="float16")
     metrics = train(parquet_folder, tmp_path / "student", recipe)
     assert metrics["train_loss"] < 2.0
-    assert (tmp_path / "student" / "model.safetensors").is_file()
+    stored = load_file(tmp_path / "student" / "model.safetensors")
+    assert {weight.dtype for weight in stored.values()} == {torch.float16}
+    for name, weight in weights_of(tmp_path / "student").items():
+        assert weight.dtype == torch.float32
+        assert torch.equal(weight, stored[name].float())
 
 
 @pytest.mark.slow

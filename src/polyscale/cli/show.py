@@ -27,12 +27,12 @@ def show(
     logging.disable_progress_bar()
     try:
         values = None if budgets is None else [parse_size(value) for value in split_list(budgets)]
-        figure = draw(model, file or sample_photographs()[0], values)
+        picture = draw(model, file or sample_photographs()[0], values)
     except (OSError, ValueError) as error:
         typer.echo(f"polyscale show: {error}", err=True)
         raise typer.Exit(2) from error
     output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output)
+    picture.save(output)
     typer.echo(f"Wrote {output}")
 
 

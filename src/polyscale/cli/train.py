@@ -48,6 +48,9 @@ def train(
     ema_decay: Annotated[float | None, typer.Option(help="Save an average of the weights with this decay.")] = None,
     num_workers: Annotated[int | None, typer.Option(help="Processes that read pictures.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of weights, order, augmentation and patch sizes.")] = None,
+    save_dtype: Annotated[
+        str | None, typer.Option(help="float16 or bfloat16: half the file size.")
+    ] = None,
     save_steps: Annotated[int | None, typer.Option(help="Steps between checkpoints; one an epoch by default.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run of OUTPUT_DIR.")] = False,
 ) -> None:
@@ -77,6 +80,7 @@ def train(
         "ema_decay": ema_decay,
         "num_workers": num_workers,
         "seed": seed,
+        "save_dtype": save_dtype,
         "save_steps": save_steps,
     }
     options = parse_fields(set_)

@@ -37,6 +37,7 @@ class TrainingRecipe:
         ema_decay: decay of an exponential moving average of the weights, which is then what is saved; None for none.
         num_workers: processes that read pictures.
         seed: of weights, order, augmentation and patch sizes.
+        save_dtype: "float16" or "bfloat16" halves the weights file, which still loads as float32.
         save_steps: optimiser steps between checkpoints to resume from; None for one an epoch.
     """
 
@@ -65,10 +66,12 @@ class TrainingRecipe:
     ema_decay: float | None = None
     num_workers: int = 2
     seed: int = 0
+    save_dtype: str | None = None
     save_steps: int | None = None
 
     def __post_init__(self):
         check_choice("augmentation", self.augmentation, AUGMENTATIONS)
+        check_choice("save_dtype", self.save_dtype, (None, "float16", "bfloat16"))
         for name in ("epochs", "batch_size", "gradient_accumulation_steps", "learning_rate", "temperature"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"`{name}` must be above 0, got {getattr(self, name)}.")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
@@ -175,20 +176,43 @@ def train(dataset: str | Path, output_dir: str | Path, recipe: TrainingRecipe, r
     if eval_split is not None:
         trainer.data_collator = ImageCollator(len(label_names))
         metrics |= trainer.evaluate()
-    _publish(trainer, processor, output_dir, work_dir)
+    _publish(trainer, processor, output_dir, work_dir, recipe.save_dtype)
     return metrics
 
 
-def _publish(trainer: ImageClassificationTrainer, processor: TorchvisionBackend, output_dir: Path, work_dir: Path):
+def store_weights_as(folder: str | Path, dtype: str) -> None:
+    """Casts the weights of a checkpoint's `model.safetensors`; what it loads as, which the config says, stays.
+
+    Args:
+        folder: a checkpoint with one weights file.
+        dtype: "float16" or "bfloat16".
+    """
+    path = Path(folder) / "model.safetensors"
+    weights = {
+        name: weight.to(getattr(torch, dtype)) if weight.is_floating_point() else weight
+        for name, weight in load_file(path).items()
+    }
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+def _publish(
+    trainer: ImageClassificationTrainer,
+    processor: TorchvisionBackend,
+    output_dir: Path,
+    work_dir: Path,
+    save_dtype: str | None,
+) -> None:
     """Writes the model and its processor beside the checkpoints, then moves the folder to its place."""
     final = work_dir / "final"
     trainer.save_model(str(final))
     with PartialState().main_process_first():
         if PartialState().is_main_process:
             processor.save_pretrained(final)
+            if save_dtype is not None:
+                store_weights_as(final, save_dtype)
             (final / "training_args.bin").unlink(missing_ok=True)  # a pickle, and of no use to a reader
             os.replace(final, output_dir)
             shutil.rmtree(work_dir)
 
 
-__all__ = ["make_image_processor", "make_model", "train"]
+__all__ = ["make_image_processor", "make_model", "store_weights_as", "train"]
