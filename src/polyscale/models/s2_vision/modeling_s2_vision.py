@@ -85,7 +85,10 @@ class S2VisionPreTrainedModel(PreTrainedModel):
         config.dtype = vision_model.dtype
         config._attn_implementation = attention
         model = cls(config, vision_model=vision_model)
-        return model.to(device=vision_model.device, dtype=vision_model.dtype).train(vision_model.training)
+        for module in model.children():
+            if not isinstance(module, PreTrainedModel):  # a head; the model in memory stays where and as it is
+                module.to(device=vision_model.device, dtype=vision_model.dtype)
+        return model.train(vision_model.training)
 
     @classmethod
     def from_vision_pretrained(cls, pretrained_model_name_or_path: str, *, model_kwargs: dict | None = None, **kwargs):
@@ -135,11 +138,10 @@ class S2VisionWrapper(S2VisionPreTrainedModel):
         self.vision_model.requires_grad_(False)
 
     def _chunk(self, batch: int) -> int | None:
-        return (
-            batch
-            if self.config.split_forward and self.config.tiles_per_forward is None
-            else self.config.tiles_per_forward
-        )
+        """How many tiles go through the wrapped model at a time; None for all."""
+        if self.config.tiles_per_forward is None and self.config.split_forward:
+            return batch
+        return self.config.tiles_per_forward
 
     @can_return_tuple
     def forward(
@@ -194,19 +196,10 @@ class S2VisionWrapper(S2VisionPreTrainedModel):
         }
         counts = {}
         if self.config.dynamic:
-            rows, columns = plan.tile_grid(-1)
-            num_tokens = plan.feature_grid(self.config.resize_output_to_idx, self._tile_features(values, plan))
-            counts["num_tokens"] = torch.full((batch,), num_tokens[0] * num_tokens[1], device=pixel_values.device)
-            counts["block_sizes"] = torch.tensor([[rows, columns]], device=pixel_values.device).expand(batch, 2)
+            count = values["last_hidden_state"].shape[1] - self.config.num_prefix_tokens
+            counts["num_tokens"] = torch.full((batch,), count, device=pixel_values.device)
+            counts["block_sizes"] = torch.tensor([plan.tile_grid(-1)], device=pixel_values.device).expand(batch, 2)
         return self._output(values, collector, counts)
-
-    def _tile_features(self, values: dict, plan: TilePlan) -> tuple[int, int]:
-        if self.config.features_per_tile is not None:
-            return self.config.features_per_tile
-        raise ValueError(
-            "`dynamic=True` needs a wrapped model whose config says its `patch_size`; "
-            f"{self.config.vision_config.model_type!r} does not."
-        )
 
     def _joined(self, features: torch.Tensor, prefix: torch.Tensor | None) -> torch.Tensor:
         """Maps as tokens where the wrapped model has tokens."""
