@@ -1,0 +1,140 @@
+"""SparseFormer against the official code: speed of inference and training, cost by tokens and by size of the picture.
+
+    python benchmarks/sparseformer.py [--official PATH] [--rounds 5] [--threads 2] [--device cuda] [--processor-time]
+    [--quick]
+
+PATH is a checkout of showlab/sparseformer. Without it only what needs no counterpart is measured. Weights are
+random, and the same on both sides; the outputs are compared first.
+"""
+
+import argparse
+import importlib
+import sys
+from pathlib import Path
+
+import torch
+from timing import compare, parse_arguments, report
+
+from polyscale import SparseFormerConfig
+from polyscale.models.sparseformer.convert_sparseformer import load_official
+
+
+BATCH_SIZE = 8
+# Preset -> goal of the speed ratio on a CPU in float32.
+GOALS = {"sparseformer_v1_tiny": 1.4, "sparseformer_v1_base": 1.15, "sparseformer_btsp_augreg_base": 1.15}
+GPU_GOAL, GPU_COMPILED_GOAL, TRAINING_GOAL = 1.5, 2.0, 1.2
+
+
+def official_path() -> Path | None:
+    """Takes `--official` from the command line, and leaves the rest to the options that all benchmarks share."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--official", type=Path)
+    known, sys.argv[1:] = parser.parse_known_args()
+    return known.official
+
+
+def official_model(path: Path, name: str) -> torch.nn.Module:
+    """The official model of a preset, with random weights."""
+    folder = str(path / "sparseformer")
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    config = importlib.import_module("sparseformer.config").route_name_to_config(name)
+    return importlib.import_module("sparseformer.modeling").SparseFormer(**config).eval()
+
+
+def our_model(name: str, state_dict: dict[str, torch.Tensor] | None = None) -> torch.nn.Module:
+    """Our model of a preset, with those official weights or random ones."""
+    if state_dict is not None:
+        source = load_official(state_dict, name)
+        model = source.model_class(source.config)
+        model.load_state_dict(source.state_dict)
+        return model.eval()
+    return _classifier(SparseFormerConfig.preset(name))
+
+
+def _classifier(config: SparseFormerConfig) -> torch.nn.Module:
+    from polyscale import SparseFormerForImageClassification
+
+    return SparseFormerForImageClassification(config).eval()
+
+
+def training_step(model: torch.nn.Module, pixels: torch.Tensor):
+    """A call that computes a loss and all gradients."""
+
+    def step():
+        with torch.inference_mode(False), torch.enable_grad():
+            model.zero_grad(set_to_none=True)
+            outputs = model(pixels)
+            getattr(outputs, "logits", outputs).square().mean().backward()
+
+    return step
+
+
+def compare_with_official(path: Path, arguments: argparse.Namespace) -> None:
+    place = {"device": arguments.device, "dtype": arguments.dtype}
+    settings = {"rounds": arguments.rounds, "device": arguments.device, "clock": arguments.clock}
+    on_cpu = arguments.device == "cpu"
+    for name, goal in list(GOALS.items())[: 1 if arguments.quick else None]:
+        theirs = official_model(path, name)
+        ours = our_model(name, theirs.state_dict())
+        pixels = torch.randn(BATCH_SIZE, 3, 224, 224)
+        with torch.inference_mode():
+            difference = (ours(pixels).logits - theirs(pixels)).abs().max().item()
+        report(f"{name}, largest difference of logits in float32", difference, at_most=1e-4)
+        ours, theirs, pixels = ours.to(**place), theirs.to(**place), pixels.to(**place)
+        calls = (lambda model=ours, x=pixels: model(x)), (lambda model=theirs, x=pixels: model(x))
+        compare(f"{name}, inference", *calls, goal=goal if on_cpu else GPU_GOAL, **settings)
+        if not on_cpu:
+            compiled = torch.compile(ours, fullgraph=True)
+            compare(
+                f"{name}, compiled",
+                lambda model=compiled, x=pixels: model(x),
+                calls[1],
+                goal=GPU_COMPILED_GOAL,
+                **settings,
+            )
+        # No stochastic depth on either side: they would not draw alike.
+        steps = training_step(ours, pixels.clone()), training_step(theirs, pixels.clone())
+        compare(f"{name}, training step", *steps, goal=TRAINING_GOAL, **settings)
+
+
+def costs(arguments: argparse.Namespace) -> None:
+    """How the cost grows with latent tokens, and with the picture beyond the early convolution."""
+    place = {"device": arguments.device, "dtype": arguments.dtype}
+    settings = {"rounds": arguments.rounds, "device": arguments.device, "clock": arguments.clock}
+    few, many = (
+        _classifier(SparseFormerConfig.preset("sparseformer_btsp_augreg_base", num_latent_tokens=count)).to(**place)
+        for count in (48, 96)
+    )
+    pixels = torch.randn(BATCH_SIZE, 3, 224, 224).to(**place)
+    compare("48 tokens against 96", lambda: few(pixels), lambda: many(pixels), goal=1.6, **settings)
+    large = torch.randn(BATCH_SIZE, 3, 448, 448).to(**place)
+    base = few.sparseformer
+    features = [base.features(images) for images in (pixels, large)]
+
+    def beyond_convolution(grid: torch.Tensor):
+        tokens, rois = base.embeddings(BATCH_SIZE)
+        return lambda: base.layers[0](tokens, rois, grid)
+
+    ratio = compare(
+        "layers that look, 448 against 224 px",
+        beyond_convolution(features[1]),
+        beyond_convolution(features[0]),
+        goal=0.9,
+        **settings,
+    )
+    report("  their cost at 448 px, in that at 224 px", 1 / ratio, at_most=1.1)
+
+
+def main() -> None:
+    official = official_path()
+    arguments = parse_arguments("SparseFormer at 224 px, batch 8, against showlab/sparseformer", rounds=5)
+    if official is None:
+        print("No --official: nothing to compare with.\n")
+    else:
+        compare_with_official(official, arguments)
+    costs(arguments)
+
+
+if __name__ == "__main__":
+    main()
