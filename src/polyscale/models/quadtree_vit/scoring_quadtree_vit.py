@@ -297,7 +297,9 @@ class FeatureBasedPatchScorer(PatchScorer):
 
     def train(self, mode: bool = True) -> "FeatureBasedPatchScorer":
         super().train(mode)
-        self.network.eval()
+        self.network.eval().requires_grad_(
+            False
+        )  # `from_pretrained` makes parameters anew, and ends with a call of this
         return self
 
     def features(self, pixel_values: torch.Tensor) -> torch.Tensor:

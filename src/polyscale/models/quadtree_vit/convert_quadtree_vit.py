@@ -1,0 +1,128 @@
+"""Plain ViTs as Quadtree ViT: the sources of FlexiViT (transformers, timm, big_vision), with positions sampled at
+patch centres.
+
+>>> model, image_processor = load_quadtree_vit("google/vit-base-patch16-224", max_patch_size=32)
+"""
+
+import os
+from typing import Any
+
+import torch
+
+from ...layers.encoder_config import EncoderConfig
+from ...layers.resizing import pi_resize_patch_embed
+from ...layers.sizes import to_pair
+from ...layers.state_dicts import model_from_state_dict
+from ..flexivit.configuration_flexivit import FlexiViTConfig
+from ..flexivit.convert_flexivit import load_flexivit_source
+from .configuration_quadtree_vit import QuadtreeViTConfig
+from .image_processing_quadtree_vit import QuadtreeViTImageProcessor
+from .modeling_quadtree_vit import QuadtreeViTForImageClassification, QuadtreeViTModel
+from .scoring_quadtree_vit import FeatureBasedPatchScorer
+
+
+_KERNEL = "embeddings.patch_embeddings.projection.weight"
+_SCORER = "embeddings.patch_scorer."
+_LABEL_FIELDS = ("id2label", "label2id", "problem_type")
+_SOURCE_OPTIONS = ("architecture", "model_args", "pretrained")
+
+
+def _quadtree_config(source: FlexiViTConfig, has_head: bool, options: dict[str, Any]) -> QuadtreeViTConfig:
+    """The source's encoder with learned positions, and patch sizes that cut its image size."""
+    unknown = [name for name in options if name not in QuadtreeViTConfig.__dataclass_fields__]
+    if unknown:
+        raise ValueError(f"Unknown options {unknown}: expected fields of QuadtreeViTConfig, such as `max_patch_size`.")
+    skipped = ("_out_features", "_out_indices")
+    fields = {name: getattr(source, name) for name in EncoderConfig.__annotations__ if name not in skipped}
+    fields |= {name: getattr(source, name) for name in _LABEL_FIELDS}
+    patch_size = to_pair(source.base_patch_size, "base_patch_size")
+    if patch_size[0] != patch_size[1]:
+        raise ValueError(f"The source has patches of {patch_size} pixels; a quadtree needs square ones.")
+    fields |= {
+        "min_patch_size": patch_size[0],
+        "position_embedding": "learned",
+        "position_grid": source.position_grid,
+        "prefix_positions": source.prefix_positions,
+        "patch_bias": source.patch_bias,
+        **options,
+    }
+    sides = to_pair(fields["image_size"], "image_size")
+    smallest = fields["min_patch_size"]
+    largest = next((smallest << n for n in (2, 1) if all(side % (smallest << n) == 0 for side in sides)), smallest)
+    model_class = QuadtreeViTForImageClassification if has_head else QuadtreeViTModel
+    return QuadtreeViTConfig(**{"max_patch_size": largest, **fields}, architectures=[model_class.__name__])
+
+
+def _image_processor(source: object, config: QuadtreeViTConfig) -> QuadtreeViTImageProcessor:
+    """The source's normalisation and resampling, and pictures of the model's size."""
+    height, width = to_pair(config.image_size, "image_size")
+    fields = {"size": {"height": height, "width": width}, "max_patch_size": config.max_patch_size}
+    if source is not None:
+        for name in ("image_mean", "image_std", "resample", "do_convert_rgb", "do_rescale", "rescale_factor"):
+            fields[name] = getattr(source, name)
+        crop_size = getattr(source, "crop_size", None)
+        if source.do_center_crop and crop_size and (crop_size["height"], crop_size["width"]) == (height, width):
+            fields |= {"size": dict(source.size), "crop_size": dict(crop_size), "do_center_crop": True}
+    return QuadtreeViTImageProcessor(**fields)
+
+
+def load_quadtree_vit(
+    source: str | os.PathLike | torch.nn.Module, **options: Any
+) -> tuple[QuadtreeViTModel | QuadtreeViTForImageClassification, QuadtreeViTImageProcessor]:
+    """Reads a plain ViT of another library as Quadtree ViT, in memory.
+
+    With every patch split, the tokens are those of the source; with fewer, it works before any training.
+
+    Args:
+        source: as in `polyscale.models.flexivit.convert_flexivit.load_flexivit_source`.
+        options: `architecture`, `model_args` and `pretrained` as there; and fields of `QuadtreeViTConfig`.
+            `min_patch_size` is the source's patch size (another one resizes the kernel by pseudo-inverse),
+            `max_patch_size` four or two times that, as the image size allows. `patch_scorer="feature"` downloads the
+            scorer's weights.
+
+    Returns:
+        (model in evaluation mode, image processor)
+
+    Raises:
+        ValueError: for a source that does not fit, or options that do not fit each other.
+        OSError: if a file is missing, or something must be downloaded and cannot be.
+    """
+    loaded = load_flexivit_source(source, **{name: options.pop(name) for name in _SOURCE_OPTIONS if name in options})
+    has_head = any(name.startswith("head.") for name in loaded.state_dict)
+    config = _quadtree_config(loaded.config, has_head, options)
+    state_dict = {
+        f"quadtree_vit.{name.removeprefix('flexivit.')}" if name.startswith("flexivit.") else name: tensor
+        for name, tensor in loaded.state_dict.items()
+    }
+    prefix = "quadtree_vit." if has_head else ""
+    kernel = state_dict[prefix + _KERNEL]
+    if kernel.shape[-1] != config.min_patch_size:
+        state_dict[prefix + _KERNEL] = pi_resize_patch_embed(
+            kernel, config.min_patch_size, loaded.config.kernel_interpolation, loaded.config.kernel_antialias
+        )
+    if config.patch_scorer == "feature" and config.num_levels > 1:
+        if config.scorer_backbone_config is not None:
+            raise ValueError(
+                "`scorer_backbone_config` has no weights here: convert first, then use `set_patch_scorer`."
+            )
+        scorer = FeatureBasedPatchScorer(
+            config.min_patch_size, config.max_patch_size, stride=config.scorer_stride, error=config.scorer_error
+        )
+        state_dict |= {prefix + _SCORER + name: tensor for name, tensor in scorer.state_dict().items()}
+    config.dtype = kernel.dtype
+    model_class = QuadtreeViTForImageClassification if has_head else QuadtreeViTModel
+    model = model_from_state_dict(model_class, config, state_dict, "the source")
+    return model, _image_processor(loaded.image_processor, config)
+
+
+def convert_quadtree_vit(
+    source: str | os.PathLike | torch.nn.Module, out: str | os.PathLike, **options: Any
+) -> QuadtreeViTModel | QuadtreeViTForImageClassification:
+    """Writes model and image processor of a source to the folder `out`. Arguments: `load_quadtree_vit`."""
+    model, image_processor = load_quadtree_vit(source, **options)
+    model.save_pretrained(out)
+    image_processor.save_pretrained(out)
+    return model
+
+
+__all__ = ["convert_quadtree_vit", "load_quadtree_vit"]

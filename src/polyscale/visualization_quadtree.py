@@ -1,0 +1,63 @@
+"""Draws a quadtree over its picture, each patch at the resolution the model sees, as in arXiv 2304.00287."""
+
+import torch
+from PIL import Image, ImageDraw
+
+
+def draw_quadtree(
+    image: Image.Image | torch.Tensor,
+    patch_centers: torch.Tensor,
+    patch_sizes: torch.Tensor,
+    token_mask: torch.Tensor | None = None,
+    *,
+    min_patch_size: int | None = None,
+    image_size: tuple[int, int] | None = None,
+    line_color: tuple[int, int, int] = (255, 255, 255),
+    scale: int = 2,
+) -> Image.Image:
+    """One picture, cut as the model cut it.
+
+    Args:
+        image: a PIL image, or (channels, height, width) with values in [0, 1].
+        patch_centers: (num_tokens, 2), (x, y) in pixels of the model's input: an output of the model, of one picture.
+        patch_sizes: (num_tokens,) in pixels.
+        token_mask: (num_tokens,), True where a token is real; patches of size 0 are left out in any case.
+        min_patch_size: side in pixels to which every patch is reduced; the smallest of `patch_sizes` when None.
+        image_size: (height, width) of the model's input, to which `image` is resized; read from the patches when None.
+        line_color: colour of the lines between patches.
+        scale: the result's pixels a pixel of the input, so that lines stay thin.
+
+    Returns:
+        An RGB image of `scale` times the size of the model's input.
+
+    Raises:
+        ValueError: for shapes that do not fit together.
+    """
+    if patch_centers.ndim != 2 or patch_centers.shape[1] != 2 or patch_sizes.shape != patch_centers.shape[:1]:
+        raise ValueError(
+            "`patch_centers` and `patch_sizes` must have the shapes (num_tokens, 2) and (num_tokens,) of one picture, "
+            f"got {tuple(patch_centers.shape)} and {tuple(patch_sizes.shape)}."
+        )
+    if isinstance(image, torch.Tensor):
+        pixels = image.detach().cpu().float().clamp(0, 1).mul(255).round().byte()
+        image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+    real = patch_sizes > 0 if token_mask is None else token_mask & (patch_sizes > 0)
+    centers, sizes = patch_centers[real].float().cpu(), patch_sizes[real].cpu()
+    if image_size is None:
+        corner = (centers + sizes[:, None] / 2).amax(dim=0)
+        image_size = (int(corner[1]), int(corner[0]))
+    cell = min_patch_size or int(sizes.min())
+    picture = image.convert("RGB").resize((image_size[1], image_size[0]), Image.Resampling.BICUBIC)
+    canvas = Image.new("RGB", (image_size[1] * scale, image_size[0] * scale))
+    draw = ImageDraw.Draw(canvas)
+    for (x, y), size in zip(centers.tolist(), sizes.tolist(), strict=True):
+        left, top = round(x - size / 2), round(y - size / 2)
+        patch = picture.crop((left, top, left + size, top + size)).resize((cell, cell), Image.Resampling.BILINEAR)
+        patch = patch.resize((size * scale, size * scale), Image.Resampling.NEAREST)
+        canvas.paste(patch, (left * scale, top * scale))
+        edge = (left * scale, top * scale, (left + size) * scale - 1, (top + size) * scale - 1)
+        draw.rectangle(edge, outline=line_color, width=1)
+    return canvas
+
+
+__all__ = ["draw_quadtree"]

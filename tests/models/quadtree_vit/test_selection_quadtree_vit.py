@@ -1,0 +1,162 @@
+"""The one-sort selection against a heap that splits one patch at a time; the reverse against cell-by-cell copies."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from quadtree_reference import cell_by_cell_reverse, heap_quadtree
+
+from polyscale import quadtree_tokens, reverse_quadtree
+from polyscale.layers import quadtree
+from polyscale.models.quadtree_vit.scoring_quadtree_vit import PixelBlurPatchScorer
+
+
+def make_scores(kind, levels, rows, columns, batch, seed):
+    generator = torch.Generator().manual_seed(seed)
+    scores = [torch.rand(batch, rows << s, columns << s, generator=generator) for s in range(levels)]
+    if kind == "tied":
+        return [(score * 3).floor() for score in scores]
+    if kind == "constant":
+        return [torch.zeros_like(score) for score in scores]
+    if kind == "infinite":
+        return [torch.where(score > 0.8, torch.inf, torch.where(score < 0.2, -torch.inf, score)) for score in scores]
+    return scores
+
+
+def as_lists(tokens):
+    fields = [field.tolist() for field in tokens[:3]]
+    rows = [list(zip(*picture, strict=True)) for picture in zip(*fields, strict=True)]
+    if len(tokens) == 3:
+        return rows
+    return [
+        [t for t, real in zip(row, mask, strict=True) if real]
+        for row, mask in zip(rows, tokens.mask.tolist(), strict=True)
+    ]
+
+
+cases = {
+    "kind": st.sampled_from(["random", "tied", "constant", "infinite"]),
+    "levels": st.integers(1, 4),
+    "rows": st.integers(1, 4),
+    "columns": st.integers(1, 3),
+    "batch": st.integers(1, 3),
+    "seed": st.integers(0, 2**31),
+    "share": st.floats(0, 1),
+}
+
+
+@settings(max_examples=250, deadline=None)
+@given(**cases, key_bits=st.sampled_from([62, 20, 8]))
+def test_budget_equals_heap(kind, levels, rows, columns, batch, seed, share, key_bits):
+    scores = make_scores(kind, levels, rows, columns, batch, seed)
+    coarsest = rows * columns
+    num_tokens = coarsest + 3 * round(share * coarsest * (4**levels - 1) / 3)
+    before = quadtree.KEY_BITS
+    quadtree.KEY_BITS = key_bits  # fewer bits: keys are sorted in several passes
+    try:
+        tokens = quadtree_tokens(scores, num_tokens)
+    finally:
+        quadtree.KEY_BITS = before
+    assert tokens.level.shape == (batch, num_tokens)
+    assert as_lists(tokens) == [
+        heap_quadtree([score[b].numpy() for score in scores], num_tokens) for b in range(batch)
+    ]
+
+
+@settings(max_examples=150, deadline=None)
+@given(**cases, threshold=st.sampled_from([-1.0, 0.0, 0.3, 0.7, 1.0, 2.0]), capped=st.booleans())
+def test_threshold_equals_heap(kind, levels, rows, columns, batch, seed, share, threshold, capped):
+    scores = make_scores(kind, levels, rows, columns, batch, seed)
+    coarsest = rows * columns
+    cap = coarsest + 3 * round(share * coarsest * (4**levels - 1) / 3) if capped else None
+    tokens = quadtree_tokens(scores, cap, threshold)
+    expected = [heap_quadtree([score[b].numpy() for score in scores], cap, threshold) for b in range(batch)]
+    assert as_lists(tokens) == expected
+    assert tokens.mask.shape[1] == (cap if capped else max(map(len, expected)))
+    assert all(field[~tokens.mask].eq(0).all() for field in tokens[:3])
+
+
+def test_photographs_equal_heap(golden_pixels):
+    scores = PixelBlurPatchScorer(8, 128)(golden_pixels)
+    for num_tokens in (4, 100, 400, 1024):
+        expected = [heap_quadtree([score[b].numpy() for score in scores], num_tokens) for b in range(2)]
+        assert as_lists(quadtree_tokens(scores, num_tokens)) == expected
+
+
+def test_order_is_coarse_to_fine_then_raster_and_ties_go_to_the_coarser_level():
+    scores = [torch.ones(1, 1, 2), torch.ones(1, 2, 4)]
+    level, row, column = quadtree_tokens(scores, 8)
+    assert level.tolist() == [[1] * 8]
+    assert row.tolist() == [[0, 0, 0, 0, 1, 1, 1, 1]]
+    assert column.tolist() == [[0, 1, 2, 3, 0, 1, 2, 3]]
+
+
+def test_compiles_without_graph_breaks():
+    scores = make_scores("random", 3, 2, 3, 2, 0)
+    compiled = torch.compile(quadtree_tokens, fullgraph=True, backend="aot_eager")
+    for knobs in ({"num_tokens": 60}, {"num_tokens": 60, "split_threshold": 0.6}):
+        for ours, expected in zip(compiled(scores, **knobs), quadtree_tokens(scores, **knobs), strict=True):
+            assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize(
+    ("scores", "knobs", "message"),
+    [
+        ([torch.zeros(1, 2, 2)], {"num_tokens": 5}, "4 and 7"),
+        ([torch.zeros(1, 2, 2)], {"num_tokens": 3}, "4 and 7"),
+        ([torch.zeros(1, 2, 2)], {"num_tokens": 19}, "13 and 16"),
+        ([torch.zeros(1, 2, 2)], {"num_tokens": 4.0}, "int"),
+        ([torch.zeros(1, 2, 2)], {}, "split_threshold"),
+        ([torch.zeros(1, 2, 2)], {"split_threshold": float("nan")}, "NaN"),
+        ([torch.zeros(1, 2, 2), torch.zeros(1, 4, 5)], {"num_tokens": 4}, r"scores\[1\].*\(1, 4, 4\)"),
+        ([torch.zeros(1, 2, 2), torch.zeros(2, 4, 4)], {"num_tokens": 4}, r"scores\[1\]"),
+        ([torch.zeros(2, 2)], {"num_tokens": 4}, r"\(batch, rows, columns\)"),
+        ([torch.full((1, 2, 2), float("nan"))], {"num_tokens": 4}, "NaN"),
+        ([], {"num_tokens": 4}, "empty"),
+        (torch.zeros(1, 2, 2), {"num_tokens": 4}, "list"),
+    ],
+)
+def test_bad_input(scores, knobs, message):
+    with pytest.raises(ValueError, match=message):
+        quadtree_tokens(scores, **knobs)
+
+
+def reverse_inputs(num_tokens=31, rows=2, columns=3, cell=4, seed=0):
+    scores = make_scores("random", 2, rows, columns, 2, seed)
+    level, row, column = quadtree_tokens(scores, num_tokens)
+    sizes = cell * 4 >> level
+    centers = (torch.stack([column, row], dim=-1) + 0.5) * sizes[..., None]
+    tokens = torch.randn(2, num_tokens, 5, generator=torch.Generator().manual_seed(seed))
+    return tokens, centers, sizes, (rows * cell * 4, columns * cell * 4), cell
+
+
+@pytest.mark.parametrize("num_tokens", [6, 9, 30, 96])
+def test_reverse_equals_copies(num_tokens):
+    tokens, centers, sizes, image_size, cell = reverse_inputs(num_tokens)
+    order = torch.randperm(num_tokens, generator=torch.Generator().manual_seed(1))
+    dense = reverse_quadtree(tokens[:, order], centers[:, order], sizes[:, order], image_size, cell)
+    for b in range(2):
+        expected = cell_by_cell_reverse(tokens[b].numpy(), centers[b].tolist(), sizes[b].tolist(), *image_size, cell)
+        np.testing.assert_array_equal(dense[b].numpy(), expected)
+
+
+def test_reverse_ignores_masked_tokens_and_has_gradients():
+    tokens, centers, sizes, image_size, cell = reverse_inputs(30)
+    tokens = tokens.double().requires_grad_()
+    mask = torch.ones(2, 30, dtype=torch.bool)
+    mask[:, 5] = False
+    dense = reverse_quadtree(tokens, centers, sizes, image_size, cell, mask)
+    dense.sum().backward()
+    area = ((sizes // cell) ** 2 * mask).double()
+    torch.testing.assert_close(tokens.grad, area[..., None].expand_as(tokens))
+
+
+def test_reverse_bad_input():
+    tokens, centers, sizes, image_size, cell = reverse_inputs(30)
+    with pytest.raises(ValueError, match="patch_centers"):
+        reverse_quadtree(tokens, centers[:, 1:], sizes, image_size, cell)
+    with pytest.raises(ValueError, match="patch_sizes"):
+        reverse_quadtree(tokens, centers, sizes[:, 1:], image_size, cell)
+    with pytest.raises(ValueError, match="image_size"):
+        reverse_quadtree(tokens, centers, sizes, (30, 48), cell)
