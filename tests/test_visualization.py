@@ -10,20 +10,33 @@ from transformers import (
     ViTModel,
 )
 
-from polyscale import FlexiViTImageProcessor, FlexiViTImageProcessorPil, S2ImageProcessor, S2VisionWrapper
+from polyscale import (
+    FlexiViTImageProcessor,
+    FlexiViTImageProcessorPil,
+    QuadtreeViTConfig,
+    QuadtreeViTForImageClassification,
+    QuadtreeViTImageProcessor,
+    S2ImageProcessor,
+    S2VisionWrapper,
+    SparseFormerConfig,
+    SparseFormerImageProcessor,
+    SparseFormerModel,
+)
 from polyscale.assets import sample_photographs
-from polyscale.classification import classify_images
+from polyscale.classification import classify_images, load_classifier
 from polyscale.visualization import (
     MAX_PICTURES,
     draw_classification,
     draw_flexivit,
     draw_kernels,
     draw_patch_grid,
+    draw_quadtrees,
     draw_s2,
     features_to_rgb,
     flexivit_features,
     make_grid,
     picture_drawer,
+    quadtree_picture,
     seen_region,
     show,
 )
@@ -227,8 +240,56 @@ def test_draw_s2_has_a_column_a_scale(photograph):
         draw_s2(model, processor, photograph, [1, 2])
 
 
+def save_tiny_quadtree(folder):
+    config = QuadtreeViTConfig(
+        image_size=64,
+        min_patch_size=8,
+        max_patch_size=32,
+        num_tokens=16,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+    )
+    QuadtreeViTForImageClassification(config).save_pretrained(folder)
+    QuadtreeViTImageProcessor(size={"height": 64, "width": 64}, do_center_crop=False).save_pretrained(folder)
+    return folder
+
+
+def test_a_quadtree_is_drawn_as_the_model_sees_it(tmp_path):
+    save_tiny_quadtree(tmp_path)
+    picture = Image.new("RGB", (64, 64))
+    picture.paste((255, 255, 255), (40, 40, 60, 60))  # the lower right quarter is busy
+    classifier = load_classifier(tmp_path, device="cpu")
+    drawn = quadtree_picture(classifier.model, classifier.image_processor, picture, num_tokens=7)
+    assert drawn.size == (128, 128)
+    borders = [drawn.getpixel((x, 96)) == (255, 255, 255) for x in (0, 63, 64, 16, 95)]
+    assert borders == [True, True, True, False, True]  # a border at 16 px only where the quarter is split
+
+    picture.save(tmp_path / "picture.png")
+    records, _ = classify_images([tmp_path / "picture.png"], classifier, [4, 16])
+    figure = draw_classification(classifier.model, classifier.image_processor, records)
+    assert [axis.get_title() for axis in figure.axes] == ["4 tokens", "16 tokens"]
+    assert [axis.get_title() for axis in draw_quadtrees(*models_of(classifier), picture).axes] == ["16 tokens"]
+    with pytest.raises(ValueError, match="nearest legal budgets are 4 and 7"):
+        draw_quadtrees(*models_of(classifier), picture, [5])
+
+
+def models_of(classifier):
+    return classifier.model, classifier.image_processor
+
+
+def test_show_draws_a_sparseformer_and_takes_no_budget_for_it(tmp_path):
+    config = SparseFormerConfig.preset("sparseformer_v1_tiny", num_latent_tokens=4)
+    SparseFormerModel(config).save_pretrained(tmp_path)
+    SparseFormerImageProcessor().save_pretrained(tmp_path)
+    assert show(tmp_path, sample_photographs()[0]).mode == "RGB"
+    with pytest.raises(ValueError, match="`budgets` must be None: the tokens of a SparseFormer"):
+        show(tmp_path, sample_photographs()[0], [4])
+
+
 def test_show_takes_a_checkpoint_and_a_file(checkpoint, tmp_path):
-    assert len(show(checkpoint, sample_photographs()[0]).axes) == 6
+    assert show(checkpoint, sample_photographs()[0]).size == (693, 484)
     with pytest.raises(ValueError, match=r"`image` .*missing.png' cannot be drawn: no such file"):
         show(checkpoint, tmp_path / "missing.png")
     ViTConfig().save_pretrained(tmp_path)

@@ -1,10 +1,12 @@
 """What a model looks at, drawn with matplotlib.
 
-Every function returns a `matplotlib.figure.Figure`; `figure.savefig("picture.png")` writes it.
+The functions that draw one family return a `matplotlib.figure.Figure` (`figure.savefig("picture.png")` writes it);
+`show` draws any family and returns a picture.
 """
 
 import os
 from collections.abc import Callable, Sequence
+from io import BytesIO
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -39,6 +41,13 @@ def make_grid(rows: int, columns: int, cell: tuple[float, float] = (2.0, 2.0)) -
         for spine in axis.spines.values():
             spine.set_visible(False)
     return figure, axes
+
+
+def figure_to_image(figure: "Figure") -> Image.Image:
+    """A figure as a picture."""
+    buffer = BytesIO()
+    figure.savefig(buffer, format="png")
+    return Image.open(buffer).convert("RGB")
 
 
 def seen_region(image: Image.Image, processor) -> Image.Image:
@@ -117,10 +126,14 @@ def picture_drawer(model, processor) -> Callable[["Axes", Image.Image, object], 
         patch_size = config.resolve_patch_size(patch_size)
         draw_patch_grid(axis, seen_region(image, processor), image_size, patch_size, config.uneven)
 
+    def draw_quadtree_patches(axis: "Axes", image: Image.Image, num_tokens) -> None:
+        axis.imshow(quadtree_picture(model, processor, image, num_tokens))
+
     def draw_alone(axis: "Axes", image: Image.Image, budget) -> None:
         draw_picture(axis, seen_region(image, processor))
 
-    return draw_flexivit_patches if config.model_type == "flexivit" else draw_alone
+    drawers = {"flexivit": draw_flexivit_patches, "quadtree_vit": draw_quadtree_patches}
+    return drawers.get(config.model_type, draw_alone)
 
 
 def draw_classification(model, processor, records: Sequence[dict]) -> "Figure":
@@ -137,7 +150,7 @@ def draw_classification(model, processor, records: Sequence[dict]) -> "Figure":
     if not records:
         raise ValueError("`records` is empty: no picture was classified, so there is none to draw.")
     draw = picture_drawer(model, processor)
-    argument = budget_argument(model.config) or "budget"
+    is_patch_size = budget_argument(model.config) == "patch_size"
     files = list(dict.fromkeys(record["file"] for record in records))[:MAX_PICTURES]
     by_file = [[record for record in records if record["file"] == file] for file in files]
     figure, axes = make_grid(len(files), max(map(len, by_file)), cell=(2.0, 2.25))
@@ -148,7 +161,7 @@ def draw_classification(model, processor, records: Sequence[dict]) -> "Figure":
             draw(axis, image, record["budget"])
             axis.set_xlabel(f"{record['label']}  {record['score']:.0%}", fontsize=10)
     for axis, record in zip(axes[0], by_file[0], strict=False):
-        title = [f"{argument.replace('_', ' ')} {format_budget(record['budget'])}"] if record["budget"] else []
+        title = [f"patch size {format_budget(record['budget'])}"] if is_patch_size else []
         title += [f"{record['tokens']} tokens"] if record["tokens"] else []
         axis.set_title("\n".join(title), fontsize=9)
     return figure
@@ -286,21 +299,81 @@ def draw_s2(model, processor, image: Image.Image, budgets: Sequence | None = Non
     return figure
 
 
+@torch.no_grad()
+def quadtree_picture(model, processor, image: Image.Image, num_tokens: int | None = None) -> Image.Image:
+    """A picture as a Quadtree ViT sees it at a budget: each patch at the resolution it is embedded at.
+
+    Args:
+        model: a Quadtree ViT, with or without a head.
+        processor: its image processor.
+        image: the picture.
+        num_tokens: the budget; the config's when None.
+    """
+    from .visualization_quadtree import draw_quadtree
+
+    pixel_values = preprocess(image, processor, model)
+    tokens = model.base_model(pixel_values, num_tokens=num_tokens)
+    return draw_quadtree(
+        seen_region(image, processor),
+        tokens.patch_centers[0],
+        tokens.patch_sizes[0],
+        None if tokens.token_mask is None else tokens.token_mask[0],
+        min_patch_size=model.config.min_patch_size,
+        image_size=tuple(pixel_values.shape[-2:]),
+    )
+
+
+def draw_quadtrees(model, processor, image: Image.Image, budgets: Sequence | None = None) -> "Figure":
+    """A picture as a Quadtree ViT sees it at several budgets (`quadtree_picture`).
+
+    Args:
+        model: a Quadtree ViT, with or without a head.
+        processor: its image processor.
+        image: the picture.
+        budgets: numbers of tokens; the config's when None.
+
+    Raises:
+        ValueError: for a budget that the picture does not allow.
+    """
+    budgets = default_budgets(model.config) if budgets is None else list(budgets)
+    figure, axes = make_grid(1, len(budgets), cell=(2.8, 3.0))
+    for axis, budget in zip(axes[0], budgets, strict=True):
+        axis.imshow(quadtree_picture(model, processor, image, budget))
+        axis.set_title("as the model sees it" if budget is None else f"{budget} tokens", fontsize=9)
+    return figure
+
+
+def _draw_sparseformer(model, processor, image: Image.Image, budgets: Sequence | None) -> Image.Image:
+    from .visualization_sparseformer import draw_sparseformer
+
+    if budgets is not None:
+        raise ValueError(f"`budgets` must be None: the tokens of a SparseFormer belong to it, got {budgets}.")
+    return draw_sparseformer(model, processor, image)
+
+
 # Who draws a family: a function (model, processor, image, budgets).
-_DRAWINGS = {"flexivit": draw_flexivit, "s2_vision": draw_s2}
+_DRAWINGS = {
+    "flexivit": draw_flexivit,
+    "quadtree_vit": draw_quadtrees,
+    "s2_vision": draw_s2,
+    "sparseformer": _draw_sparseformer,
+}
 
 
 def show(
     model: str | os.PathLike, image: str | os.PathLike | Image.Image, budgets: Sequence | None = None
-) -> "Figure":
+) -> Image.Image:
     """What a model looks at in a picture, drawn in the manner of its family.
 
-    FlexiViT: the patches and the features at several patch sizes. S2: the tiles and the features of each scale.
+    FlexiViT: the patches and the features at several patch sizes. Quadtree ViT: the patches at several numbers of
+    tokens, each as coarse as the model sees it. S2: the tiles and the features of each scale. SparseFormer: the
+    regions of interest and the sampling points of its tokens, step by step.
 
     Args:
         model: name of a bundled checkpoint, local folder, or name on the hub.
         image: a picture, or its file.
-        budgets: patch sizes of a FlexiViT, token counts of a Quadtree ViT; the model's own when None.
+        budgets: patch sizes of a FlexiViT, token counts of a Quadtree ViT; the model's own when None. The other
+            families take none.
 
     Raises:
         ValueError: for a model of another family, a file that is no picture, or a budget that the model cannot take.
@@ -320,7 +393,8 @@ def show(
             raise ValueError(f"`image` {os.fspath(image)!r} cannot be drawn: {error}.") from error
     network = AutoModel.from_pretrained(source).eval()
     processor = AutoImageProcessor.from_pretrained(source)
-    return _DRAWINGS[config.model_type](network, processor, image, budgets)
+    drawing = _DRAWINGS[config.model_type](network, processor, image, budgets)
+    return drawing if isinstance(drawing, Image.Image) else figure_to_image(drawing)
 
 
 __all__ = [
@@ -329,12 +403,15 @@ __all__ = [
     "draw_kernels",
     "draw_patch_grid",
     "draw_picture",
+    "draw_quadtrees",
     "draw_s2",
     "features_to_rgb",
+    "figure_to_image",
     "flexivit_features",
     "make_grid",
     "picture_drawer",
     "preprocess",
+    "quadtree_picture",
     "seen_region",
     "show",
 ]
