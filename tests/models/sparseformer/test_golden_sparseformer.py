@@ -59,3 +59,16 @@ def test_inflation_is_the_official_one():
     assert inflated.keys() == video.keys()
     for name, value in video.items():
         assert torch.equal(inflated[name], value), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["v1", "btsp"])
+def test_compiled_gradients_are_the_eager_ones(name):
+    model, pixels, _ = golden_model(name)
+    gradients = []
+    for call in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+        model.zero_grad()
+        call(pixels).logits.square().sum().backward()
+        gradients.append({key: parameter.grad.clone() for key, parameter in model.named_parameters()})
+    for key, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][key], gradient, atol=1e-4, rtol=1e-3)
