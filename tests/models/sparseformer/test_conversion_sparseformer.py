@@ -9,18 +9,21 @@ from polyscale.models.sparseformer import (
     SparseFormerConfig,
     SparseFormerForImageClassification,
     SparseFormerForVideoClassification,
+    SparseFormerImageProcessor,
     SparseFormerModel,
     SparseFormerModelWithProjection,
+    SparseFormerVideoProcessor,
 )
 from polyscale.models.sparseformer.configuration_sparseformer import PRESETS
 from polyscale.models.sparseformer.convert_sparseformer import (
+    convert_sparseformer,
     download_release,
     from_raw,
     infer_preset,
     load_official,
     preset_image_processor,
 )
-from polyscale.models.sparseformer.convert_sparseformer_video import inflate_sparseformer
+from polyscale.models.sparseformer.convert_sparseformer_video import convert_sparseformer_video, inflate_sparseformer
 from polyscale.models.sparseformer.convert_sparseformer_vit import load_vit_weights
 
 
@@ -170,6 +173,22 @@ def test_an_inflated_video_of_one_frame_equals_the_image_model(kind, tmp_path):
     for rois, plane in zip(actual.all_rois, expected.all_rois, strict=True):
         torch.testing.assert_close(rois[..., [0, 1, 3, 4]], plane, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(rois[..., [2, 5]], torch.tensor([0.0, 1.0]).expand(2, 5, 2))
+
+
+def test_folders_of_converted_and_inflated_checkpoints(tmp_path):
+    config, state = golden_state("btsp")
+    torch.save(state, tmp_path / "tiny.pth")
+    convert_sparseformer(tmp_path / "tiny.pth", tmp_path / "image", config)
+    _, pixels, tensors = golden_model("btsp")
+    again = SparseFormerForImageClassification.from_pretrained(tmp_path / "image").eval()
+    torch.testing.assert_close(again(pixels).logits, tensors["logits"], atol=2e-5, rtol=1e-5)
+    processor = SparseFormerImageProcessor.from_pretrained(tmp_path / "image")
+    processor.image_mean = [0.1, 0.2, 0.3]
+    processor.save_pretrained(tmp_path / "image")
+    convert_sparseformer_video(tmp_path / "image", tmp_path / "video", replicates=2, num_frames=3)
+    video = SparseFormerForVideoClassification.from_pretrained(tmp_path / "video")
+    assert (video.config.num_tokens, video.config.num_frames) == (18, 3)
+    assert list(SparseFormerVideoProcessor.from_pretrained(tmp_path / "video").image_mean) == [0.1, 0.2, 0.3]
 
 
 def test_only_images_can_be_inflated():

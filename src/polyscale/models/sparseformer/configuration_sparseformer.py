@@ -138,6 +138,8 @@ class SparseFormerConfig(PreTrainedConfig):
     """
 
     model_type = "sparseformer"
+    base_model_tp_plan = {"layers.*.mlp.fc1": "colwise", "layers.*.mlp.fc2": "rowwise"}
+    base_model_fsdp_plan = {"layers.*": "free_full_weight"}
 
     num_channels: int = 3
     image_size: int | list[int] | tuple[int, int] = 224

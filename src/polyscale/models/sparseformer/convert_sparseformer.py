@@ -18,7 +18,7 @@ from transformers.image_utils import (
 )
 
 from ...layers.safe_loading import load_state_dict_file, unwrap_state_dict
-from ...layers.state_dicts import check_state_dict, empty_model, rename_keys
+from ...layers.state_dicts import check_state_dict, empty_model, model_from_state_dict, rename_keys
 from .configuration_sparseformer import PRESETS, SparseFormerConfig
 from .configuration_sparseformer_video import SparseFormerVideoConfig
 from .image_processing_sparseformer import SparseFormerImageProcessor
@@ -349,14 +349,43 @@ def load_official(
     return SparseFormerSource(config, tensors, image_processor)
 
 
+def save_source(source: SparseFormerSource, out: str | os.PathLike) -> SparseFormerPreTrainedModel:
+    """Writes the model of a converted checkpoint into the folder `out`; its image processor, if any, is not written.
+
+    Raises:
+        ValueError: if a tensor is missing, unexpected or of another shape.
+    """
+    model = model_from_state_dict(source.model_class, source.config, source.state_dict, "the checkpoint")
+    model.save_pretrained(out)
+    return model
+
+
+def convert_sparseformer(
+    source: str | os.PathLike | dict[str, Any],
+    out: str | os.PathLike,
+    config: SparseFormerConfig | str | None = None,
+    allow_missing: Sequence[str] = (),
+    allow_extra: Sequence[str] = (),
+) -> None:
+    """Writes a checkpoint of showlab/sparseformer, model and image processor, into the folder `out`.
+
+    Arguments and errors: `load_official`.
+    """
+    converted = load_official(source, config, allow_missing, allow_extra)
+    save_source(converted, out)
+    (converted.image_processor or SparseFormerImageProcessor()).save_pretrained(out)
+
+
 __all__ = [
     "MODEL_CLASSES",
     "RELEASES",
     "SparseFormerSource",
+    "convert_sparseformer",
     "download_release",
     "from_raw",
     "infer_preset",
     "load_official",
     "preset_image_processor",
     "rename_official",
+    "save_source",
 ]

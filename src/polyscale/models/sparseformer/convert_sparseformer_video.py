@@ -7,10 +7,11 @@ import torch
 
 from .configuration_sparseformer import SparseFormerConfig
 from .configuration_sparseformer_video import SparseFormerVideoConfig
-from .convert_sparseformer import MODEL_CLASSES, SparseFormerSource, load_official
+from .convert_sparseformer import MODEL_CLASSES, SparseFormerSource, load_official, save_source
 from .geometry_sparseformer import inflate_rois
 from .image_processing_sparseformer import SparseFormerImageProcessor
 from .modeling_sparseformer import SparseFormerPreTrainedModel
+from .video_processing_sparseformer import SparseFormerVideoProcessor
 
 
 _VIDEO_CLASSES = {
@@ -18,6 +19,7 @@ _VIDEO_CLASSES = {
     "SparseFormerForImageClassification": "SparseFormerForVideoClassification",
     "SparseFormerModelWithProjection": "SparseFormerVideoModelWithProjection",
 }
+_PROCESSOR_FIELDS = ("size", "crop_size", "do_resize", "do_center_crop", "resample", "image_mean", "image_std")
 
 
 def _with_zero_time(tensor: torch.Tensor) -> torch.Tensor:
@@ -109,4 +111,21 @@ def inflate_sparseformer(
     return SparseFormerSource(config, inflate_state_dict(state_dict, config), processor)
 
 
-__all__ = ["inflate_sparseformer", "inflate_state_dict"]
+def convert_sparseformer_video(
+    source: str | os.PathLike | SparseFormerPreTrainedModel | SparseFormerSource,
+    out: str | os.PathLike,
+    replicates: int = 4,
+    num_frames: int = 8,
+) -> None:
+    """Inflates an image checkpoint and writes the video model and its video processor into the folder `out`.
+
+    Arguments and errors: `inflate_sparseformer`.
+    """
+    inflated = inflate_sparseformer(source, replicates, num_frames)
+    save_source(inflated, out)
+    image_processor = inflated.image_processor or SparseFormerImageProcessor()
+    fields = {name: getattr(image_processor, name) for name in _PROCESSOR_FIELDS}
+    SparseFormerVideoProcessor(**fields, num_frames=num_frames).save_pretrained(out)
+
+
+__all__ = ["convert_sparseformer_video", "inflate_sparseformer", "inflate_state_dict"]
