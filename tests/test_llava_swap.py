@@ -1,5 +1,7 @@
 """Every tower inside a tiny LLaVA: counts, values, saving, generation, budgets."""
 
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -268,3 +270,22 @@ def test_llava_next_refuses_tokens_that_are_no_grid(name):
     model, processor = make_llava_next()
     with pytest.raises(ValueError, match="cannot be in a LLaVA-NeXT model"):
         swap_vision_tower(model, make_tower(name, model), processor)
+
+
+RELOAD = """
+import sys
+import polyscale.llava
+from transformers import AutoModelForImageTextToText, AutoProcessor
+model, processor = (auto.from_pretrained(sys.argv[1]) for auto in (AutoModelForImageTextToText, AutoProcessor))
+print(type(model.model.vision_tower).__name__, type(processor).__name__, type(processor.image_processor).__name__)
+"""
+
+
+@pytest.mark.slow
+def test_a_fresh_process_reloads_it(tmp_path):
+    model, processor = make_llava()
+    processor = swap_vision_tower(model, make_tower("s2_dynamic", model), processor)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    done = subprocess.run([sys.executable, "-c", RELOAD, str(tmp_path)], stdout=subprocess.PIPE, text=True, check=True)
+    assert done.stdout.split()[-3:] == ["PackedTower", "PerPictureLlavaProcessor", "S2ImageProcessor"]

@@ -1,12 +1,25 @@
-"""Towers of this library inside of LLaVA models: swapped in, their token budget changed, checkpoints converted."""
+"""Towers of this library inside of LLaVA models: swapped in, and their token budget changed.
 
-from .budget import set_token_budget
+Importing this registers what a saved LLaVA with a tower of this library needs to load; the functions, which need the
+LLaVA models of transformers, are imported at first use.
+"""
+
+from importlib import import_module
+
 from .packed import PackedTower, PackedTowerConfig, PerPictureLlavaProcessor
 from .registration import register
-from .swap import swap_vision_tower
 
 
 register()
+
+_LAZY = {"set_token_budget": ".budget", "swap_vision_tower": ".swap"}
+
+
+def __getattr__(name: str):
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name], __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
     "PackedTower",
