@@ -2,7 +2,7 @@
 
     python benchmarks/quadtree_vit.py [--official PATH] [--device cuda] [--only selection tokenization pixels encoder]
 
-Rivals run side by side: each round times every one once, in turn; ratios are those of the medians. `--official`
+Rivals run side by side: each round times every one, in turn; ratios are those of the medians. `--official`
 is a checkout of TomerRonen34/mixed-resolution-vit; without it, a plain re-creation of its loop stands in for it.
 """
 
@@ -21,17 +21,20 @@ from polyscale import PixelBlurPatchScorer, QuadtreeTokenizer, QuadtreeViTConfig
 SECTIONS = ("selection", "tokenization", "pixels", "encoder")
 
 
-def median_times(runs: dict[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, float]:
-    """Median milliseconds of each run; every round takes each of them once, after one round that does not count."""
+def median_times(
+    runs: dict[str, Callable[[], object]], rounds: int, device: torch.device, calls: int = 1
+) -> dict[str, float]:
+    """Median milliseconds of a call; every round takes `calls` of each in turn, after a round that does not count."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for index in range(rounds + 1):
         for name, run in runs.items():
             start = time.perf_counter()
-            run()
+            for _ in range(calls):
+                run()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             if index:
-                times[name].append((time.perf_counter() - start) * 1e3)
+                times[name].append((time.perf_counter() - start) * 1e3 / calls)
     return {name: statistics.median(values) for name, values in times.items()}
 
 
@@ -117,7 +120,7 @@ def benchmark_selection(device: torch.device, rounds: int) -> None:
             "polyscale": lambda scores=scores, n=num_tokens: quadtree_tokens(scores, n),
             "loop": lambda scores=scores, n=num_tokens: loop_selection(scores, n),
         }
-        report(f"selection, 16 images, {size} px, {num_tokens} tokens", median_times(runs, rounds, device))
+        report(f"selection, 16 images, {size} px, {num_tokens} tokens", median_times(runs, rounds, device, calls=5))
 
 
 def benchmark_tokenization(device: torch.device, rounds: int, official: str | None) -> None:

@@ -135,7 +135,7 @@ def _enlarge(grid: torch.Tensor) -> torch.Tensor:
 def _per_level(flat: torch.Tensor, grids: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
     """(batch, nodes) -> one (batch, rows, columns) a level."""
     parts = flat.split([rows * columns for rows, columns in grids], dim=1)
-    return [part.unflatten(1, grid) for part, grid in zip(parts, grids, strict=True)]
+    return [part.reshape(part.shape[0], *grid) for part, grid in zip(parts, grids, strict=True)]
 
 
 def _pack(entries: list[torch.Tensor], depth: int, nodes: int) -> list[torch.Tensor]:
