@@ -253,6 +253,6 @@ def test_the_caller_s_gradient_mode_is_kept(checkpoint):
 def test_the_bundled_checkpoint_gets_the_sample_photographs_mostly_right():
     records, errors = classify_images(sample_photographs(), "flexivit-cifar10")
     assert errors == []
-    finest = [record for record in records if record["budget"] == records[0]["budget"]]
+    finest = [record for record in records if record["budget"] == 4]
     right = [record["label"] in record["file"].rpartition("/")[2] for record in finest]
-    assert sum(right) >= 4
+    assert sum(right) >= 4  # of six: the model is small, and two of the photographs are hard for it
