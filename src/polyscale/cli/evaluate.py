@@ -58,7 +58,7 @@ def evaluate(
             interpolation=interpolation,
             batch_size=batch_size,
         )
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         typer.echo(f"polyscale evaluate: {error}", err=True)
         raise typer.Exit(2) from error
     Console().print(results_table(results, title=str(model)))

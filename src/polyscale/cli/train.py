@@ -48,9 +48,7 @@ def train(
     ema_decay: Annotated[float | None, typer.Option(help="Save an average of the weights with this decay.")] = None,
     num_workers: Annotated[int | None, typer.Option(help="Processes that read pictures.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of weights, order, augmentation and patch sizes.")] = None,
-    save_dtype: Annotated[
-        str | None, typer.Option(help="float16 or bfloat16: half the file size.")
-    ] = None,
+    save_dtype: Annotated[str | None, typer.Option(help="float16 or bfloat16: half the file size.")] = None,
     save_steps: Annotated[int | None, typer.Option(help="Steps between checkpoints; one an epoch by default.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run of OUTPUT_DIR.")] = False,
 ) -> None:
@@ -94,7 +92,7 @@ def train(
 
     try:
         metrics = run(dataset, output_dir, make_recipe(recipe, options, **choices), resume=resume)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         typer.echo(f"polyscale train: {error}", err=True)
         raise typer.Exit(2) from error
     typer.echo(f"Wrote {output_dir}")

@@ -15,6 +15,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import PILImageResampling
 
 from ..budgets import budget_argument, count_tokens
+from ..checkpoints import resolve_checkpoint
 from ..layers.encoder_config import check_choice
 from ..layers.sizes import to_pair
 from ..models.flexivit import FlexiViTForImageClassification
@@ -53,13 +54,14 @@ def load_classifier(source: str | Path, **config_options) -> tuple[PreTrainedMod
     """A classifier of this library, or an ordinary ViT converted to FlexiViT in memory, with its image processor.
 
     Args:
-        source: a folder or hub name of any family; or whatever `convert_checkpoint(..., to="flexivit")` reads: a
-            transformers or timm ViT, a big_vision `.npz`.
+        source: the name of a bundled checkpoint, a folder or hub name of any family, or whatever
+            `convert_checkpoint(..., to="flexivit")` reads: a transformers or timm ViT, a big_vision `.npz`.
         config_options: config fields to set, e.g. `resize_method`.
 
     Raises:
         ValueError: if the source cannot be used, or has no classifier.
     """
+    source = resolve_checkpoint(source)
     if _is_ours(source):
         model = AutoModelForImageClassification.from_pretrained(source, **config_options)
         return model.eval(), AutoImageProcessor.from_pretrained(source)
