@@ -252,8 +252,10 @@ class QuadtreeTokenizer(PatchTokenizer):
         scores = scorer(pixel_values, patch_scores)
         nodes, mask = select_nodes(scores, num_tokens, split_threshold, config.round_num_tokens)
         level, row, column = decode_nodes(nodes, rows, columns, config.num_levels)
-        sizes = torch.bitwise_right_shift(torch.full_like(level, config.max_patch_size), level)
-        cells = sizes // config.min_patch_size
+        cells = torch.ones_like(level)  # side of each patch in units of the smallest
+        for index in range(config.num_levels - 1):
+            cells = torch.where(level <= index, 2 * cells, cells)  # no shift or power, which some exporters lack
+        sizes = cells * config.min_patch_size
         centers = (torch.stack([column, row], dim=-1) + 0.5) * cells[..., None]
 
         patches = self.patches_of(pixel_values.float(), nodes)
