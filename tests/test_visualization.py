@@ -203,7 +203,7 @@ def test_draw_classification_has_a_row_a_picture_and_a_column_a_budget(model, pr
     assert figure.axes[2].get_ylabel() == files[1].name
     figure.savefig(tmp_path / "sheet.png")
     with Image.open(tmp_path / "sheet.png") as picture:
-        assert picture.size == (440, 495)
+        assert picture.size == (360, 405)
 
 
 def test_draw_classification_draws_a_limited_number_and_needs_one(model, processor, tmp_path):
@@ -289,7 +289,7 @@ def test_show_draws_a_sparseformer_and_takes_no_budget_for_it(tmp_path):
 
 
 def test_show_takes_a_checkpoint_and_a_file(checkpoint, tmp_path):
-    assert show(checkpoint, sample_photographs()[0]).size == (693, 484)
+    assert show(checkpoint, sample_photographs()[0]).size == (567, 396)
     with pytest.raises(ValueError, match=r"`image` .*missing.png' cannot be drawn: no such file"):
         show(checkpoint, tmp_path / "missing.png")
     ViTConfig().save_pretrained(tmp_path)

@@ -33,7 +33,7 @@ def make_grid(rows: int, columns: int, cell: tuple[float, float] = (2.0, 2.0)) -
     """A figure of rows x columns empty axes of `cell` = (width, height) inches each, without ticks."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(columns * cell[0], rows * cell[1]), dpi=110, layout="constrained")
+    figure = Figure(figsize=(columns * cell[0], rows * cell[1]), dpi=90, layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat:
         axis.set_xticks([])
