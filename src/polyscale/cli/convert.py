@@ -23,12 +23,17 @@ def convert(
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="FIELD=JSON", help="Field of the model's config; repeat.")
     ] = None,
+    replicates: Annotated[
+        int | None, typer.Option(help="To sparseformer_video: times that each token is repeated along time.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is there.")] = False,
 ) -> None:
     """Turn a checkpoint of transformers, timm or the authors into one of polyscale."""
     options = parse_fields(set_)
     if architecture is not None:
         options["architecture"] = architecture
+    if replicates is not None:
+        options["replicates"] = replicates
 
     from ..conversion import convert_checkpoint
 
