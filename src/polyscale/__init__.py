@@ -21,6 +21,7 @@ from transformers import (
 
 from .layers.quadtree import quadtree_tokens, reverse_quadtree
 from .layers.resizing import interpolate_resize_patch_embed, pi_resize_patch_embed, resize_abs_pos_embed
+from .llava.registration import register as _register_packed_towers
 from .models.flexivit import (
     FlexiViTBackbone,
     FlexiViTConfig,
@@ -137,6 +138,7 @@ _register(
     S2ImageProcessor,
     S2ImageProcessorPil,
 )
+_register_packed_towers()
 AutoConfig.register(SparseFormerVideoConfig.model_type, SparseFormerVideoConfig, exist_ok=True)
 AutoModel.register(SparseFormerVideoConfig, SparseFormerVideoModel, exist_ok=True)
 AutoModelForVideoClassification.register(SparseFormerVideoConfig, SparseFormerForVideoClassification, exist_ok=True)

@@ -29,7 +29,10 @@ from .layers.safe_loading import (
 # model type -> module and function; function(source, out, **options) writes into the folder `out`, which is empty
 _CONVERTERS = {
     "flexivit": (".models.flexivit.convert_flexivit", "convert_flexivit"),
+    "quadtree_vit": (".models.quadtree_vit.convert_quadtree_vit", "convert_quadtree_vit"),
     "s2_vision": (".models.s2_vision.convert_s2_vision", "convert_s2_vision"),
+    "sparseformer": (".models.sparseformer.convert_sparseformer", "convert_sparseformer"),
+    "sparseformer_video": (".models.sparseformer.convert_sparseformer_video", "convert_sparseformer_video"),
 }
 
 

@@ -5,32 +5,12 @@ The student learns to give the teacher's final CLS token, on pictures without la
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
-from torch import nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, Trainer
 
 from ..models.sparseformer.configuration_sparseformer import SparseFormerConfig, bootstrapped_operations
 from ..models.sparseformer.convert_sparseformer_vit import ViTLoadingReport, load_vit_weights, read_vit_blocks
-from ..models.sparseformer.modeling_sparseformer import SparseFormerModel, SparseFormerPreTrainedModel
-
-
-class LossScaleCallback(TrainerCallback):
-    """Hands the factor of a `GradScaler` to SparseFormers that clamp the gradient of their sampling points.
-
-    Args:
-        accelerator: the trainer's (`trainer.accelerator`).
-    """
-
-    def __init__(self, accelerator: Accelerator):
-        self.accelerator = accelerator
-
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs
-    ) -> None:
-        scaler = self.accelerator.scaler
-        for module in model.modules():
-            if isinstance(module, SparseFormerPreTrainedModel):
-                module.set_loss_scale(1.0 if scaler is None else scaler.get_scale())
+from ..models.sparseformer.modeling_sparseformer import SparseFormerModel
+from .callbacks import LossScaleCallback
 
 
 def make_student(
@@ -110,4 +90,4 @@ class BootstrapTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
 
-__all__ = ["BootstrapTrainer", "LossScaleCallback", "make_student"]
+__all__ = ["BootstrapTrainer", "make_student"]

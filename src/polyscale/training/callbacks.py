@@ -3,10 +3,12 @@
 from collections.abc import Iterator
 
 import numpy as np
+from accelerate import Accelerator
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..models.flexivit.modeling_flexivit import FlexiViTEmbeddings
+from ..models.sparseformer.modeling_sparseformer import SparseFormerPreTrainedModel
 
 
 class PatchSizeCallback(TrainerCallback):
@@ -45,6 +47,25 @@ class PatchSizeCallback(TrainerCallback):
             embeddings.step_patch_size = None
 
 
+class LossScaleCallback(TrainerCallback):
+    """Hands the factor of a `GradScaler` to SparseFormers that clamp the gradient of their sampling points.
+
+    Args:
+        accelerator: the trainer's (`trainer.accelerator`).
+    """
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator = accelerator
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs
+    ) -> None:
+        scaler = self.accelerator.scaler
+        for module in model.modules():
+            if isinstance(module, SparseFormerPreTrainedModel):
+                module.set_loss_scale(1.0 if scaler is None else scaler.get_scale())
+
+
 def _flexivit_embeddings(model: nn.Module) -> Iterator[FlexiViTEmbeddings]:
     return (module for module in model.modules() if isinstance(module, FlexiViTEmbeddings))
 
@@ -57,4 +78,4 @@ def _normalised(probs: list | tuple | None) -> np.ndarray | None:
     return probs / probs.sum()
 
 
-__all__ = ["PatchSizeCallback"]
+__all__ = ["LossScaleCallback", "PatchSizeCallback"]

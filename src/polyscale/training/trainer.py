@@ -6,6 +6,7 @@ from torch import nn
 from transformers import Trainer
 
 from ..layers.sizes import to_pair
+from .callbacks import LossScaleCallback
 
 
 class ImageClassificationTrainer(Trainer):
@@ -34,6 +35,7 @@ class ImageClassificationTrainer(Trainer):
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
+        self.add_callback(LossScaleCallback(self.accelerator))
         self.temperature = temperature
         self.label_smoothing = label_smoothing
         self.image_stats = image_stats

@@ -3,7 +3,8 @@ import torch
 from torch.utils.data import Dataset
 from transformers import TrainingArguments, ViTConfig, ViTModel
 
-from polyscale.training.bootstrapping import BootstrapTrainer, LossScaleCallback, make_student
+from polyscale.training.bootstrapping import BootstrapTrainer, make_student
+from polyscale.training.callbacks import LossScaleCallback
 
 
 TINY = {"feature_width": 8, "num_sampling_points": 4, "generator_width": 16, "num_latent_tokens": 5}
