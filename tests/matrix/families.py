@@ -48,6 +48,14 @@ class LlavaRecipe:
 
 
 @dataclass(frozen=True)
+class Gap:
+    """Something tried that does not work yet: what its error says, and why, for the README."""
+
+    error: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class Family:
     name: str
     title: str
@@ -68,12 +76,16 @@ class Family:
     training_overrides: dict[str, Any] = field(default_factory=dict)
     make_callbacks: Callable[[], list[TrainerCallback]] = list
     dropout_overrides: dict[str, Any] = field(default_factory=dict)
+    # For FSDP2 and tensor parallelism, where the plan is that of a model inside.
+    parallel_overrides: dict[str, Any] = field(default_factory=dict)
     lora_targets: tuple[str, ...] = ("q_proj", "v_proj")
     head_modules: tuple[str, ...] = ("head",)
     # A deeper configuration, which leaves something to decide about where its layers go.
     deeper_overrides: dict[str, Any] = field(default_factory=lambda: {"num_hidden_layers": 4})
     # Column -> why the question makes no sense for this family. Printed below the table.
     not_asked: dict[str, str] = field(default_factory=dict)
+    # Column -> what another tool cannot do for this family. The test fails as soon as it can.
+    gaps: dict[str, Gap] = field(default_factory=dict)
     # Test of Hugging Face's common suite -> why it is skipped: the method itself makes its expectation wrong.
     common_skips: dict[str, str] = field(default_factory=dict)
     # Attributes of the tester object that Hugging Face's common suite reads, where they differ from the config's.
@@ -115,6 +127,8 @@ def _flexivit_config(**overrides) -> PreTrainedConfig:
     return polyscale.FlexiViTConfig(**{**_ENCODER, "base_patch_size": 8, **overrides})
 
 
+_OPENVINO, _EXECUTORCH = "OpenVINO, any batch size", "ExecuTorch (XNNPACK), any batch size"
+_NO_VAR_MEAN = Gap("aten.var_mean", "ExecuTorch has no mean and variance in one operation.")
 _NO_TEXT_EMBEDDING = "The input embedding of a vision model is a patch convolution, not an nn.Embedding."
 
 FLEXIVIT = Family(
@@ -157,6 +171,7 @@ QUADTREE_VIT = Family(
     processor_pil=polyscale.QuadtreeViTImageProcessorPil,
     processor_kwargs={"size": {"height": 32, "width": 32}, "max_patch_size": 16},
     budgets=(Budget({"num_tokens": 16}, 16), Budget({"num_tokens": 40}, 40)),
+    gaps={_EXECUTORCH: Gap("aten.sort.stable", "ExecuTorch has no stable sort.")},
     llava=LlavaRecipe("default", count_a_number),
     llava_budgets=(Budget({"num_tokens": 16}, 16), Budget({"num_tokens": 40}, 40)),
     dropout_overrides=_ENCODER_DROPOUT,
@@ -207,6 +222,7 @@ SPARSEFORMER = Family(
     processor_pil=polyscale.SparseFormerImageProcessorPil,
     processor_kwargs=_PROCESSOR_32,
     budgets=(Budget({}, 9),),
+    gaps={_EXECUTORCH: _NO_VAR_MEAN},
     llava=LlavaRecipe("full", count_a_number, fixed_budget=_FIXED_TOKENS),
     llava_budgets=(Budget({"num_latent_tokens": 9}, 9), Budget({"num_latent_tokens": 16}, 16)),
     dropout_overrides={"drop_path_rate": 0.2},
@@ -234,6 +250,10 @@ SPARSEFORMER_VIDEO = Family(
     processor_pil=None,
     processor_kwargs=_PROCESSOR_32,
     budgets=(Budget({}, 8),),
+    gaps={
+        _OPENVINO: Gap("grid_sampler_3d", "OpenVINO samples maps, not videos."),
+        _EXECUTORCH: _NO_VAR_MEAN,
+    },
     llava=None,
     llava_budgets=(),
     input_shape=(4, 3, 32, 32),
@@ -284,6 +304,7 @@ S2_VISION = Family(
     llava_budgets=(Budget({"scales": [1, 2]}, 16), Budget({"scales": [2, 3]}, 64)),
     deeper_overrides={"vision_config": _clip_config(num_hidden_layers=4)},
     head_modules=("classifier",),
+    parallel_overrides={"vision_config": _flexivit_config(image_size=16)},  # CLIP has no plan of its own
     common_overrides={"attn_implementation": "eager"},  # the only one whose attentions a wrapped model returns
     common_skips={
         "test_inputs_embeds": _NO_TEXT_EMBEDDING,
@@ -315,8 +336,10 @@ def each_family(column: str) -> pytest.MarkDecorator:
     )
 
 
-def each_check(columns: dict[str, str], group: str) -> pytest.MarkDecorator:
+def each_check(columns: dict[str, str], group: str, reported_as: str | None = None) -> pytest.MarkDecorator:
     """Parametrises a test by family and by the checks (check -> row of the table) that one worker process answers.
+
+    With `reported_as`, the results go to that row, and the others only say which family a check is for.
 
     Tests of one process stay together in a parallel run (`--dist loadgroup`), so that it is started once.
     """
@@ -326,6 +349,7 @@ def each_check(columns: dict[str, str], group: str) -> pytest.MarkDecorator:
         for check, column in columns.items():
             marks = _cell(column, family)
             if marks is not None:
+                marks = marks if reported_as is None else _cell(reported_as, family)
                 rows.append(pytest.param(family, check, id=f"{family.name}-{check}", marks=[*marks, together]))
     return pytest.mark.parametrize(("family", "check"), rows)
 
@@ -334,4 +358,4 @@ def family_named(name: str) -> Family:
     return next(family for family in FAMILIES if family.name == name)
 
 
-__all__ = ["FAMILIES", "Budget", "Family", "LlavaRecipe", "each_check", "each_family", "family_named"]
+__all__ = ["FAMILIES", "Budget", "Family", "Gap", "LlavaRecipe", "each_check", "each_family", "family_named"]

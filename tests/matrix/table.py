@@ -59,7 +59,10 @@ class MatrixTable:
             cell = tuple(value)
             if self.outcomes[cell].get(report.nodeid) != "failed":
                 self.outcomes[cell][report.nodeid] = report.outcome
-            if report.skipped and isinstance(report.longrepr, tuple):
+            if hasattr(report, "wasxfail"):
+                self.outcomes[cell][report.nodeid] = "gap"
+                self.reasons[cell] = report.wasxfail.removeprefix("reason: ")
+            elif report.skipped and isinstance(report.longrepr, tuple):
                 self.reasons[cell] = report.longrepr[2].removeprefix("Skipped: ")
 
     def pytest_sessionfinish(self) -> None:
@@ -89,6 +92,8 @@ class MatrixTable:
                 outcomes = list(self.outcomes.get((column, family.name), {}).values())
                 if "failed" in outcomes:
                     cells.append("✗")
+                elif "gap" in outcomes:
+                    cells.append("no" + note(self.reasons[column, family.name]))
                 elif "passed" in outcomes:
                     passed, skipped = outcomes.count("passed"), outcomes.count("skipped")
                     cells.append(f"✓ ({passed}, {skipped} do not apply)" if column == _COUNTED else "✓")

@@ -33,7 +33,7 @@ def two_process_report(tmp_path_factory):
     def ask(name: str) -> Report:
         family = family_named(name)
         folder = tmp_path_factory.mktemp(name)
-        family.make_model().save_pretrained(folder / "checkpoint")
+        family.make_model(**family.parallel_overrides).save_pretrained(folder / "checkpoint")
         # Not Adam: it would make rounding visible in gradients that are zero, such as those of the keys' biases.
         arguments = {"max_steps": 4, "gradient_accumulation_steps": 2, "optim": "sgd", "learning_rate": 0.01}
         trainer, tokens = make_trainer(family, folder / "one", per_device_train_batch_size=6, **arguments)

@@ -48,7 +48,7 @@ def test_in_a_fresh_process(family, check, fresh_report):
 
 
 @pytest.mark.slow
-@each_check(dict.fromkeys([*_CHECKS, "trust_is_asked_for"], _WITHOUT), "without")
+@each_check({**_CHECKS, "trust_is_asked_for": _WITHOUT}, "without", reported_as=_WITHOUT)
 def test_without_polyscale(family, check, fresh_report):
     fresh_report(family.name, True).require(check)
 

@@ -23,6 +23,7 @@ class Context:
         self.family = family_named(facts["family"])
         self.arguments = facts["arguments"]
         self.checkpoint = folder / "checkpoint"
+        self.reference = self.family.make_model(**self.family.parallel_overrides)
         self.inputs = self.family.make_inputs(batch_size=4)
         self.labels = torch.tensor([0, 1, 2, 0])
 
@@ -51,7 +52,7 @@ def check_data_parallel_training(context: Context) -> None:
 
 def check_fsdp2(context: Context) -> None:
     """Every process holds half of each layer and half of the batch; gradients are those of one process."""
-    reference = context.family.make_model()
+    reference = context.reference
     reference(context.inputs, labels=context.labels).loss.backward()
     config = DistributedConfig(fsdp_size=2)
     model = context.family.classifier.from_pretrained(context.checkpoint, distributed_config=config)
@@ -69,7 +70,7 @@ def check_fsdp2(context: Context) -> None:
 @torch.no_grad()
 def check_tensor_parallel(context: Context) -> None:
     """Heads and MLP widths split over both processes; the same logits at every budget."""
-    reference = context.family.make_model()
+    reference = context.reference
     config = DistributedConfig(tp_size=2, tp_plan="auto")
     model = context.family.classifier.from_pretrained(context.checkpoint, distributed_config=config)
     sharded = _sharded(model)
