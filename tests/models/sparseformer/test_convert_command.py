@@ -1,11 +1,10 @@
 import torch
+from sparseformer_reference import tiny_config
 from transformers import AutoModelForVideoClassification, AutoVideoProcessor
 from typer.testing import CliRunner
 
 from polyscale import SparseFormerForImageClassification, SparseFormerImageProcessor
 from polyscale.cli import app
-
-from .sparseformer_reference import tiny_config
 
 
 def test_the_command_inflates_an_image_checkpoint(tmp_path):
