@@ -17,7 +17,7 @@ def test_the_command_inflates_an_image_checkpoint(tmp_path):
     assert result.exit_code == 0, result.output
 
     video_model = AutoModelForVideoClassification.from_pretrained(tmp_path / "video").eval()
-    assert AutoVideoProcessor.from_pretrained(tmp_path / "video").image_mean == [0.1, 0.2, 0.3]
+    assert tuple(AutoVideoProcessor.from_pretrained(tmp_path / "video").image_mean) == (0.1, 0.2, 0.3)
     pixel_values = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(
