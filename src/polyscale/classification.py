@@ -198,7 +198,7 @@ def num_prefix_tokens(model: PreTrainedModel) -> int:
 
 
 class ForwardMeter:
-    """Times each forward call of a classifier, and counts the tokens of the last one.
+    """Times each forward call of a classifier by a pipeline, and counts the tokens of the last one.
 
     Attributes:
         milliseconds: the duration of each call since `reset`.
@@ -210,7 +210,7 @@ class ForwardMeter:
         self.prefix = num_prefix_tokens(model)
         self.reset()
         self._handles = [
-            model.register_forward_pre_hook(self._start),
+            model.register_forward_pre_hook(self._start, with_kwargs=True),
             model.base_model.register_forward_hook(self._count),
             model.register_forward_hook(self._stop),
         ]
@@ -228,7 +228,8 @@ class ForwardMeter:
             torch.cuda.synchronize(self.model.device)
         return time.perf_counter()
 
-    def _start(self, *_) -> None:
+    def _start(self, module, inputs, arguments) -> None:
+        self._image_size = tuple(arguments[self.model.main_input_name].shape[-2:])
         self._started = self._now()
 
     def _stop(self, *_) -> None:
@@ -239,6 +240,9 @@ class ForwardMeter:
         hidden = getattr(output, "last_hidden_state", None)
         if mask is not None:
             self.tokens = int(mask[0].sum())
+        elif hasattr(self.model.config, "num_tokens_for"):
+            # the last hidden state of a classifier may hold the prefix tokens alone
+            self.tokens = self.model.config.num_tokens_for(self._image_size)
         elif hidden is not None:
             # (batch, tokens, hidden) or, of a convolutional network, (batch, hidden, rows, columns)
             is_map = hidden.ndim == 4
