@@ -74,6 +74,13 @@ def test_foreign_models_and_processors_are_refused(tmp_path):
     assert not (tmp_path / "model").exists()
 
 
+def test_a_model_inside_another_is_refused(tmp_path):
+    config = polyscale.S2VisionConfig(vision_config=tiny_model().config, scales=[1, 2])
+    with pytest.raises(ValueError, match="`model` holds a 'flexivit' in `vision_config`"):
+        hub.save_with_code(polyscale.S2VisionWrapper(config), tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
 class RecordingApi:
     """Stands in for the upload alone: it keeps what would have been sent."""
 

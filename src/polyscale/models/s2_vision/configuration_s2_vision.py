@@ -20,7 +20,7 @@ from .base_config import (
     check_base,
 )
 from .dynamic_tiling import dynamic_tile_grid
-from .multiscale import OUTPUT_SHAPES, UNEVEN, TilePlan, check_chunks, check_scale_index, plan_tiles
+from .multiscale import OUTPUT_SHAPES, UNEVEN, TilePlan, check_chunks, check_scale_index, plan_tiles, scale_list
 
 
 POOLINGS = ("pooler", "mean")
@@ -254,7 +254,11 @@ class S2VisionConfig(BackboneConfigMixin, PreTrainedConfig):
         return plan if not self.dynamic else self._dynamic_plan(size, plan)
 
     def _static_plan(self, size: tuple[int, int], scales, img_sizes) -> TilePlan:
-        reference = self._reference_size(size, scales) if scales is not None else size
+        if scales is None:
+            reference = size
+        else:
+            scales = scale_list(scales, "scales")
+            reference = self._reference_size(size, scales)
         return plan_tiles(reference, scales, img_sizes, self.tile_size, self.uneven)
 
     def _reference_size(self, size: tuple[int, int], scales: Sequence[float]) -> tuple[int, int]:

@@ -7,6 +7,7 @@ follow its `dev_any_shape` branch, with the token count that branch promises.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import index
 
 import torch
 import torch.nn.functional as F
@@ -64,17 +65,22 @@ def plan_tiles(
         raise ValueError(f"Give either `scales` or `img_sizes`, not both and not neither: got {given}.")
     check_choice("uneven", uneven, UNEVEN)
     if img_sizes is not None:
-        sizes = tuple(to_pair(size, "img_sizes") for size in _as_list(img_sizes, "img_sizes"))
+        sizes = tuple(to_pair(size, "img_sizes") for size in scale_list(img_sizes, "img_sizes"))
     else:
-        sizes = tuple(_scaled_size(input_size, scale) for scale in _as_list(scales, "scales"))
+        sizes = tuple(_scaled_size(input_size, scale) for scale in scale_list(scales, "scales"))
     tile = to_pair(tuple(input_size) if max_split_size is None else max_split_size, "max_split_size")
     return TilePlan(sizes, tile, uneven)
 
 
-def _as_list(values: Sequence, name: str) -> list:
+def scale_list(values: Sequence, name: str) -> list:
+    """The entries of `scales` or `img_sizes`; a symbolic int of a tracer becomes a constant.
+
+    Raises:
+        ValueError: for anything but a sequence with at least one entry.
+    """
     if isinstance(values, str) or not isinstance(values, Sequence) or len(values) == 0:
         raise ValueError(f"`{name}` must be a list with one entry for each scale, got {values!r}.")
-    return list(values)
+    return [index(value) if isinstance(value, int) and not isinstance(value, bool) else value for value in values]
 
 
 def _scaled_size(input_size: Sequence[int], scale: float) -> tuple[int, int]:
@@ -471,5 +477,6 @@ __all__ = [
     "plan_tiles",
     "resize_picture",
     "run_tiles",
+    "scale_list",
     "token_grid",
 ]
