@@ -82,15 +82,15 @@ def run_fresh(code: str, threads: int) -> list[float]:
     return [float(number) for number in done.stdout.splitlines()[-1].split()]
 
 
+# VmHWM, not getrusage: the latter's maximum survives an exec, so a child would start with its parent's.
 _MEMORY = """
-import resource
 {imports}
-def resident():
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * resource.getpagesize()
-before = resident()
+def kibibytes(name):
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith(name + ":"))
+before = kibibytes("VmRSS")
 {code}
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / 2**20)
+print((kibibytes("VmHWM") - before) / 1024)
 """
 
 
