@@ -49,3 +49,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         mark = item.get_closest_marker("matrix_cell")
         if mark is not None:
             item.user_properties.append(("matrix_cell", list(mark.args)))
+
+
+@pytest.fixture(autouse=True)
+def transformers_verbosity():
+    """Commands silence transformers for the length of their process; here the process goes on with the next test."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    yield
+    logging.set_verbosity(level)
