@@ -269,16 +269,21 @@ class EncoderPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": EncoderLayer, "attentions": EncoderAttention}
 
-    def reads_prefix_only(self, layers: nn.ModuleList, **kwargs) -> bool:
+    def reads_prefix_only(self, model: nn.Module, **kwargs) -> bool:
         """Whether a classifier may leave the patch tokens of the last layer uncomputed.
 
         It may where its pooling does not read them and nobody else does: no `hidden_states` or `attentions` are asked
-        for, and no hook is there to see them.
+        for, and there is no hook to see them.
+
+        Args:
+            model: the model without its head.
+            kwargs: of the classifier's forward.
         """
         outputs = ("output_hidden_states", "output_attentions")
-        if any(kwargs.get(name, getattr(self.config, name, False)) for name in outputs) or len(layers) == 0:
+        if any(kwargs.get(name, getattr(self.config, name, False)) for name in outputs) or len(model.layers) == 0:
             return False
-        hooked = any(module._forward_hooks or module._forward_pre_hooks for module in layers[-1].modules())
+        seen_by_hooks = (model, model.layernorm, model.pooler, *model.layers[-1].modules())
+        hooked = any(module._forward_hooks or module._forward_pre_hooks for module in seen_by_hooks)
         return self.config.pooling in ("cls", "pooler") and not hooked
 
     @torch.no_grad()

@@ -73,4 +73,8 @@ def test_whoever_looks_at_the_last_layer_sees_every_token():
     model.flexivit.layers[-1].mlp.register_forward_hook(lambda module, args, output: seen.append(output.shape))
     model(torch.randn(1, 3, 32, 32))
     assert seen == [(1, 17, 32)]
+    model = tiny_classifier()
+    model.flexivit.register_forward_hook(lambda module, args, output: seen.append(output.last_hidden_state.shape))
+    model(torch.randn(1, 3, 32, 32))
+    assert seen[1] == (1, 17, 32)
     assert tiny_classifier().flexivit(torch.randn(1, 3, 32, 32)).last_hidden_state.shape == (1, 17, 32)

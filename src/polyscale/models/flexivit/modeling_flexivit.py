@@ -214,7 +214,7 @@ class FlexiViTForImageClassification(FlexiViTPreTrainedModel):
         Returns:
             `logits` (batch, num_labels), and `loss` when `labels` are given.
         """
-        prefix_only = self.reads_prefix_only(self.flexivit.layers, **kwargs)
+        prefix_only = self.reads_prefix_only(self.flexivit, **kwargs)
         outputs = self.flexivit(pixel_values, patch_size=patch_size, prefix_only=prefix_only, **kwargs)
         logits = self.head(outputs.pooler_output, outputs.last_hidden_state)
         loss = self.loss_function(labels, logits, self.config, **kwargs) if labels is not None else None
