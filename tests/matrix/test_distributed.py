@@ -25,7 +25,7 @@ _CHECKS = {
 }
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")  # a parallel run goes back and forth between modules
 def two_process_report(tmp_path_factory):
     """family -> the answers of two processes, asked once."""
 

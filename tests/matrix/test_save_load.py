@@ -27,7 +27,7 @@ _CHECKS = {
 _WITHOUT = "without polyscale, by the code in the checkpoint"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")  # a parallel run goes back and forth between modules
 def fresh_report(tmp_path_factory):
     """(family, with_code) -> the answers of one fresh process, asked once."""
 

@@ -1,26 +1,27 @@
 """One small training run, the same in this process and in every worker: crops of photographs, told apart."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .families import Family
 from .pictures import CropDataset
 
 
 class TokenCounter:
-    """Keeps how many tokens each training forward of a model worked on."""
+    """Keeps how many tokens the first layer of a model worked on in each training forward."""
 
     def __init__(self, model: nn.Module):
         self.counts: list[int] = []
-        getattr(model, model.base_model_prefix).register_forward_hook(self._count)
+        first = next(module for module in model.modules() if isinstance(module, GradientCheckpointingLayer))
+        first.register_forward_pre_hook(self._count)
 
-    def _count(self, module: nn.Module, args: Any, output: Any) -> None:
+    def _count(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         if module.training:
-            self.counts.append(output.last_hidden_state.shape[1])
+            self.counts.append(args[0].shape[1])
 
 
 def make_trainer(
