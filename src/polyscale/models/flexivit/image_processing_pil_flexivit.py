@@ -7,7 +7,7 @@ from ...layers.image_checks import FiniteImagesMixin
 
 
 class FlexiViTImageProcessorPil(FiniteImagesMixin, PilBackend):
-    """The twin of `FlexiViTImageProcessor` by Pillow and NumPy instead of torchvision: same fields, same results."""
+    """The twin of `FlexiViTImageProcessor` by Pillow and NumPy: same fields, same results."""
 
     resample = PILImageResampling.BICUBIC
     image_mean = IMAGENET_STANDARD_MEAN

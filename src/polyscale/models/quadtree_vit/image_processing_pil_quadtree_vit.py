@@ -8,7 +8,7 @@ from .image_sizes_quadtree_vit import LegalSizeMixin, QuadtreeViTImageProcessorK
 
 
 class QuadtreeViTImageProcessorPil(FiniteImagesMixin, LegalSizeMixin, PilBackend):
-    """The twin of `QuadtreeViTImageProcessor` by Pillow and NumPy instead of torchvision: same fields, same results."""
+    """The twin of `QuadtreeViTImageProcessor` by Pillow and NumPy: same fields, same results."""
 
     valid_kwargs = QuadtreeViTImageProcessorKwargs
     resample = PILImageResampling.BICUBIC

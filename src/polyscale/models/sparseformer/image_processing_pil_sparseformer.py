@@ -7,7 +7,7 @@ from ...layers.image_checks import FiniteImagesMixin
 
 
 class SparseFormerImageProcessorPil(FiniteImagesMixin, PilBackend):
-    """The twin of `SparseFormerImageProcessor` by Pillow and NumPy instead of torchvision: same fields, same results."""
+    """The twin of `SparseFormerImageProcessor` by Pillow and NumPy: same fields, same results."""
 
     resample = PILImageResampling.BILINEAR
     image_mean = IMAGENET_DEFAULT_MEAN
