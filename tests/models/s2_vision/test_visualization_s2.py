@@ -7,7 +7,7 @@ from PIL import Image
 from s2_tiny import make_base
 
 from polyscale.models.s2_vision import S2VisionWrapper, multiscale_forward
-from polyscale.visualization_s2 import (
+from polyscale.visualization.s2_vision import (
     LINE,
     beside,
     draw_scale_features,

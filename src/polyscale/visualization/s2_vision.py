@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from .models.s2_vision import S2VisionWrapper
-from .models.s2_vision.multiscale import TilePlan, multiscale_forward
+from ..models.s2_vision import S2VisionWrapper
+from ..models.s2_vision.multiscale import TilePlan, multiscale_forward
 
 
 GAP = 8  # pixels between pictures beside each other

@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageDraw, ImageOps
 from transformers import PreTrainedModel
 
-from .visualization import seen_region
+from . import seen_region
 
 
 _GAP = 4  # pixels between the cells of a grid

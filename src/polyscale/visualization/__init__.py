@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
-from .budgets import budget_argument
-from .checkpoints import resolve_checkpoint
-from .classification import default_budgets, format_budget, open_image
-from .layers.sizes import to_pair
+from ..budgets import budget_argument
+from ..checkpoints import resolve_checkpoint
+from ..classification import default_budgets, format_budget, open_image
+from ..layers.sizes import to_pair
 
 
 if TYPE_CHECKING:
@@ -278,7 +278,7 @@ def draw_s2(model, processor, image: Image.Image, budgets: Sequence | None = Non
     Raises:
         ValueError: for budgets.
     """
-    from .visualization_s2 import draw_tiles, scale_features
+    from .s2_vision import draw_tiles, scale_features
 
     if budgets is not None:
         raise ValueError(f"`budgets` must be None: the scales of an S2 model belong to its checkpoint, got {budgets}.")
@@ -309,7 +309,7 @@ def quadtree_picture(model, processor, image: Image.Image, num_tokens: int | Non
         image: the picture.
         num_tokens: the budget; the config's when None.
     """
-    from .visualization_quadtree import draw_quadtree
+    from .quadtree_vit import draw_quadtree
 
     pixel_values = preprocess(image, processor, model)
     tokens = model.base_model(pixel_values, num_tokens=num_tokens)
@@ -344,7 +344,7 @@ def draw_quadtrees(model, processor, image: Image.Image, budgets: Sequence | Non
 
 
 def _draw_sparseformer(model, processor, image: Image.Image, budgets: Sequence | None) -> Image.Image:
-    from .visualization_sparseformer import draw_sparseformer
+    from .sparseformer import draw_sparseformer
 
     if budgets is not None:
         raise ValueError(f"`budgets` must be None: the tokens of a SparseFormer belong to it, got {budgets}.")
