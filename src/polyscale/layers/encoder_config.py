@@ -8,6 +8,7 @@ from transformers.backbone_utils import BackboneConfigMixin
 
 POOLINGS = ("cls", "mean", "cls_mean", "pooler")
 MLP_TYPES = ("mlp", "swiglu")
+PREFIX_POSITIONS = ("none", "cls", "all")
 
 # width, layers, heads of the published sizes (timm, big_vision, flexivit_pytorch)
 ENCODER_SIZES = {
@@ -55,6 +56,8 @@ class EncoderConfig(BackboneConfigMixin, PreTrainedConfig):
         use_distillation_token: whether DeiT's distillation token follows CLS.
         use_distillation_head: whether a second classifier reads the distillation token; logits are the mean of both.
         num_register_tokens: register tokens, after CLS and distillation token.
+        prefix_positions: which prefix tokens have a position of their own: "none" (timm's `no_embed_class`), "cls"
+            (registers have none: DINOv2) or "all".
         num_channels: channels of a picture.
         image_size: (height, width) in pixels, or int: the size the positions were made for.
 
@@ -85,6 +88,7 @@ class EncoderConfig(BackboneConfigMixin, PreTrainedConfig):
     use_distillation_token: bool = False
     use_distillation_head: bool = False
     num_register_tokens: int = 0
+    prefix_positions: str = "none"
     num_channels: int = 3
     image_size: int | list[int] | tuple[int, int] = 224
     _out_features: list[str] | None = None
@@ -107,6 +111,7 @@ class EncoderConfig(BackboneConfigMixin, PreTrainedConfig):
     def _check_encoder(self) -> None:
         check_choice("mlp_type", self.mlp_type, MLP_TYPES)
         check_choice("pooling", self.pooling, POOLINGS)
+        check_choice("prefix_positions", self.prefix_positions, PREFIX_POSITIONS)
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"`hidden_act` must be an activation that transformers knows, got {self.hidden_act!r}.")
         for name in ("hidden_size", "num_attention_heads", "intermediate_size", "num_channels"):
@@ -141,10 +146,32 @@ class EncoderConfig(BackboneConfigMixin, PreTrainedConfig):
             **{f"layers.*.{name}": "rowwise" for name in rows},
         }
 
+    @classmethod
+    def preset(cls, name: str, **overrides) -> "EncoderConfig":
+        """The config of a published size: the model type followed by "_tiny", "_small", "_base", "_large" or "_huge".
+
+        Args:
+            name: one of the five names, such as "flexivit_base".
+            overrides: fields that differ from the preset.
+        """
+        presets = {f"{cls.model_type}_{size}": shape for size, shape in ENCODER_SIZES.items()}
+        check_choice("name", name, tuple(presets))
+        fields = dict(zip(("hidden_size", "num_hidden_layers", "num_attention_heads"), presets[name], strict=True))
+        return cls(**{**fields, **overrides})
+
     @property
     def num_prefix_tokens(self) -> int:
         """Tokens in front of the patch tokens: CLS, distillation token, registers."""
         return int(self.use_cls_token) + int(self.use_distillation_token) + self.num_register_tokens
+
+    @property
+    def num_position_prefix_tokens(self) -> int:
+        """Prefix tokens that have a position."""
+        if self.prefix_positions == "all":
+            return self.num_prefix_tokens
+        if self.prefix_positions == "cls":
+            return int(self.use_cls_token) + int(self.use_distillation_token)
+        return 0
 
     @property
     def pooled_size(self) -> int:

@@ -4,14 +4,13 @@ from collections.abc import Sequence
 
 from huggingface_hub.dataclasses import strict
 
-from ...layers.encoder_config import ENCODER_SIZES, EncoderConfig, check_choice
+from ...layers.encoder_config import EncoderConfig, check_choice
 from ...layers.resizing import INTERPOLATIONS
 from ...layers.sizes import to_pair
 
 
 RESIZE_METHODS = ("pi", "interpolate")
 UNEVEN = ("crop", "pad", "error")
-PREFIX_POSITIONS = ("none", "cls", "all")
 
 
 @strict
@@ -33,8 +32,6 @@ class FlexiViTConfig(EncoderConfig):
         position_interpolation: "bilinear" or "bicubic", for the position grid.
         position_antialias: whether a resize of the position grid to a smaller one is antialiased.
         position_grid: (rows, columns) of the stored positions; `image_size // base_patch_size` when None.
-        prefix_positions: which prefix tokens have a position of their own: "none" (timm's `no_embed_class`), "cls"
-            (registers have none: DINOv2) or "all".
         uneven: what to do with an image that the patch size does not divide: "crop" drops the rest at the bottom and
             the right (as published), "pad" pads with zeros there, "error" raises a ValueError.
         patch_bias: whether the patch embedding has a bias.
@@ -68,7 +65,6 @@ class FlexiViTConfig(EncoderConfig):
     position_interpolation: str = "bilinear"
     position_antialias: bool = True
     position_grid: int | list[int] | tuple[int, int] | None = None
-    prefix_positions: str = "none"
     uneven: str = "crop"
     patch_bias: bool = True
 
@@ -76,7 +72,6 @@ class FlexiViTConfig(EncoderConfig):
         check_choice("resize_method", self.resize_method, RESIZE_METHODS)
         check_choice("kernel_interpolation", self.kernel_interpolation, INTERPOLATIONS)
         check_choice("position_interpolation", self.position_interpolation, INTERPOLATIONS)
-        check_choice("prefix_positions", self.prefix_positions, PREFIX_POSITIONS)
         check_choice("uneven", self.uneven, UNEVEN)
         image_size = to_pair(self.image_size, "image_size")
         base_patch_size = to_pair(self.base_patch_size, "base_patch_size")
@@ -111,33 +106,6 @@ class FlexiViTConfig(EncoderConfig):
                 )
             if min(probs) < 0 or abs(sum(probs) - 1) > 1e-4:
                 raise ValueError(f"`train_patch_size_probs` must be non-negative and sum to 1, got {list(probs)}.")
-
-    @classmethod
-    def preset(cls, name: str, **overrides) -> "FlexiViTConfig":
-        """The config of a published size: "flexivit_tiny", "_small", "_base", "_large" or "_huge".
-
-        Args:
-            name: one of the five names.
-            overrides: fields that differ from the preset.
-        """
-        presets = {f"flexivit_{size}": shape for size, shape in ENCODER_SIZES.items()}
-        check_choice("name", name, tuple(presets))
-        hidden_size, num_hidden_layers, num_attention_heads = presets[name]
-        shape = {
-            "hidden_size": hidden_size,
-            "num_hidden_layers": num_hidden_layers,
-            "num_attention_heads": num_attention_heads,
-        }
-        return cls(**{**shape, **overrides})
-
-    @property
-    def num_position_prefix_tokens(self) -> int:
-        """Prefix tokens that have a position."""
-        if self.prefix_positions == "all":
-            return self.num_prefix_tokens
-        if self.prefix_positions == "cls":
-            return int(self.use_cls_token) + int(self.use_distillation_token)
-        return 0
 
     def resolve_patch_size(self, patch_size: int | Sequence[int] | None = None) -> tuple[int, int]:
         """(height, width) of a patch in evaluation: the given one, else `patch_size`, else `base_patch_size`."""

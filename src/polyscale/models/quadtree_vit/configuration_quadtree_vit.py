@@ -7,7 +7,7 @@ from transformers import PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 from transformers.models.auto.configuration_auto import AutoConfig
 
-from ...layers.encoder_config import ENCODER_SIZES, EncoderConfig, check_choice
+from ...layers.encoder_config import EncoderConfig, check_choice
 from ...layers.quadtree import check_multiple, check_token_budget
 from ...layers.sizes import to_pair
 
@@ -15,7 +15,6 @@ from ...layers.sizes import to_pair
 PATCH_SCORERS = ("pixel_blur", "feature", "random", "precomputed")
 SCORER_ERRORS = ("mse", "cosine")
 POSITION_EMBEDDINGS = ("sinusoidal", "learned")
-PREFIX_POSITIONS = ("none", "cls", "all")
 # The budget of the paper's default, 196 of the 256 patches of 16 pixels in a picture of 256 pixels.
 DEFAULT_BUDGET = 196 / 256
 
@@ -67,7 +66,6 @@ class QuadtreeViTConfig(EncoderConfig):
         position_embedding: "sinusoidal" (of the patch centres) or "learned" (a grid, sampled bilinearly at the patch
             centres).
         position_grid: (rows, columns) of the learned grid; `image_size // min_patch_size` when None.
-        prefix_positions: which prefix tokens have a learned position: "none", "cls" (registers have none) or "all".
         patch_bias: whether the patch embedding has a bias.
 
     Raises:
@@ -102,14 +100,12 @@ class QuadtreeViTConfig(EncoderConfig):
     scorer_backbone_config: dict | PreTrainedConfig | None = None
     position_embedding: str = "sinusoidal"
     position_grid: int | list[int] | tuple[int, int] | None = None
-    prefix_positions: str = "none"
     patch_bias: bool = True
 
     def __post_init__(self, **kwargs):
         check_choice("patch_scorer", self.patch_scorer, PATCH_SCORERS)
         check_choice("scorer_error", self.scorer_error, SCORER_ERRORS)
         check_choice("position_embedding", self.position_embedding, POSITION_EMBEDDINGS)
-        check_choice("prefix_positions", self.prefix_positions, PREFIX_POSITIONS)
         count_levels(self.min_patch_size, self.max_patch_size)
         if self.position_embedding == "sinusoidal" and (self.hidden_size % 4 or self.hidden_size < 8):
             raise ValueError(
@@ -127,24 +123,6 @@ class QuadtreeViTConfig(EncoderConfig):
         self.position_grid = list(to_pair(self.position_grid, "position_grid"))
         super().__post_init__(**kwargs)
 
-    @classmethod
-    def preset(cls, name: str, **overrides) -> "QuadtreeViTConfig":
-        """The config of a size: "quadtree_vit_tiny", "_small", "_base", "_large" or "_huge".
-
-        Args:
-            name: one of the five names.
-            overrides: fields that differ from the preset.
-        """
-        presets = {f"quadtree_vit_{size}": shape for size, shape in ENCODER_SIZES.items()}
-        check_choice("name", name, tuple(presets))
-        hidden_size, num_hidden_layers, num_attention_heads = presets[name]
-        shape = {
-            "hidden_size": hidden_size,
-            "num_hidden_layers": num_hidden_layers,
-            "num_attention_heads": num_attention_heads,
-        }
-        return cls(**{**shape, **overrides})
-
     @property
     def num_levels(self) -> int:
         """Number of patch sizes."""
@@ -153,11 +131,7 @@ class QuadtreeViTConfig(EncoderConfig):
     @property
     def num_position_prefix_tokens(self) -> int:
         """Prefix tokens that have a position."""
-        if self.position_embedding == "sinusoidal" or self.prefix_positions == "none":
-            return 0
-        if self.prefix_positions == "all":
-            return self.num_prefix_tokens
-        return int(self.use_cls_token) + int(self.use_distillation_token)
+        return 0 if self.position_embedding == "sinusoidal" else super().num_position_prefix_tokens
 
     def patch_grid_for(self, image_size: int | Sequence[int] | None = None) -> tuple[int, int]:
         """(rows, columns) of the largest patches.
