@@ -1,16 +1,24 @@
 """Video processor of SparseFormer."""
 
-from collections.abc import Sequence
+from collections.abc import Callable
+from importlib import import_module
 
 import numpy as np
 import torch
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling
 from transformers.processing_utils import Unpack, VideosKwargs
-from transformers.utils import is_torchcodec_available
-from transformers.utils.import_utils import is_av_available
+from transformers.utils.import_utils import is_av_available, is_torchcodec_usable
 from transformers.video_processing_utils import BaseVideoProcessor
-from transformers.video_utils import VideoInput
+from transformers.video_utils import VideoInput, VideoMetadata, load_video
+
+
+def count_frames(video: str) -> int:
+    """Frames of a file or address, counted without decoding them: Matroska and WebM do not say."""
+    # Not an `import`: transformers would then ask for `av` to load any checkpoint that carries this file.
+    av = import_module("av")
+    with av.open(video) as container:
+        return sum(packet.pts is not None for packet in container.demux(video=0))
 
 
 class SparseFormerVideoProcessor(BaseVideoProcessor):
@@ -40,13 +48,26 @@ class SparseFormerVideoProcessor(BaseVideoProcessor):
     num_frames = 8
     model_input_names = ["pixel_values"]
 
-    def _decode_and_sample_videos(self, videos: VideoInput, *args, **kwargs):
-        first = videos
-        while isinstance(first, Sequence) and not isinstance(first, str) and len(first):
-            first = first[0]
-        if isinstance(first, str) and not (is_av_available() or is_torchcodec_available()):
+    def fetch_videos(self, video_url_or_urls: str | list, sample_indices_fn: Callable | None = None):
+        """Frames (frames, height, width, channels) and metadata of a file or address; lists of them for a list.
+
+        As in transformers, which knows torchcodec alone, but with `av` where torchcodec cannot be used.
+        """
+        if is_torchcodec_usable(decode="video"):
+            return super().fetch_videos(video_url_or_urls, sample_indices_fn=sample_indices_fn)
+        if not is_av_available():
             raise ImportError("Reading video files needs `av` (pip install 'polyscale[video]') or torchcodec.")
-        return super()._decode_and_sample_videos(videos, *args, **kwargs)
+        if isinstance(video_url_or_urls, list):
+            fetched = [self.fetch_videos(video, sample_indices_fn=sample_indices_fn) for video in video_url_or_urls]
+            return tuple(zip(*fetched, strict=True))
+
+        def choose_frames(metadata: VideoMetadata, **kwargs) -> np.ndarray:
+            metadata.total_num_frames = metadata.total_num_frames or count_frames(video_url_or_urls)
+            if sample_indices_fn is None:
+                return np.arange(metadata.total_num_frames)
+            return sample_indices_fn(metadata=metadata, **kwargs)
+
+        return load_video(video_url_or_urls, backend="pyav", sample_indices_fn=choose_frames)
 
     def _prepare_input_videos(self, videos: VideoInput, **kwargs) -> list[torch.Tensor]:
         for video in videos:
