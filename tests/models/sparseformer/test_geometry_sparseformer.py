@@ -1,5 +1,6 @@
 import pytest
 import torch
+import torch.nn.functional as F
 from sparseformer_reference import encode_plainly, sample_plainly
 
 from polyscale.models.sparseformer.geometry_sparseformer import (
@@ -80,6 +81,39 @@ def test_sampling_equals_plain_interpolation(sizes, padding):
     weights = torch.randn(actual.shape, generator=generator, dtype=torch.float64)
     gradients = [torch.autograd.grad((value * weights).sum(), features)[0] for value in (actual, expected)]
     torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("padding", ["zeros", "border"])
+def test_sampling_on_a_cpu_equals_grid_sample_to_the_last_bits(padding):
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(2, 7, 56, 24, generator=generator, requires_grad=True)
+    points = (torch.rand(2, 9, 16, 2, generator=generator) * 1.6 - 0.3).requires_grad_()
+    grids = F.grid_sample(
+        features.movedim(-1, 1), points * 2 - 1, mode="bilinear", padding_mode=padding, align_corners=False
+    )
+    values = (sample_features(features, points, padding), grids.permute(0, 2, 3, 1))
+    torch.testing.assert_close(*values, rtol=0, atol=5e-7)
+    weights = torch.randn(values[0].shape, generator=generator)
+    of_features, of_points = zip(
+        *(torch.autograd.grad((value * weights).sum(), (features, points)) for value in values), strict=True
+    )
+    torch.testing.assert_close(*of_features, rtol=0, atol=5e-6)
+    torch.testing.assert_close(*of_points, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), 1e30])
+@pytest.mark.parametrize("padding", ["zeros", "border"])
+def test_points_that_are_no_places_do_no_harm(value, padding):
+    features = torch.randn(1, 4, 4, 3, generator=torch.Generator().manual_seed(0))
+    points = torch.full((1, 2, 3, 2), 0.4)
+    expected = sample_features(features, points, padding)
+    points[0, 0, 0] = value
+    sampled = sample_features(features, points, padding)
+    assert torch.equal(sampled[0, 1], expected[0, 1])
+    assert torch.equal(sampled[0, 0, 1:], expected[0, 0, 1:])
+    if abs(value) == 1e30:
+        corner = features[0, -1, -1] if padding == "border" else torch.zeros(3)
+        torch.testing.assert_close(sampled[0, 0, 0], corner)
 
 
 @pytest.mark.parametrize("num_frequencies", [1, 4, 7])

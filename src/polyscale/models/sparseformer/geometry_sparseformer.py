@@ -79,6 +79,37 @@ class ClampGradient(torch.autograd.Function):
         return gradient.clamp(min=-bound, max=bound), None
 
 
+def corner_cells(points: torch.Tensor, height: int, width: int, padding: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The four cells around each point, and their weights in a linear interpolation, rounded as `grid_sample` does.
+
+    Args:
+        points: (batch, tokens, points, 2).
+        height, width: of the grid of features.
+        padding: "zeros" or "border".
+
+    Returns:
+        Numbers of cells, counted through the batch, int32, and weights, both (batch * tokens * points, 4): top left,
+        top right, bottom left, bottom right.
+    """
+    size = torch.tensor([width, height])
+    # `grid_sample` multiplies and subtracts with one rounding; so does float64, rounded to float32 in the end.
+    position = ((points * 2 - 1 + 1).double() * (size / 2) - 0.5).to(points.dtype)
+    if padding == "border":
+        position = position.clamp(min=torch.zeros(2)).minimum(size - 1)
+    low = position.floor()
+    after = position - low
+    cells = torch.stack([low, low + 1], dim=-1).int()  # (batch, tokens, points, 2 axes, 2 sides)
+    # As integers, so that a point at infinity or NaN reads some cell of the grid too.
+    last = (size - 1).int()[:, None]
+    inside = cells.clamp(min=0).minimum(last)
+    weights = torch.stack([1 - after, after], dim=-1) * (cells == inside)
+    columns, rows = inside.unbind(dim=-2)
+    first = torch.arange(0, len(points) * height, height, dtype=torch.int32)[:, None, None, None]
+    numbers = ((first + rows) * width)[..., None] + columns[..., None, :]
+    weights = weights[..., 1, :, None] * weights[..., 0, None, :]
+    return numbers.view(-1, 4), weights.view(-1, 4)
+
+
 def sample_features(features: torch.Tensor, points: torch.Tensor, padding: str) -> torch.Tensor:
     """Linear interpolation of features at points.
 
@@ -91,6 +122,11 @@ def sample_features(features: torch.Tensor, points: torch.Tensor, padding: str) 
     Returns:
         (batch, tokens, points, channels)
     """
+    if points.shape[-1] == 2 and features.device.type == "cpu" and not torch.compiler.is_compiling():
+        # The same numbers as below, twice as fast on a CPU; with the backward pass, three times.
+        numbers, weights = corner_cells(points, *features.shape[1:3], padding)
+        sampled = F.embedding_bag(numbers, features.flatten(0, 2), per_sample_weights=weights, mode="sum")
+        return sampled.view(*points.shape[:3], -1)
     grid = points * 2 - 1
     grid = grid if grid.shape[-1] == 2 else grid[:, None]
     sampled = F.grid_sample(features.movedim(-1, 1), grid, mode="bilinear", padding_mode=padding, align_corners=False)
@@ -112,6 +148,7 @@ def encode_rois(rois: torch.Tensor, num_frequencies: int) -> torch.Tensor:
 __all__ = [
     "ClampGradient",
     "adjust_rois",
+    "corner_cells",
     "encode_rois",
     "inflate_rois",
     "initial_rois",

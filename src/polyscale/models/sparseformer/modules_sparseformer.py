@@ -3,6 +3,7 @@
 Papers and official code: see `modeling_sparseformer.py`.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -19,8 +20,9 @@ from .configuration_sparseformer import SparseFormerConfig
 from .geometry_sparseformer import ClampGradient, adjust_rois, encode_rois, place_points, sample_features
 
 
-# Mixing parameters made at a time on a CPU: those of a few tokens fit its caches, those of a batch do not.
-_MIXING_PARAMETERS = 2**19
+# Mixing parameters made at a time on a CPU, without gradients: larger blocks of memory go back to the operating system
+# after each use, and the next use pays for their pages again.
+_MIXING_PARAMETERS = 2**22
 
 
 class SparseFormerUnitNorm(nn.LayerNorm):
@@ -53,6 +55,7 @@ class SparseFormerFeatures(nn.Module):
     def __init__(self, config: SparseFormerConfig):
         super().__init__()
         self.convolution = nn.Conv2d(config.num_channels, config.feature_width, kernel_size=7, stride=2, padding=3)
+        self.is_encoded = any("pe_inject" in operations for operations in config.operations)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(batch, channels, height, width) -> (batch, rows, columns, feature_width), float32"""
@@ -63,8 +66,10 @@ class SparseFormerFeatures(nn.Module):
         # ReLU commutes with the maximum, and after it there is a quarter of the values.
         features = F.relu(F.max_pool2d(features, kernel_size=3, stride=2, padding=1))
         features = features.permute(0, 2, 3, 1).float()  # (batch, rows, columns, feature_width)
+        if not self.is_encoded:
+            return F.layer_norm(features, features.shape[-1:], eps=1e-5)
+        # Encodings of RoIs multiply a rounding of the last bit by hundreds: the same operations as the official code.
         variance, mean = torch.var_mean(features, dim=-1, correction=0, keepdim=True)
-        # Not `layer_norm`: encodings of RoIs multiply a rounding of the last bit here by hundreds.
         return (features - mean) / (variance + 1e-5).sqrt()
 
 
@@ -107,6 +112,9 @@ class SparseFormerAttention(nn.Module):
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
+        if self.config._attn_implementation == "sdpa" and tokens.device.type == "cpu" and self.head_dim < 32:
+            # The 64 heads of v1 are 4 to 12 wide: there torch's fused kernel for CPUs takes twice the time.
+            attention = eager_attention_forward
         output, weights = attention(self, query, key, value, None, dropout=0.0, scaling=self.scaling, **kwargs)
         return self.o_proj(output.flatten(-2)), weights
 
@@ -207,11 +215,12 @@ class SparseFormerMixing(nn.Module):
 
     def mix(self, generators: torch.Tensor, sampled: torch.Tensor) -> torch.Tensor:
         """(batch * tokens, inner) and (batch * tokens, points, channels) -> (batch * tokens, rows * channels)"""
-        parameters = self.generator_out(generators)
-        channel_size = self.channel_shape[0] * self.channel_shape[1]
-        channel_mixing = parameters[:, :channel_size].unflatten(-1, self.channel_shape)
-        spatial_mixing = parameters[:, channel_size:].unflatten(-1, self.spatial_shape)
-        mixed = sampled.to(parameters.dtype)
+        # `split`, not slices: the backward pass of a slice fills a tensor of the size of the whole with zeros.
+        sizes = [math.prod(self.channel_shape), math.prod(self.spatial_shape)]
+        channel_mixing, spatial_mixing = self.generator_out(generators).split(sizes, dim=1)
+        channel_mixing = channel_mixing.unflatten(1, self.channel_shape)
+        spatial_mixing = spatial_mixing.unflatten(1, self.spatial_shape)
+        mixed = sampled.to(channel_mixing.dtype)
         if self.channel_bias is None:
             mixed = torch.bmm(spatial_mixing, torch.bmm(mixed, channel_mixing))
         else:
@@ -223,11 +232,11 @@ class SparseFormerMixing(nn.Module):
         """(batch, tokens, width) and sampled (batch, tokens, points, channels) -> (batch, tokens, width)"""
         generators = self.generator_in(self.layernorm(tokens)).flatten(0, 1)
         sampled = sampled.flatten(0, 1)
-        step = max(_MIXING_PARAMETERS // self.generator_out.out_features, 1)
-        in_steps = tokens.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        if in_steps and len(generators) > step:
-            parts = [self.mix(*part) for part in zip(generators.split(step), sampled.split(step), strict=True)]
-            mixed = torch.cat(parts)
+        num_parts = math.ceil(len(generators) * self.generator_out.out_features / _MIXING_PARAMETERS)
+        is_eager_inference = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if num_parts > 1 and tokens.device.type == "cpu" and is_eager_inference:
+            parts = zip(generators.chunk(num_parts), sampled.chunk(num_parts), strict=True)
+            mixed = torch.cat([self.mix(*part) for part in parts])
         else:
             mixed = self.mix(generators, sampled)
         return self.o_proj(mixed).unflatten(0, tokens.shape[:2])
