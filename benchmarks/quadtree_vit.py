@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from polyscale import PixelBlurPatchScorer, QuadtreeTokenizer, QuadtreeViTConfig, QuadtreeViTModel, quadtree_tokens
+from polyscale.layers.quadtree import decode_nodes
 
 
 SECTIONS = ("selection", "tokenization", "pixels", "encoder")
@@ -95,8 +96,10 @@ def published_tokenization(official: str | None, tokenizer: QuadtreeTokenizer, s
 
     def recreated(images: torch.Tensor) -> torch.Tensor:
         live = loop_selection(tokenizer.patch_scorer(images), config.num_tokens)
-        nodes = live.nonzero()[:, 1].view(images.shape[0], -1)
-        patches = tokenizer.patches_of(images, nodes)
+        nodes = 1 + live.nonzero()[:, 1].view(images.shape[0], -1)
+        nodes = F.pad(nodes, (config.num_prefix_tokens, 0))
+        tokens = decode_nodes(nodes, *config.patch_grid_for(images.shape[-2:]), config.num_levels)
+        patches = tokenizer.patches_of(images, tokens, config.num_levels)
         centers = torch.rand(*nodes.shape, 2, device=images.device)
         steps = torch.arange(config.hidden_size // 4, device=images.device)
         angles = centers[..., None] * torch.exp(steps * -0.05)

@@ -14,6 +14,7 @@ manner. A prefix sorts first. A child's key is the part of its parent's key that
 first k nodes in that order are the k splits.
 
 Nodes are numbered level by level, coarsest first, in raster order within a level: that is also the order of tokens.
+Node 0 stands above them: the whole picture, whose split into the largest patches is always the first.
 """
 
 import math
@@ -27,6 +28,8 @@ import torch.nn.functional as F
 
 # Bits of an int64 that a packed key may use; longer keys are sorted in several passes.
 KEY_BITS = 62
+# Grids of pictures whose constants are kept.
+MAX_TREES = 64
 
 
 class QuadtreeTokens(NamedTuple):
@@ -120,78 +123,115 @@ def _check_scores(scores: Sequence[torch.Tensor]) -> None:
             )
 
 
+def _is_traced(tensor: torch.Tensor) -> bool:
+    """Whether a tracer's stand-in is in a tensor's place: it has no values, and does not mix with real tensors."""
+    return torch.compiler.is_compiling() or type(tensor) is not torch.Tensor
+
+
 def _check_values(flat_scores: torch.Tensor) -> None:
-    # A look at the values waits for the device, and tracers have none: only for eager tensors on the CPU.
-    if flat_scores.device.type == "cpu" and not torch.compiler.is_compiling() and bool(flat_scores.isnan().any()):
+    # A look at the values waits for the device: only on the CPU.
+    if flat_scores.device.type == "cpu" and not _is_traced(flat_scores) and math.isnan(flat_scores.max()):
         raise ValueError("`scores` hold NaN: scores must be ordered, higher = split sooner.")
 
 
-def _enlarge(grid: torch.Tensor) -> torch.Tensor:
-    """(batch, rows, columns) -> (batch, 2 rows, 2 columns): every node's value, at its four children."""
-    batch, rows, columns = grid.shape
-    return grid[:, :, None, :, None].expand(batch, rows, 2, columns, 2).reshape(batch, 2 * rows, 2 * columns)
+class _Tree(NamedTuple):
+    """What is known of every node of a tree: its number, that of its parent, and its level, row and column.
+
+    The fields are (nodes,), (nodes,) and (nodes, 3). Node 0 has 0 in all of them.
+    """
+
+    numbers: torch.Tensor
+    parents: torch.Tensor
+    places: torch.Tensor
 
 
-def _per_level(flat: torch.Tensor, grids: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
-    """(batch, nodes) -> one (batch, rows, columns) a level."""
-    parts = flat.split([rows * columns for rows, columns in grids], dim=1)
-    return [part.reshape(part.shape[0], *grid) for part, grid in zip(parts, grids, strict=True)]
+def _make_tree(rows: int, columns: int, levels: int, device: torch.device) -> _Tree:
+    grid = torch.zeros(1, 1, dtype=torch.long, device=device)  # numbers of the nodes of one level
+    parents, places = [grid.flatten()], [grid.expand(1, 3)]
+    num_nodes = 1
+    for level in range(levels):
+        shape = (rows << level, columns << level)
+        before = grid[:, None, :, None].expand(-1, 2 if level else rows, -1, 2 if level else columns).reshape(shape)
+        grid = torch.arange(num_nodes, num_nodes + shape[0] * shape[1], device=device).view(shape)
+        num_nodes += shape[0] * shape[1]
+        row = torch.arange(shape[0], device=device)[:, None].expand(shape)
+        column = torch.arange(shape[1], device=device).expand(shape)
+        parents.append(before.flatten())
+        places.append(torch.stack([torch.full_like(row, level), row, column], dim=-1).flatten(0, 1))
+    return _Tree(torch.arange(num_nodes, device=device), torch.cat(parents), torch.cat(places))
 
 
-def _pack(entries: list[torch.Tensor], depth: int, nodes: int) -> list[torch.Tensor]:
-    """The entries of keys, up to `depth` of them, as few integers as hold them, in the same lexicographic order."""
-    digits = max(1, int(KEY_BITS / math.log2(nodes + 1)))  # entries that fit in one integer
+_trees: dict[tuple, _Tree] = {}
+
+
+def _tree_for(rows: int, columns: int, levels: int, tensor: torch.Tensor) -> _Tree:
+    """The tree whose coarsest grid is (rows, columns), on the device of `tensor`; `levels` counts the finest too."""
+    if _is_traced(tensor):
+        return _make_tree(rows, columns, levels, tensor.device)
+    key = (rows, columns, levels, tensor.device)
+    tree = _trees.get(key)
+    if tree is None:
+        # outside of inference mode, so that the cached tensors may later take part in a backward pass
+        with torch.inference_mode(False):
+            tree = _make_tree(rows, columns, levels, tensor.device)
+        if type(tree.numbers) is torch.Tensor and tensor.device.type != "meta":  # a tracer's stand-in must not be kept
+            if len(_trees) >= MAX_TREES:
+                _trees.clear()
+            _trees[key] = tree
+    return tree
+
+
+def _pack(entries: Sequence[torch.Tensor], base: int) -> list[torch.Tensor]:
+    """The entries of keys, each below `base`, as few integers as hold them, in the same lexicographic order."""
+    digits = max(1, int(KEY_BITS / math.log2(base)))  # entries that fit in one integer
     packed = []
-    for start in range(0, depth, digits):
-        stop = min(start + digits, depth)
-        key = entries[start] if start < len(entries) else torch.zeros_like(entries[0])
-        for entry in entries[start + 1 : stop]:
-            key = key * (nodes + 1) + entry
-        missing = stop - max(min(stop, len(entries)), start + 1)
-        packed.append(key * (nodes + 1) ** missing if missing else key)
+    for start in range(0, len(entries), digits):
+        key, *later = entries[start : start + digits]
+        for entry in later:
+            key = entry.add(key, alpha=base)
+        packed.append(key)
     return packed
 
 
-def _expansion_keys(flat_scores: torch.Tensor, grids: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
-    """Integers (batch, nodes) whose lexicographic order is that in which best-first expansion visits nodes."""
-    nodes = flat_scores.shape[1]
+def _expansion_keys(flat_scores: torch.Tensor, levels: int, tree: _Tree) -> list[torch.Tensor]:
+    """Integers (batch, 1 + scores) whose lexicographic order is that in which best-first expansion visits nodes."""
+    batch, num_scores = flat_scores.shape
     # A stable sort breaks ties by the number of the node: coarser level first, then raster.
-    order = flat_scores.sort(dim=1, descending=True, stable=True).indices
-    places = torch.arange(1, nodes + 1, device=order.device).expand_as(order)
-    ranks = torch.empty_like(order).scatter(1, order, places)
+    order = flat_scores.sort(dim=1, descending=True, stable=True).indices + 1
+    places = tree.numbers[1 : num_scores + 1].expand_as(order)
+    ranks = order.new_zeros(batch, num_scores + 1).scatter_(1, order, places)
 
-    packed_by_level = []
-    entries: list[torch.Tensor] = []  # of the keys of the level before, largest first; 0 = the key has ended
-    for rank in _per_level(ranks, grids):
-        inherited = [_enlarge(entry) for entry in entries]
-        entries = [torch.maximum(inherited[0], rank) if inherited else rank]
-        for before, entry in pairwise([*inherited, None]):
-            own = torch.where(before > rank, rank, 0)
-            entries.append(own if entry is None else torch.where(entry > rank, entry, own))
-        packed_by_level.append(_pack(entries, len(grids), nodes))
-    return [torch.cat([key.flatten(1) for key in keys], dim=1) for keys in zip(*packed_by_level, strict=True)]
+    parents = tree.parents[: num_scores + 1].expand_as(ranks)
+    ended = ranks[:, :1]  # 0, the rank of the whole picture: fills keys that are shorter than others
+    ancestors, entries = ranks, [ranks]
+    for _ in range(levels - 1):
+        ancestors = ancestors.gather(1, parents)
+        is_behind = ancestors > entries[0]
+        entries = [torch.where(is_behind, new, old) for new, old in pairwise([ancestors, *entries, ended])]
+    return _pack(entries, num_scores + 1)
 
 
-def _first_splits(flat_scores: torch.Tensor, grids: Sequence[tuple[int, int]], count: int) -> torch.Tensor:
-    """(batch, nodes), True for the first `count` nodes that best-first expansion splits."""
-    if count == 0 or count == flat_scores.shape[1]:
-        return torch.full_like(flat_scores, count > 0, dtype=torch.bool)
-    *later, last = _expansion_keys(flat_scores, grids)
+def _first_splits(flat_scores: torch.Tensor, count: int, levels: int, tree: _Tree) -> torch.Tensor:
+    """(batch, 1 + scores), True for the whole picture and the first `count` nodes that best-first expansion splits."""
+    *later, last = _expansion_keys(flat_scores, levels, tree)
     if not later:
-        threshold = last.topk(count, dim=1, largest=False, sorted=False).values.amax(dim=1, keepdim=True)
+        threshold = last.topk(count + 1, dim=1, largest=False, sorted=False).values.amax(dim=1, keepdim=True)
         return last <= threshold
     order = last.sort(dim=1, stable=True).indices
     for key in reversed(later):
         order = order.gather(1, key.gather(1, order).sort(dim=1, stable=True).indices)
-    return torch.zeros_like(flat_scores, dtype=torch.bool).scatter(1, order[:, :count], True)
+    return torch.zeros_like(last, dtype=torch.bool).scatter_(1, order[:, : count + 1], True)
 
 
-def _above_threshold(scores: Sequence[torch.Tensor], threshold: float) -> torch.Tensor:
-    """(batch, nodes), True where the score of a node and those of all its ancestors exceed `threshold`."""
-    reached = [scores[0] > threshold]
-    for score in scores[1:]:
-        reached.append(_enlarge(reached[-1]) & (score > threshold))
-    return torch.cat([grid.flatten(1) for grid in reached], dim=1)
+def _above_threshold(flat_scores: torch.Tensor, threshold: float, levels: int, tree: _Tree) -> torch.Tensor:
+    """(batch, 1 + scores), True for the whole picture, and where a node and all its ancestors exceed `threshold`."""
+    above = torch.cat(
+        [flat_scores.new_ones(flat_scores.shape[0], 1, dtype=torch.bool), flat_scores > threshold], dim=1
+    )
+    parents = tree.parents[: above.shape[1]].expand_as(above)
+    for _ in range(levels - 1):
+        above = above & above.gather(1, parents)
+    return above
 
 
 def select_nodes(
@@ -200,7 +240,7 @@ def select_nodes(
     split_threshold: float | None = None,
     round_down: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The selection of `quadtree_tokens` as numbers of nodes: (batch, num_tokens), and the mask or None."""
+    """The selection of `quadtree_tokens` as numbers of nodes (0 pads): (batch, num_tokens), and the mask or None."""
     _check_scores(scores)
     _, rows, columns = scores[0].shape
     coarsest = rows * columns
@@ -212,64 +252,38 @@ def select_nodes(
     if split_threshold is not None and split_threshold != split_threshold:
         raise ValueError("`split_threshold` is NaN: give a score above which patches are split.")
 
-    grids = [tuple(score.shape[1:]) for score in scores]
     flat_scores = torch.cat([score.flatten(1) for score in scores], dim=1).detach()
     _check_values(flat_scores)
+    levels = len(scores)
+    tree = _tree_for(rows, columns, levels + 1, flat_scores)
+    if num_tokens is None:
+        splits = _above_threshold(flat_scores, split_threshold, levels, tree)
+    else:
+        splits = _first_splits(flat_scores, (num_tokens - coarsest) // 3, levels, tree)
+        if split_threshold is not None:
+            # Nodes above the threshold with all their ancestors come first in the order, so a maximum only cuts its
+            # end off.
+            splits = splits & _above_threshold(flat_scores, split_threshold, levels, tree)
+
+    is_split = torch.cat([splits, splits.new_zeros(splits.shape[0], finest)], dim=1)
+    is_live = is_split.gather(1, tree.parents.expand_as(is_split)) ^ is_split
     mask = None
-    if num_tokens is not None:
-        splits = _first_splits(flat_scores, grids, (num_tokens - coarsest) // 3)
     if split_threshold is not None:
-        # Nodes above the threshold with all their ancestors come first in the order, so a maximum only cuts its end
-        # off.
-        above = _above_threshold(scores, split_threshold)
-        splits = above if num_tokens is None else above & splits
-        lengths = coarsest + 3 * splits.sum(dim=1)
+        lengths = is_live.sum(dim=1)
         if num_tokens is None:
             num_tokens = int(lengths.max())
-        mask = torch.arange(num_tokens, device=splits.device) < lengths[:, None]
-
-    split_grids = _per_level(splits, grids)
-    live = [~split_grids[0]]
-    for parent, split in pairwise(split_grids):
-        live.append(_enlarge(parent) ^ split)
-    live.append(_enlarge(split_grids[-1]))
-    live = torch.cat([grid.flatten(1) for grid in live], dim=1)
+        mask = torch.arange(num_tokens, device=lengths.device) < lengths[:, None]
 
     # The i-th live node goes to place i; all others to place 0, which is cut off.
-    place = live.cumsum(dim=1) * live
-    numbers = torch.arange(live.shape[1], device=live.device).expand_as(place)
-    nodes = place.new_zeros(place.shape[0], num_tokens + 1).scatter(1, place, numbers)
+    place = is_live.cumsum(dim=1) * is_live
+    nodes = place.new_zeros(place.shape[0], num_tokens + 1).scatter_(1, place, tree.numbers.expand_as(place))
     return nodes[:, 1:], mask
-
-
-def _node_table(rows: int, columns: int, levels: int, device: torch.device) -> torch.Tensor:
-    """Level, row and column of every node: (nodes, 3)"""
-    grids = []
-    for level in range(levels):
-        shape = (rows << level, columns << level)
-        row = torch.arange(shape[0], device=device)[:, None].expand(shape)
-        column = torch.arange(shape[1], device=device).expand(shape)
-        grids.append(torch.stack([torch.full_like(row, level), row, column], dim=-1).flatten(0, 1))
-    return torch.cat(grids)
-
-
-_node_tables: dict[tuple, torch.Tensor] = {}
 
 
 def decode_nodes(nodes: torch.Tensor, rows: int, columns: int, levels: int) -> QuadtreeTokens:
     """Numbers of nodes -> level, row, column; level 0 has the grid (rows, columns), `levels` counts the finest too."""
-    if torch.compiler.is_compiling():
-        table = _node_table(rows, columns, levels, nodes.device)
-    else:
-        key = (rows, columns, levels, nodes.device)
-        table = _node_tables.get(key)
-        if table is None:
-            # outside of inference mode, so that the cached tensor may later take part in a backward pass
-            with torch.inference_mode(False):
-                table = _node_table(rows, columns, levels, nodes.device)
-            if type(table) is torch.Tensor and table.device.type != "meta":  # a tracer's stand-in must not be kept
-                _node_tables[key] = table
-    return QuadtreeTokens(*F.embedding(nodes, table).unbind(dim=-1))
+    places = _tree_for(rows, columns, levels, nodes).places
+    return QuadtreeTokens(*F.embedding(nodes, places).unbind(dim=-1))
 
 
 def quadtree_tokens(
@@ -304,7 +318,7 @@ def quadtree_tokens(
     tokens = decode_nodes(nodes, *scores[0].shape[1:], levels=len(scores) + 1)
     if mask is None:
         return tokens
-    return MaskedQuadtreeTokens(*(torch.where(mask, field, 0) for field in tokens), mask)
+    return MaskedQuadtreeTokens(*tokens, mask)
 
 
 def _check_reverse(tokens, patch_centers, patch_sizes, image_size, min_patch_size, token_mask) -> None:

@@ -1,8 +1,9 @@
-"""Plain reference implementations: the quadtree with a heap, one split at a time, and its reverse cell by cell."""
+"""Plain reference implementations: the quadtree with a heap, its reverse cell by cell, its tokens crop by crop."""
 
 import heapq
 
 import numpy as np
+import torch
 
 
 def heap_quadtree(scores, num_tokens=None, split_threshold=None):
@@ -58,3 +59,21 @@ def bilinear_blur_scores(pixels, min_patch_size, patch_size):
     rows, columns = height // patch_size, width // patch_size
     patches = error.mean(axis=0).reshape(rows, patch_size, columns, patch_size)
     return np.sqrt(patches.mean(axis=(1, 3)) * patch_size)
+
+
+def crop_by_crop_tokens(tokenizer, pixel_values, patch_centers, patch_sizes):
+    """Tokens of a sinusoidal tokenizer with CLS, each patch cropped from its reduced picture."""
+    size, quarter = tokenizer.config.min_patch_size, tokenizer.config.hidden_size // 4
+    frequencies = 10000.0 ** (-torch.arange(quarter) / (quarter - 1))
+    tokens = []
+    for picture, centers, sides in zip(pixel_values, patch_centers.tolist(), patch_sizes.tolist(), strict=True):
+        row = [tokenizer.prefix_tokens.cls_token[0, 0]]
+        for (x, y), side in zip(centers, sides, strict=True):
+            reduced = torch.nn.functional.interpolate(picture[None], scale_factor=size / side, mode="bilinear")
+            left, top = (round((middle - side / 2) * size / side) for middle in (x, y))
+            patch = tokenizer.patch_embeddings.projection(reduced[:, :, top : top + size, left : left + size])
+            angles = [middle / size * frequencies for middle in (x, y)]
+            position = torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)])
+            row.append(patch.flatten() + position)
+        tokens.append(torch.stack(row))
+    return torch.stack(tokens)

@@ -100,6 +100,23 @@ def test_compiles_without_graph_breaks():
             assert torch.equal(ours, expected)
 
 
+def test_constants_of_few_sizes_are_kept_and_serve_every_mode(monkeypatch):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    monkeypatch.setattr(quadtree, "_trees", {})
+    monkeypatch.setattr(quadtree, "MAX_TREES", 3)
+    with FakeTensorMode():
+        quadtree_tokens([torch.rand(1, 2, 2)], 7)
+    assert not quadtree._trees
+    for columns in range(1, 9):
+        with torch.inference_mode():
+            quadtree_tokens(make_scores("random", 2, 2, columns, 1, 0), 2 * columns + 3)
+        assert 0 < len(quadtree._trees) <= 3
+    assert not any(table.is_inference() for tree in quadtree._trees.values() for table in tree)
+    with FakeTensorMode():
+        assert quadtree_tokens([torch.rand(1, 2, 8), torch.rand(1, 4, 16)], 19).level.shape == (1, 19)
+
+
 @pytest.mark.parametrize(
     ("scores", "knobs", "message"),
     [

@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from quadtree_reference import bilinear_blur_scores
+from quadtree_reference import bilinear_blur_scores, crop_by_crop_tokens
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from polyscale import (
     FeatureBasedPatchScorer,
@@ -95,11 +97,11 @@ def test_golden_embeddings_and_dense_map(golden, golden_pixels):
 
 
 def test_golden_patches(golden, golden_pixels):
-    from polyscale.layers.quadtree import select_nodes
+    from polyscale.layers.quadtree import decode_nodes, select_nodes
 
     tokenizer = golden_tokenizer(golden)
     nodes, _ = select_nodes(tokenizer.patch_scorer(golden_pixels), 100)
-    patches = tokenizer.patches_of(golden_pixels, nodes)
+    patches = tokenizer.patches_of(golden_pixels, decode_nodes(nodes, 4, 4, levels=3), levels=3)
     tokens = tokenizer(golden_pixels)
     for b in range(2):
         ours = {
@@ -125,6 +127,73 @@ def test_every_patch_split_equals_vanilla(make_config, images, position_embeddin
     torch.testing.assert_close(ours.embeddings, expected.embeddings)
     assert torch.equal(ours.patch_centers, expected.patch_centers)
     assert torch.equal(ours.patch_sizes, expected.patch_sizes)
+
+
+def strided(images):
+    return torch.nn.functional.pad(images, (3, 2, 1, 4))[..., 1:-4, 3:-2]
+
+
+def channels_last(images):
+    return images.to(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("layout", [torch.Tensor.contiguous, channels_last, strided])
+@pytest.mark.parametrize(
+    ("shape", "fields", "num_tokens"),
+    [((2, 3, 32, 48), {}, 33), ((1, 1, 64, 64), {"num_channels": 1, "min_patch_size": 2, "max_patch_size": 32}, 100)],
+)
+def test_tokens_and_gradients_equal_crops(make_config, layout, shape, fields, num_tokens):
+    torch.manual_seed(0)
+    tokenizer = QuadtreeTokenizer(make_config(**{"patch_scorer": "random", "scorer_seed": 0, **fields}))
+    torch.nn.init.normal_(tokenizer.prefix_tokens.cls_token)
+    images = layout(torch.randn(shape)).requires_grad_()
+    tokens = tokenizer(images, num_tokens=num_tokens)
+    assert len(tokens.patch_sizes.unique()) == tokenizer.config.num_levels
+    expected = crop_by_crop_tokens(tokenizer, images, tokens.patch_centers, tokens.patch_sizes)
+    torch.testing.assert_close(tokens.embeddings, expected, **TOLERANCE)
+    weights = torch.randn_like(expected)
+    inputs = [images, *tokenizer.parameters()]
+    ours, theirs = (torch.autograd.grad((output * weights).sum(), inputs) for output in (tokens.embeddings, expected))
+    for gradient, expected in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(gradient, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("layout", [channels_last, strided])
+def test_pixel_blur_scores_of_any_layout(images, layout):
+    scorer = PixelBlurPatchScorer(4, 16)
+    for score, expected in zip(scorer(layout(images)), scorer(images), strict=True):
+        assert torch.equal(score, expected)
+
+
+@torch.no_grad()
+def test_autocast_keeps_tokens_in_float32(make_config, images):
+    tokenizer = QuadtreeTokenizer(make_config())
+    expected = tokenizer(images).embeddings
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        tokens = tokenizer(images).embeddings
+    assert tokens.dtype == torch.float32
+    torch.testing.assert_close(tokens, expected, atol=0.05, rtol=0.05)
+
+
+class StaysOnDevice(TorchDispatchMode):
+    """Fails where a tensor on another device takes part: a value read back, or one sent from the host."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves((args, kwargs, result)):
+            assert not isinstance(leaf, torch.Tensor) or leaf.device.type == "meta", function
+        return result
+
+
+@pytest.mark.parametrize("split_threshold", [None, 0.5])
+def test_a_budget_needs_no_word_from_the_device(make_config, split_threshold):
+    tokenizer = QuadtreeTokenizer(make_config()).to("meta")  # which has no values: reading one is an error
+    pixels = torch.empty(3, 3, 32, 48, device="meta")
+    with StaysOnDevice():
+        tokens = tokenizer(pixels, num_tokens=30, split_threshold=split_threshold)
+    assert tokens.embeddings.shape == (3, 31, 32)
+    with pytest.raises(RuntimeError, match="meta"):
+        tokenizer(pixels, split_threshold=0.5)  # each picture its own length: the longest must be known
 
 
 @torch.no_grad()

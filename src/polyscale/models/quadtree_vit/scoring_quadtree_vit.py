@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import AutoBackbone, PreTrainedModel
+from transformers.utils.generic import maybe_autocast
 
 from ...layers.encoder_config import check_choice
 from ...layers.quadtree import check_multiple
@@ -24,21 +25,6 @@ def reduce_bilinear(images: torch.Tensor, factor: int) -> torch.Tensor:
     first = factor // 2 - 1
     rows = images[:, :, first::factor].lerp(images[:, :, first + 1 :: factor], 0.5)
     return rows[..., first::factor].lerp(rows[..., first + 1 :: factor], 0.5)
-
-
-def enlarged_phases(images: torch.Tensor, dim: int, factor: int) -> list[torch.Tensor]:
-    """Every `factor`-th row or column of `resize_bilinear` to `factor` times the size along `dim`, from each start.
-
-    Args:
-        images: padded by one repeated pixel on both ends of `dim`.
-    """
-    length = images.shape[dim] - 2
-    phases = []
-    for phase in range(factor):
-        offset = (phase + 0.5) / factor - 0.5  # from the centre of the small pixel
-        before, weight = (0, offset + 1) if offset < 0 else (1, offset)
-        phases.append(images.narrow(dim, before, length).lerp(images.narrow(dim, before + 1, length), weight))
-    return phases
 
 
 class PatchScorer(nn.Module):
@@ -87,8 +73,8 @@ class PatchScorer(nn.Module):
                 f"{tuple(pixel_values.shape)}."
             )
         check_multiple(tuple(pixel_values.shape[-2:]), self.max_patch_size, "max_patch_size")
-        with torch.no_grad(), torch.autocast(device_type=pixel_values.device.type, enabled=False):
-            return self.score(pixel_values.float(), patch_scores)
+        with torch.no_grad(), maybe_autocast(pixel_values.device.type, enabled=False):
+            return self.score(pixel_values.float().contiguous(), patch_scores)
 
     def config_fields(self) -> dict[str, object]:
         """The fields of `QuadtreeViTConfig` that rebuild this scorer."""
@@ -111,14 +97,22 @@ class PixelBlurPatchScorer(PatchScorer):
         """The blurred picture is made and compared one set of columns at a time: memory traffic is what this costs."""
         batch, channels, height, width = pixel_values.shape
         factor = size // self.min_patch_size
+        half = factor // 2
+        # Buffers are freed and used again as soon as possible: fresh memory costs more than what is done with it.
         small = F.pad(reduce_bilinear(pixel_values, factor), (1, 1, 1, 1), mode="replicate")
-        rows = torch.stack(enlarged_phases(small, 2, factor), dim=3).flatten(2, 3)
-        total = None
-        for phase, columns in enumerate(enlarged_phases(rows, 3, factor)):
-            error = columns.sub_(pixel_values[..., phase::factor])
+        # Between the centres of two rows of the small picture lie `factor` rows of the large one.
+        weights = (torch.arange(factor, device=small.device)[:, None] + 0.5) / factor
+        rows = small[:, :, :-1, None].lerp(small[:, :, 1:, None], weights).flatten(2, 3)[:, :, half:-half]
+        del small
+        total = error = None
+        for phase in range(factor):  # columns phase, phase + factor, ...; the errors of phase 0 become the total
+            first, weight = divmod(phase + half, factor)
+            left, right = (rows.narrow(3, start, width // factor) for start in (first, first + 1))
+            error = torch.lerp(left, right, (weight + 0.5) / factor, out=error if phase > 1 else None)
+            error.sub_(pixel_values[..., phase::factor])
             total = error.square_() if total is None else total.addcmul_(error, error)
-        patches = total.view(batch, channels, height // size, size, width // size, size // factor)
-        return (patches.sum(dim=(1, 3, 5)) / (channels * size)).sqrt()  # the mean over size^2, times size
+        sums = total.view(batch, channels, height // size, size, width // size, size // factor).sum(dim=3)
+        return (sums.sum(dim=(1, 4)) / (channels * size)).sqrt()  # the mean over size^2, times size
 
 
 class RandomPatchScorer(PatchScorer):

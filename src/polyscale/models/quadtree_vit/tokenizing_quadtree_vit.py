@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ...layers.encoder import PrefixTokens
-from ...layers.quadtree import check_multiple, check_token_budget, decode_nodes, select_nodes
+from ...layers.quadtree import QuadtreeTokens, check_multiple, check_token_budget, decode_nodes, select_nodes
 from ...layers.resizing import resize_abs_pos_embed
 from ...layers.sizes import check_pixel_values
 from .configuration_quadtree_vit import QuadtreeViTConfig
@@ -64,7 +64,7 @@ class QuadtreeViTPatchEmbeddings(nn.Module):
 
 
 class PatchTokenizer(nn.Module):
-    """What both tokenizers share: embedding, positions and prefix tokens."""
+    """What both tokenizers share: from selected patches to tokens."""
 
     def __init__(self, config: QuadtreeViTConfig):
         super().__init__()
@@ -79,28 +79,61 @@ class PatchTokenizer(nn.Module):
             self.position_embeddings = None
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def cut(self, images: torch.Tensor) -> torch.Tensor:
-        """Every patch of the smallest size: (batch, channels, height, width) -> (batch, patches, pixels of a patch)"""
-        size = self.config.min_patch_size
-        batch, channels, height, width = images.shape
-        patches = images.view(batch, channels, height // size, size, width // size, size)
-        return patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * size * size)
-
-    def sinusoidal_positions(self, centers: torch.Tensor, patch_grid: tuple[int, int]) -> torch.Tensor:
-        """Positions of centres (batch, tokens, 2), (x, y) in units of the smallest patch: (batch, tokens, hidden)"""
-        halves = []
-        for axis, length in enumerate(reversed(patch_grid)):
-            # Every centre is a multiple of a half: few different values, however many tokens there are.
-            values = torch.arange(1, 2 * length, device=centers.device) / 2
-            table = sinusoid(values, self.config.hidden_size // 2)
-            halves.append(F.embedding((2 * centers[..., axis]).long() - 1, table))
-        return torch.cat(halves, dim=-1)
-
-    def learned_positions(self, nodes: torch.Tensor | None, patch_grids: Sequence[tuple[int, int]]) -> torch.Tensor:
-        """The learned grid, sampled at the patch centres: (batch or 1, tokens, hidden)
+    def cut(self, images: torch.Tensor, row: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
+        """Cuts out patches of the smallest size.
 
         Args:
-            nodes: numbers of the patches, counted through all levels; every patch in order when None.
+            images: (batch, channels, height, width).
+            row: of the patch in the grid of such patches, (batch, tokens); so is `column`.
+
+        Returns:
+            (batch, tokens, channels * size * size)
+        """
+        size = self.config.min_patch_size
+        batch, channels, height, width = images.shape
+        columns = width // size
+        # A patch is channels * size runs of neighbouring pixels: whole runs are copied, and only those of the patches.
+        picture = torch.arange(batch, device=images.device)[:, None] * (channels * height)
+        channel = torch.arange(channels, device=images.device)[:, None] * height
+        lines = (channel + torch.arange(size, device=images.device)).flatten()
+        first = (picture + row * size) * columns + column
+        return F.embedding(first[..., None] + lines * columns, images.reshape(-1, size)).flatten(2)
+
+    def patches_of(self, pixel_values: torch.Tensor, tokens: QuadtreeTokens, levels: int) -> torch.Tensor:
+        """Cuts out the selected patches, reduced to the smallest size: (batch, tokens, channels * size * size)
+
+        Args:
+            pixel_values: (batch, channels, height, width).
+            tokens: from coarse to fine, behind places for the prefix tokens; level `levels` - 1 has the smallest.
+        """
+        level, row, column = tokens
+        patches = self.cut(pixel_values, row, column)
+        for index in range(levels - 1):
+            reduced = reduce_bilinear(pixel_values, 1 << (levels - 1 - index))
+            # Patches do not overlap: those of this level are among as many of the first as its grid has.
+            cells = reduced.shape[-2] * reduced.shape[-1] // self.config.min_patch_size**2
+            count = cells + self.config.num_prefix_tokens
+            is_here = level[:, :count] == index
+            coarse = self.cut(reduced, row[:, :count] * is_here, column[:, :count] * is_here)
+            patches[:, :count] = torch.where(is_here[..., None], coarse, patches[:, :count])
+        return patches
+
+    def sinusoidal_positions(self, centers: torch.Tensor, length: int) -> torch.Tensor:
+        """Positions of patch centres: (batch, tokens, 2) -> (batch, tokens, hidden)
+
+        Args:
+            centers: (x, y) in halves of the smallest patch, integers: few different values, however many tokens.
+            length: the longer side of the picture in units of the smallest patch.
+        """
+        values = torch.arange(2 * length, device=centers.device) / 2
+        table = sinusoid(values, self.config.hidden_size // 2)
+        return F.embedding(centers, table.to(self.patch_embeddings.projection.weight.dtype)).flatten(2)
+
+    def learned_positions(self, nodes: torch.Tensor, patch_grids: Sequence[tuple[int, int]]) -> torch.Tensor:
+        """The learned grid, sampled at the patch centres: (batch, tokens, hidden)
+
+        Args:
+            nodes: numbers of the patches, counted from 1 through all levels.
             patch_grids: (rows, columns) of each level.
         """
         grid = self.position_embeddings[:, self.config.num_position_prefix_tokens :]
@@ -115,21 +148,68 @@ class PatchTokenizer(nn.Module):
             )
             for patch_grid in patch_grids
         ]
-        table = torch.cat(levels, dim=1)
-        return table if nodes is None else F.embedding(nodes, table[0])
+        table = torch.cat([grid[:, :1], *levels], dim=1)[0]
+        return F.embedding(nodes, table.to(self.patch_embeddings.projection.weight.dtype))
 
     def assemble(self, patches: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Patches (batch, tokens, pixels) and positions (batch or 1, tokens, hidden) -> tokens with prefix tokens."""
-        tokens = self.patch_embeddings(patches)
-        tokens = tokens + positions.to(tokens.dtype)
+        """Embeds patches, adds their positions, and puts the prefix tokens over the first of them.
+
+        Args:
+            patches: (batch, num_prefix_tokens + num_tokens, pixels).
+            positions: (batch, num_prefix_tokens + num_tokens, hidden), overwritten.
+        """
+        tokens = positions.add_(self.patch_embeddings(patches))
         prefix = self.prefix_tokens(tokens.shape[0])
-        if prefix is None:
-            return self.dropout(tokens)
-        num_placed = self.config.num_position_prefix_tokens
-        if num_placed:
-            placed = prefix[:, :num_placed] + self.position_embeddings[:, :num_placed]
-            prefix = torch.cat([placed, prefix[:, num_placed:]], dim=1)
-        return self.dropout(torch.cat([prefix, tokens], dim=1))
+        if prefix is not None:
+            num_placed = self.config.num_position_prefix_tokens
+            if num_placed:
+                placed = prefix[:, :num_placed] + self.position_embeddings[:, :num_placed]
+                prefix = torch.cat([placed, prefix[:, num_placed:]], dim=1)
+            tokens[:, : prefix.shape[1]] = prefix
+        return self.dropout(tokens)
+
+    def embed(
+        self,
+        pixel_values: torch.Tensor,
+        nodes: torch.Tensor,
+        mask: torch.Tensor | None,
+        scores: Sequence[torch.Tensor],
+        levels: int,
+    ) -> TokenizerOutput:
+        """Tokens of the patches `nodes` (batch, num_tokens), counted from 1 through `levels` levels, 0 = padding."""
+        config = self.config
+        height, width = pixel_values.shape[-2:]
+        rows, columns = height // config.min_patch_size, width // config.min_patch_size
+        patch_grids = [(rows >> shift, columns >> shift) for shift in range(levels - 1, -1, -1)]
+
+        # Tokens are many and large: rather than to copy them behind the prefix tokens, these get places among them.
+        num_prefix = config.num_prefix_tokens
+        nodes = F.pad(nodes, (num_prefix, 0))
+        selected = decode_nodes(nodes, *patch_grids[0], levels)
+        level, row, column = selected
+        cells = torch.ones_like(level)  # side of each patch in units of the smallest
+        for index in range(levels - 1):
+            cells = torch.where(level <= index, 2 * cells, cells)  # no shift or power, which some exporters lack
+        centers = (2 * torch.stack([column, row], dim=-1) + 1) * cells[..., None]  # in halves of the smallest patch
+
+        if self.position_embeddings is None:
+            positions = self.sinusoidal_positions(centers, max(rows, columns))
+        else:
+            positions = self.learned_positions(nodes, patch_grids)
+        embeddings = self.assemble(self.patches_of(pixel_values, selected, levels), positions)
+
+        patch_centers = centers[:, num_prefix:] * (config.min_patch_size / 2)
+        patch_sizes = cells[:, num_prefix:] * config.min_patch_size
+        if mask is not None:
+            patch_centers, patch_sizes = patch_centers * mask[..., None], patch_sizes * mask
+        return TokenizerOutput(
+            embeddings=embeddings,
+            patch_centers=patch_centers,
+            patch_sizes=patch_sizes,
+            token_mask=torch.ones_like(patch_sizes, dtype=torch.bool) if mask is None else mask,
+            is_padded=mask is not None,
+            split_scores=tuple(scores),
+        )
 
     def check_channels(self, pixel_values: torch.Tensor) -> tuple[int, int]:
         """(height, width), after a check of the shape."""
@@ -171,25 +251,8 @@ class VanillaTokenizer(PatchTokenizer):
         if num_tokens is not None:
             check_token_budget(num_tokens, rows * columns, rows * columns, self.config.round_num_tokens)
 
-        patches = self.cut(pixel_values)
-        numbers = torch.arange(rows * columns, device=pixel_values.device)
-        column = numbers % columns
-        row = torch.div(numbers, columns, rounding_mode="floor")
-        centers = torch.stack([column, row], dim=-1)[None] + 0.5
-        if self.position_embeddings is None:
-            positions = self.sinusoidal_positions(centers, (rows, columns))
-        else:
-            positions = self.learned_positions(None, [(rows, columns)])
-        embeddings = self.assemble(patches, positions)
-        batch = pixel_values.shape[0]
-        return TokenizerOutput(
-            embeddings=embeddings,
-            patch_centers=(centers * size).expand(batch, -1, -1),
-            patch_sizes=torch.full_like(numbers, size).expand(batch, -1),
-            token_mask=torch.ones_like(numbers, dtype=torch.bool).expand(batch, -1),
-            is_padded=False,
-            split_scores=(),
-        )
+        nodes = torch.arange(1, rows * columns + 1, device=pixel_values.device).expand(pixel_values.shape[0], -1)
+        return self.embed(pixel_values, nodes, None, (), levels=1)
 
 
 class QuadtreeTokenizer(PatchTokenizer):
@@ -212,16 +275,6 @@ class QuadtreeTokenizer(PatchTokenizer):
             return self.config.num_tokens, self.config.split_threshold
         return num_tokens, split_threshold
 
-    def patches_of(self, pixel_values: torch.Tensor, nodes: torch.Tensor) -> torch.Tensor:
-        """Cuts out the selected patches, reduced to the smallest size: (batch, tokens, channels * size * size)"""
-        factors = [1 << shift for shift in range(self.config.num_levels - 1, 0, -1)]
-        pyramid = [reduce_bilinear(pixel_values, factor) for factor in factors] + [pixel_values]
-        patches = torch.cat([self.cut(image) for image in pyramid], dim=1)  # (batch, nodes, pixels)
-        batch, num_nodes = patches.shape[:2]
-        first = torch.arange(batch, device=nodes.device)[:, None] * num_nodes
-        selected = patches.flatten(0, 1).index_select(0, (nodes + first).flatten())
-        return selected.view(batch, nodes.shape[1], -1)
-
     def forward(
         self,
         pixel_values: torch.Tensor,
@@ -243,41 +296,16 @@ class QuadtreeTokenizer(PatchTokenizer):
         """
         height, width = self.check_channels(pixel_values)
         config = self.config
-        rows, columns = config.patch_grid_for((height, width))
+        check_multiple((height, width), config.max_patch_size, "max_patch_size")
         num_tokens, split_threshold = self.resolve_budget(num_tokens, split_threshold)
         if num_tokens is not None:
             check_token_budget(num_tokens, *config.num_tokens_range((height, width)), config.round_num_tokens)
 
+        pixel_values = pixel_values.float().contiguous()
         scorer = self.patch_scorer if patch_scores is None else self.precomputed_scorer
         scores = scorer(pixel_values, patch_scores)
         nodes, mask = select_nodes(scores, num_tokens, split_threshold, config.round_num_tokens)
-        level, row, column = decode_nodes(nodes, rows, columns, config.num_levels)
-        cells = torch.ones_like(level)  # side of each patch in units of the smallest
-        for index in range(config.num_levels - 1):
-            cells = torch.where(level <= index, 2 * cells, cells)  # no shift or power, which some exporters lack
-        sizes = cells * config.min_patch_size
-        centers = (torch.stack([column, row], dim=-1) + 0.5) * cells[..., None]
-
-        patches = self.patches_of(pixel_values.float(), nodes)
-        patch_grids = [(rows << index, columns << index) for index in range(config.num_levels)]
-        if self.position_embeddings is None:
-            positions = self.sinusoidal_positions(centers, patch_grids[-1])
-        else:
-            positions = self.learned_positions(nodes, patch_grids)
-        embeddings = self.assemble(patches, positions)
-
-        centers = centers * config.min_patch_size
-        if mask is not None:
-            sizes = torch.where(mask, sizes, 0)
-            centers = torch.where(mask[..., None], centers, 0.0)
-        return TokenizerOutput(
-            embeddings=embeddings,
-            patch_centers=centers,
-            patch_sizes=sizes,
-            token_mask=torch.ones_like(nodes, dtype=torch.bool) if mask is None else mask,
-            is_padded=mask is not None,
-            split_scores=tuple(scores),
-        )
+        return self.embed(pixel_values, nodes, mask, scores, config.num_levels)
 
 
 __all__ = ["PatchTokenizer", "QuadtreeTokenizer", "TokenizerOutput", "VanillaTokenizer"]
