@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 import torch
-from timing import compare, parse_arguments, report
+from timing import compare, parse_arguments, peak_memory, report
 
 from polyscale import SparseFormerConfig
 from polyscale.models.sparseformer.convert_sparseformer import load_official
@@ -98,18 +98,55 @@ def compare_with_official(path: Path, arguments: argparse.Namespace) -> None:
         compare(f"{name}, training step", *steps, goal=TRAINING_GOAL, **settings)
 
 
+def compare_training_memory(path: Path, arguments: argparse.Namespace) -> None:
+    """Peak memory of a training step in a fresh process, on the CPU: what it adds to the model's weights."""
+    name = next(iter(GOALS))
+    mine, other = (
+        peak_memory(
+            _IMPORTS.format(benchmarks=Path(__file__).parent, path=path, name=name, model=model),
+            _TRAINING_STEP.format(batch_size=BATCH_SIZE),
+            arguments.threads,
+        )
+        for model in ("our_model(name)", "official_model(path, name)")
+    )
+    report(f"{name}, memory of a training step (MiB): ours {mine:.0f}, theirs {other:.0f}", mine / other, at_most=1)
+
+
+_IMPORTS = """
+import importlib.util
+from pathlib import Path
+import sys
+import torch
+sys.path.insert(0, "{benchmarks}")
+# by its path: the official code, too, has a module of this name
+spec = importlib.util.spec_from_file_location("benchmark", "{benchmarks}/sparseformer.py")
+benchmark = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(benchmark)
+path, name = Path("{path}"), "{name}"
+model = benchmark.{model}
+"""
+
+_TRAINING_STEP = """
+benchmark.training_step(model, torch.randn({batch_size}, 3, 224, 224))()
+"""
+
+
 def costs(arguments: argparse.Namespace) -> None:
     """How the cost grows with latent tokens, and with the picture beyond the early convolution."""
     place = {"device": arguments.device, "dtype": arguments.dtype}
     settings = {"rounds": arguments.rounds, "device": arguments.device, "clock": arguments.clock}
-    few, many = (
-        _classifier(SparseFormerConfig.preset("sparseformer_btsp_augreg_base", num_latent_tokens=count)).to(**place)
-        for count in (48, 96)
-    )
+    models = {
+        count: _classifier(SparseFormerConfig.preset("sparseformer_btsp_augreg_base", num_latent_tokens=count))
+        for count in (48, 96, 192)
+    }
     pixels = torch.randn(BATCH_SIZE, 3, 224, 224).to(**place)
-    compare("48 tokens against 96", lambda: few(pixels), lambda: many(pixels), goal=1.6, **settings)
+    for count in (48, 96):
+        few, many = models[count].to(**place), models[2 * count].to(**place)
+        title = f"{count} tokens against {2 * count}"
+        ratio = compare(title, lambda m=few: m(pixels), lambda m=many: m(pixels), goal=1.6, **settings)
+        report(f"  cost of {2 * count} in that of {count}", ratio, at_most=2.2)
     large = torch.randn(BATCH_SIZE, 3, 448, 448).to(**place)
-    base = few.sparseformer
+    base = models[48].sparseformer
     features = [base.features(images) for images in (pixels, large)]
 
     def beyond_convolution(grid: torch.Tensor):
@@ -133,6 +170,8 @@ def main() -> None:
         print("No --official: nothing to compare with.\n")
     else:
         compare_with_official(official, arguments)
+        if arguments.device == "cpu":
+            compare_training_memory(official, arguments)
     costs(arguments)
 
 

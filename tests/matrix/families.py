@@ -128,7 +128,6 @@ def _flexivit_config(**overrides) -> PreTrainedConfig:
 
 
 _OPENVINO, _EXECUTORCH = "OpenVINO, any batch size", "ExecuTorch (XNNPACK), any batch size"
-_NO_VAR_MEAN = Gap("aten.var_mean", "ExecuTorch has no mean and variance in one operation.")
 _NO_TEXT_EMBEDDING = "The input embedding of a vision model is a patch convolution, not an nn.Embedding."
 
 FLEXIVIT = Family(
@@ -222,7 +221,6 @@ SPARSEFORMER = Family(
     processor_pil=polyscale.SparseFormerImageProcessorPil,
     processor_kwargs=_PROCESSOR_32,
     budgets=(Budget({}, 9),),
-    gaps={_EXECUTORCH: _NO_VAR_MEAN},
     llava=LlavaRecipe("full", count_a_number, fixed_budget=_FIXED_TOKENS),
     llava_budgets=(Budget({"num_latent_tokens": 9}, 9), Budget({"num_latent_tokens": 16}, 16)),
     dropout_overrides={"drop_path_rate": 0.2},
@@ -252,7 +250,7 @@ SPARSEFORMER_VIDEO = Family(
     budgets=(Budget({}, 8),),
     gaps={
         _OPENVINO: Gap("grid_sampler_3d", "OpenVINO samples maps, not videos."),
-        _EXECUTORCH: _NO_VAR_MEAN,
+        _EXECUTORCH: Gap("grid_sampler_3d", "ExecuTorch samples maps, not videos."),
     },
     llava=None,
     llava_budgets=(),

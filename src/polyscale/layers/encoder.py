@@ -57,7 +57,7 @@ def eager_attention_forward(
     **kwargs: Unpack[TransformersKwargs],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention written out; query, key, value are (batch, heads, tokens, head width)."""
-    weights = (query * scaling) @ key.transpose(2, 3)  # (batch, heads, tokens, tokens)
+    weights = query @ key.transpose(2, 3) * scaling  # (batch, heads, tokens, tokens)
     if attention_mask is not None:
         weights = weights + attention_mask
     weights = nn.functional.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)

@@ -59,7 +59,7 @@ def read_vit_blocks(state_dict: dict[str, torch.Tensor]) -> tuple[list[dict[str,
     read.
 
     Raises:
-        ValueError: if there are no blocks.
+        ValueError: if there are no blocks, or they are of another make (gated MLPs).
     """
     parts: dict[int, dict[str, torch.Tensor]] = {}
     used = set()
@@ -87,6 +87,12 @@ def _standard_block(block: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             separate = [torch.zeros_like(separate[0]) if tensor is None else tensor for tensor in separate]
         if all(tensor is not None for tensor in separate):
             block[f"qkv.{kind}"] = torch.cat(separate)
+    missing = sorted({f"{part}.weight" for part in ("qkv", "o", "fc1", "fc2")} - set(block))
+    if missing:
+        raise ValueError(
+            f"A block of the ViT has no {', '.join(missing)}: attention with query, key and value and an MLP of "
+            "two linear layers were expected."
+        )
     for scale, linear in (("scale1", "o"), ("scale2", "fc2")):
         factor = block.pop(f"{scale}.weight", None)
         if factor is not None:

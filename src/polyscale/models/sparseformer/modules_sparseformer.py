@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -91,6 +92,28 @@ class SparseFormerEmbeddings(nn.Module):
         return tokens, self.rois.float().expand(batch_size, -1, -1)
 
 
+def _thin_attention_forward(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args, **kwargs
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of heads 4 to 12 wide (v1 has 64 of them), where torch's fused kernel for CPUs takes twice the time.
+
+    The backward pass computes the weights again: that is cheap, and storing them for every layer is not.
+    """
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return checkpoint(
+            eager_attention_forward,
+            module,
+            query,
+            key,
+            value,
+            *args,
+            use_reentrant=False,
+            preserve_rng_state=False,
+            **kwargs,
+        )
+    return eager_attention_forward(module, query, key, value, *args, **kwargs)
+
+
 class SparseFormerAttention(nn.Module):
     """Multi-head self-attention between the tokens."""
 
@@ -113,8 +136,7 @@ class SparseFormerAttention(nn.Module):
             self.config._attn_implementation, eager_attention_forward
         )
         if self.config._attn_implementation == "sdpa" and tokens.device.type == "cpu" and self.head_dim < 32:
-            # The 64 heads of v1 are 4 to 12 wide: there torch's fused kernel for CPUs takes twice the time.
-            attention = eager_attention_forward
+            attention = _thin_attention_forward
         output, weights = attention(self, query, key, value, None, dropout=0.0, scaling=self.scaling, **kwargs)
         return self.o_proj(output.flatten(-2)), weights
 
@@ -232,9 +254,8 @@ class SparseFormerMixing(nn.Module):
         """(batch, tokens, width) and sampled (batch, tokens, points, channels) -> (batch, tokens, width)"""
         generators = self.generator_in(self.layernorm(tokens)).flatten(0, 1)
         sampled = sampled.flatten(0, 1)
-        num_parts = math.ceil(len(generators) * self.generator_out.out_features / _MIXING_PARAMETERS)
-        is_eager_inference = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        if num_parts > 1 and tokens.device.type == "cpu" and is_eager_inference:
+        if tokens.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            num_parts = math.ceil(len(generators) * self.generator_out.out_features / _MIXING_PARAMETERS)
             parts = zip(generators.chunk(num_parts), sampled.chunk(num_parts), strict=True)
             mixed = torch.cat([self.mix(*part) for part in parts])
         else:
