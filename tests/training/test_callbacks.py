@@ -8,6 +8,8 @@ from torch import nn
 
 from polyscale import FlexiViTConfig, FlexiViTForImageClassification
 from polyscale.training import PatchSizeCallback
+from polyscale.training.callbacks import DatasetEpochCallback
+from polyscale.training.data import AugmentedImages
 from polyscale.training.ema import EMACallback
 
 
@@ -69,6 +71,13 @@ def test_the_end_of_training_gives_the_drawing_back():
 def test_a_model_without_train_sizes_is_left_alone():
     model = tiny_model(train_patch_sizes=None).train()
     assert sizes_of_a_run(model, range(3)) == [(4, 4)] * 3
+
+
+def test_a_data_set_knows_the_epoch_also_in_the_middle_of_one():
+    dataset = AugmentedImages(None, None)
+    for epoch, expected in ((0, 0), (1.0, 1), (2.75, 2)):
+        DatasetEpochCallback(dataset).on_epoch_begin(None, SimpleNamespace(epoch=epoch), None)
+        assert dataset.epoch == expected
 
 
 def test_ema_is_the_recurrence(tmp_path):

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 from accelerate import Accelerator
 from torch import nn
+from torch.utils.data import Dataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..models.flexivit.modeling_flexivit import FlexiViTEmbeddings
@@ -47,6 +48,20 @@ class PatchSizeCallback(TrainerCallback):
             embeddings.step_patch_size = None
 
 
+class DatasetEpochCallback(TrainerCallback):
+    """Tells a data set the epoch, which accelerate leaves out with several processes and in a resumed epoch.
+
+    Args:
+        dataset: with `set_epoch`, such as `AugmentedImages`.
+    """
+
+    def __init__(self, dataset: Dataset):
+        self.dataset = dataset
+
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        self.dataset.set_epoch(int(state.epoch))
+
+
 class LossScaleCallback(TrainerCallback):
     """Hands the factor of a `GradScaler` to SparseFormers that clamp the gradient of their sampling points.
 
@@ -78,4 +93,4 @@ def _normalised(probs: list | tuple | None) -> np.ndarray | None:
     return probs / probs.sum()
 
 
-__all__ = ["LossScaleCallback", "PatchSizeCallback"]
+__all__ = ["DatasetEpochCallback", "LossScaleCallback", "PatchSizeCallback"]
