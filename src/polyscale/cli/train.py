@@ -15,6 +15,14 @@ def train(
     family: Annotated[str | None, typer.Option(help="Model type, e.g. flexivit.")] = None,
     preset: Annotated[str | None, typer.Option(help="Published size, e.g. flexivit_small.")] = None,
     init_from: Annotated[str | None, typer.Option(help="Checkpoint to fine-tune instead of random weights.")] = None,
+    bootstrap_from: Annotated[
+        str | None,
+        typer.Option(metavar="VIT", help="Bootstrap a SparseFormer from this ViT, on pictures without labels."),
+    ] = None,
+    num_blocks: Annotated[int | None, typer.Option(help="Blocks of VIT to take over; two thirds by default.")] = None,
+    frozen_share: Annotated[
+        float | None, typer.Option(help="Share of VIT's blocks, from the end, that stays as it is; 1/3 by default.")
+    ] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="FIELD=JSON", help="Field of the model's config; repeat.")
     ] = None,
@@ -27,6 +35,7 @@ def train(
     patch_size_probs: Annotated[
         str | None, typer.Option(metavar="P ...", help="A probability for each of them; uniform by default.")
     ] = None,
+    limit: Annotated[int | None, typer.Option(help="Train on the first pictures only.")] = None,
     augmentation: Annotated[str | None, typer.Option(help="none, crop, resized-crop or trivial.")] = None,
     mixup: Annotated[float | None, typer.Option(help="Alpha of mixup; 0 for none.")] = None,
     cutmix: Annotated[float | None, typer.Option(help="Alpha of cutmix; 0 for none.")] = None,
@@ -52,14 +61,18 @@ def train(
     save_steps: Annotated[int | None, typer.Option(help="Steps between checkpoints; one an epoch by default.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run of OUTPUT_DIR.")] = False,
 ) -> None:
-    """Train an image classifier whose token budget is chosen at run time."""
+    """Train an image classifier whose token budget is chosen at run time, or bootstrap a SparseFormer."""
     choices = {
         "family": family,
         "preset": preset,
         "init_from": init_from,
+        "bootstrap_from": bootstrap_from,
+        "num_blocks": num_blocks,
+        "frozen_share": frozen_share,
         "image_size": image_size and parse_size(image_size),
         "image_mean": mean and tuple(parse_numbers(mean)),
         "image_std": std and tuple(parse_numbers(std)),
+        "limit": limit,
         "augmentation": augmentation,
         "mixup": mixup,
         "cutmix": cutmix,

@@ -14,15 +14,16 @@ AUGMENTATIONS = ("none", "crop", "resized-crop", "trivial")
 _INTERPOLATION = v2.InterpolationMode.BICUBIC
 
 
-def load_image_dataset(source: str | Path) -> DatasetDict:
-    """Reads a labelled image data set.
+def load_image_dataset(source: str | Path, labelled: bool = True) -> DatasetDict:
+    """Reads an image data set.
 
     Args:
         source: a folder of pictures (one subfolder a class, with or without `train`/`test` above), a folder of parquet
             files, one parquet file, or the name of a data set on a hub.
+        labelled: False leaves labels out; then there need not be any, nor subfolders.
 
     Returns:
-        Its splits, each with a column `image` and an integer column `label`.
+        Its splits, each with a column `image` and, where `labelled`, an integer column `label`.
 
     Raises:
         ValueError: if there is no such source, or it has no image column or no label column.
@@ -36,17 +37,20 @@ def load_image_dataset(source: str | Path) -> DatasetDict:
         raise ValueError(f"`dataset` must be a folder, a parquet file or a hub name; {source!s} is none of them.")
     else:
         splits = load_dataset(str(source))
-    return DatasetDict({name: _with_standard_columns(split, source) for name, split in splits.items()})
+    return DatasetDict({name: _with_standard_columns(split, source, labelled) for name, split in splits.items()})
 
 
-def _with_standard_columns(split: Dataset, source: str | Path) -> Dataset:
+def _with_standard_columns(split: Dataset, source: str | Path, labelled: bool) -> Dataset:
     images = [name for name, feature in split.features.items() if isinstance(feature, Image)]
+    if images and not labelled:
+        split = split.select_columns([images[0]])
+        return split if images[0] == "image" else split.rename_column(images[0], "image")
     labels = [name for name, feature in split.features.items() if isinstance(feature, ClassLabel)]
     labels = labels or [name for name in ("label", "labels", "fine_label", "class") if name in split.features]
     if not images or not labels:
         raise ValueError(
-            f"The data set {source!s} must have an image column and a label column, got the columns "
-            f"{dict(split.features)}."
+            f"The data set {source!s} must have an image column{' and a label column' if labelled else ''}, got the "
+            f"columns {dict(split.features)}."
         )
     split = split.select_columns([images[0], labels[0]])
     names = {images[0]: "image", labels[0]: "label"}
@@ -112,13 +116,13 @@ def _seeded(*entropy: int) -> Iterator[None]:
 
 
 class AugmentedImages(torch.utils.data.Dataset):
-    """The rows of a split, transformed: `pixel_values`, `label`, `index`.
+    """The rows of a split, transformed: `pixel_values`, `index`, and `label` where they have one.
 
     What a random transform does to a row depends on the seed, the epoch and the index of the row alone, not on the
     number of workers or on what was read before: a resumed run sees the pictures that the unbroken one would see.
 
     Args:
-        split: rows with `image` and `label` (see `load_image_dataset`).
+        split: rows with `image` and perhaps `label` (see `load_image_dataset`).
         transform: PIL picture -> tensor.
         seed: of the random transforms.
     """
@@ -140,7 +144,13 @@ class AugmentedImages(torch.utils.data.Dataset):
         row = self.split[index]
         with _seeded(self.seed, self.epoch, index):
             pixel_values = self.transform(row["image"].convert("RGB"))
-        return {"pixel_values": pixel_values, "label": row["label"], "index": index}
+        labels = {"label": row["label"]} if "label" in row else {}
+        return {"pixel_values": pixel_values, **labels, "index": index}
+
+
+def collate_pictures(rows: list[dict]) -> dict[str, torch.Tensor]:
+    """Rows of `AugmentedImages` -> a batch of `pixel_values` without labels."""
+    return {"pixel_values": torch.stack([row["pixel_values"] for row in rows])}
 
 
 class ImageCollator:
@@ -154,12 +164,17 @@ class ImageCollator:
     """
 
     def __init__(self, num_labels: int, mixup: float = 0.0, cutmix: float = 0.0, seed: int = 0):
+        self.num_labels = num_labels
         self.seed = seed
         self.mixers = []
         if mixup > 0:
             self.mixers.append(v2.MixUp(alpha=mixup, num_classes=num_labels))
         if cutmix > 0:
             self.mixers.append(v2.CutMix(alpha=cutmix, num_classes=num_labels))
+
+    def without_mixing(self) -> "ImageCollator":
+        """The same for evaluation."""
+        return ImageCollator(self.num_labels)
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         pixel_values = torch.stack([row["pixel_values"] for row in rows])
@@ -175,6 +190,7 @@ __all__ = [
     "AUGMENTATIONS",
     "AugmentedImages",
     "ImageCollator",
+    "collate_pictures",
     "evaluation_split",
     "load_image_dataset",
     "training_transform",

@@ -11,21 +11,26 @@ class TrainingRecipe:
     """The choices of a training run. Defaults suit small pictures from scratch.
 
     Args:
-        family: model type: "flexivit", "quadtree_vit", "sparseformer", ...
+        family: model type: "flexivit" (when None), "quadtree_vit", "sparseformer" (with `bootstrap_from`), ...
         preset: a published size of the family ("flexivit_small", ...); None for the family's default.
         model_options: fields of the family's config that differ from the preset.
         init_from: a checkpoint of the family to start from, instead of random weights; a classifier for other classes
             gets a new head.
-        image_size: (height, width) in pixels, or int.
-        image_mean: mean of each channel, of values in [0, 1].
-        image_std: standard deviation of each channel.
+        bootstrap_from: a ViT to bootstrap a SparseFormer from (arXiv 2312.01987): the student has its last blocks and
+            learns its final token. Labels are not used; what is saved is a `SparseFormerModel`.
+        num_blocks: blocks of that ViT to take over; two thirds when None.
+        frozen_share: share of its depth, counted from the end, that stays as it is; a third when None.
+        image_size: (height, width) in pixels, or int; when None 32, or what the ViT of `bootstrap_from` sees.
+        image_mean: mean of each channel, of values in [0, 1]; when None 0.5, or that of the ViT.
+        image_std: standard deviation of each channel; when None 0.5, or that of the ViT.
+        limit: train on the first pictures only, that many; None for all.
         augmentation: see `training_transform`.
         mixup: alpha of mixup, 0 for none.
         cutmix: alpha of cutmix, 0 for none.
         label_smoothing: of the cross entropy.
         teacher: an image-classification checkpoint to distil from, or None.
         temperature: of the distillation.
-        epochs: passes over the training split.
+        epochs: passes over the training split; with `bootstrap_from` also 0, which saves the student as it starts.
         batch_size: pictures a process a micro-batch.
         gradient_accumulation_steps: micro-batches an optimiser step.
         learning_rate: peak of the cosine schedule.
@@ -41,13 +46,17 @@ class TrainingRecipe:
         save_steps: optimiser steps between checkpoints to resume from; None for one an epoch.
     """
 
-    family: str = "flexivit"
+    family: str | None = None
     preset: str | None = None
     model_options: dict = field(default_factory=dict)
     init_from: str | None = None
-    image_size: int | tuple[int, int] = 32
-    image_mean: tuple[float, ...] = (0.5, 0.5, 0.5)
-    image_std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    bootstrap_from: str | None = None
+    num_blocks: int | None = None
+    frozen_share: float | None = None
+    image_size: int | tuple[int, int] | None = None
+    image_mean: tuple[float, ...] | None = None
+    image_std: tuple[float, ...] | None = None
+    limit: int | None = None
     augmentation: str = "crop"
     mixup: float = 0.0
     cutmix: float = 0.0
@@ -73,13 +82,45 @@ class TrainingRecipe:
         check_choice("augmentation", self.augmentation, AUGMENTATIONS)
         check_choice("save_dtype", self.save_dtype, (None, "float16", "bfloat16"))
         for name in ("epochs", "batch_size", "gradient_accumulation_steps", "learning_rate", "temperature"):
-            if getattr(self, name) <= 0:
+            may_be_zero = name == "epochs" and self.bootstrap_from is not None
+            if getattr(self, name) < 0 or (getattr(self, name) == 0 and not may_be_zero):
                 raise ValueError(f"`{name}` must be above 0, got {getattr(self, name)}.")
         for name in ("mixup", "cutmix", "label_smoothing", "warmup", "weight_decay", "max_grad_norm"):
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"`limit` must be at least 1, got {self.limit}.")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"`ema_decay` must be between 0 and 1, got {self.ema_decay}.")
+        if self.bootstrap_from is None:
+            self._complete_classification()
+        else:
+            self._check_bootstrapping()
+
+    def _complete_classification(self) -> None:
+        for name in ("num_blocks", "frozen_share"):
+            if getattr(self, name) is not None:
+                raise ValueError(f"`{name}` goes with `bootstrap_from`, which is not given.")
+        self.family = self.family or "flexivit"
+        self.image_size = 32 if self.image_size is None else self.image_size
+        self.image_mean, self.image_std = self.image_mean or (0.5,) * 3, self.image_std or (0.5,) * 3
+
+    def _check_bootstrapping(self) -> None:
+        if self.family not in (None, "sparseformer"):
+            raise ValueError(f"`bootstrap_from` makes a SparseFormer: `family` must be left out, got {self.family!r}.")
+        self.family = "sparseformer"
+        for name, reason in (
+            ("preset", "the ViT brings the size; change fields by `model_options`"),
+            ("init_from", "the ViT is what the student starts from"),
+            ("teacher", "the ViT is the teacher"),
+            ("mixup", "there are no labels to mix"),
+            ("cutmix", "there are no labels to mix"),
+            ("label_smoothing", "there are no labels to smooth"),
+        ):
+            if getattr(self, name):
+                raise ValueError(f"`bootstrap_from` and `{name}` exclude each other: {reason}.")
+        if self.temperature != 1:
+            raise ValueError("`bootstrap_from` and `temperature` exclude each other: no probabilities are compared.")
 
 
 # Batch sizes are those of all processes together in the papers; here they are per process.

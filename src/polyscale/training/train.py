@@ -1,17 +1,23 @@
-"""Training of an image classifier of any family on `transformers.Trainer`: the function behind `polyscale train`."""
+"""Training on `transformers.Trainer`, of an image classifier of any family or by bootstrapping: the function behind
+`polyscale train`."""
 
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from datasets import DatasetDict
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
+    BaseImageProcessor,
     PreTrainedConfig,
     PreTrainedModel,
+    Trainer,
+    TrainerCallback,
     TrainingArguments,
     set_seed,
 )
@@ -20,10 +26,19 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 from transformers.trainer_utils import get_last_checkpoint
 
+from ..checkpoints import resolve_checkpoint
 from ..evaluation.metrics import TopKAccuracy
 from ..layers.sizes import to_pair
-from .callbacks import PatchSizeCallback
-from .data import AugmentedImages, ImageCollator, evaluation_split, load_image_dataset, training_transform
+from .bootstrapping import BootstrapTrainer, load_teacher, make_student
+from .callbacks import DatasetEpochCallback, PatchSizeCallback
+from .data import (
+    AugmentedImages,
+    ImageCollator,
+    collate_pictures,
+    evaluation_split,
+    load_image_dataset,
+    training_transform,
+)
 from .ema import EMACallback
 from .recipe import TrainingRecipe
 from .trainer import ImageClassificationTrainer
@@ -101,50 +116,27 @@ def _top1(prediction) -> dict[str, float]:
     return TopKAccuracy(ks=(1,)).compute(predictions=prediction.predictions, references=prediction.label_ids)
 
 
-def train(dataset: str | Path, output_dir: str | Path, recipe: TrainingRecipe, resume: bool = False) -> dict:
-    """Trains an image classifier and writes it, with its image processor, to `output_dir`.
-
-    Checkpoints go to `<output_dir>.training` beside it while the run lasts; `output_dir` appears when training is
-    done, whole, and that folder goes. Runs unchanged under `accelerate launch`.
-
-    Args:
-        dataset: see `load_image_dataset`; its `train` split is learned, `validation` or `test` is scored at the end.
-        output_dir: must not exist.
-        recipe: the choices of the run.
-        resume: go on from the last checkpoint of an interrupted run with the same `output_dir`.
-
-    Returns:
-        The metrics of `Trainer`: training loss and time, and `eval_top1` at the model's default budget.
-
-    Raises:
-        ValueError: if `output_dir` exists, the data cannot be used, or there is nothing to resume.
-    """
-    output_dir = Path(output_dir)
-    work_dir = output_dir.with_name(output_dir.name + ".training")
-    if output_dir.exists():
-        raise ValueError(f"`output_dir` {output_dir} exists already. Name another, or remove it first.")
-    checkpoint = get_last_checkpoint(str(work_dir)) if work_dir.is_dir() else None
-    if resume and checkpoint is None:
-        raise ValueError(f"`resume`: there is no checkpoint in {work_dir}. Start without `resume`.")
-    if checkpoint is not None and not resume:
-        raise ValueError(f"{work_dir} holds an unfinished run. Resume it, or remove that folder.")
-
-    splits = load_image_dataset(dataset)
-    if "train" not in splits:
-        raise ValueError(f"`dataset` must have a split named 'train', got {list(splits)}.")
-    label_names = splits["train"].features["label"].names
-    set_seed(recipe.seed)
-    model = make_model(recipe, label_names)
-    processor = make_image_processor(recipe, model.config)
-
+def _pictures(recipe: TrainingRecipe, splits: DatasetDict) -> dict[str, AugmentedImages | None]:
+    """`train_dataset`, augmented, and `eval_dataset`, or None where there is nothing to evaluate on."""
     size = to_pair(recipe.image_size, "image_size")
     stats = (list(recipe.image_mean), list(recipe.image_std))
-    train_split = AugmentedImages(
-        splits["train"], training_transform(recipe.augmentation, size, *stats), seed=recipe.seed
-    )
-    eval_name = evaluation_split(splits)
-    eval_split = eval_name and AugmentedImages(splits[eval_name], training_transform("none", size, *stats))
+    train_split, eval_name = splits["train"], evaluation_split(splits)
+    if recipe.limit is not None:
+        train_split = train_split.select(range(min(recipe.limit, len(train_split))))
+    return {
+        "train_dataset": AugmentedImages(
+            train_split, training_transform(recipe.augmentation, size, *stats), seed=recipe.seed
+        ),
+        "eval_dataset": eval_name and AugmentedImages(splits[eval_name], training_transform("none", size, *stats)),
+    }
 
+
+def _classification_trainer(
+    recipe: TrainingRecipe, splits: DatasetDict, args: TrainingArguments, callbacks: list[TrainerCallback]
+) -> tuple[Trainer, TorchvisionBackend]:
+    """The trainer of a classifier, and the image processor to save beside it."""
+    label_names = splits["train"].features["label"].names
+    model = make_model(recipe, label_names)
     teacher, image_stats = None, None
     if recipe.teacher is not None:
         teacher = AutoModelForImageClassification.from_pretrained(recipe.teacher)
@@ -154,27 +146,121 @@ def train(dataset: str | Path, output_dir: str | Path, recipe: TrainingRecipe, r
                 "the same classes in the same order."
             )
         teacher_processor = AutoImageProcessor.from_pretrained(recipe.teacher)
-        image_stats = (stats, (list(teacher_processor.image_mean), list(teacher_processor.image_std)))
-
-    ema = EMACallback(recipe.ema_decay) if recipe.ema_decay is not None else None
+        image_stats = (
+            (list(recipe.image_mean), list(recipe.image_std)),
+            (list(teacher_processor.image_mean), list(teacher_processor.image_std)),
+        )
     trainer = ImageClassificationTrainer(
         model=model,
-        args=_training_arguments(recipe, work_dir),
-        train_dataset=train_split,
-        eval_dataset=eval_split,
+        args=args,
+        **_pictures(recipe, splits),
         data_collator=ImageCollator(len(label_names), recipe.mixup, recipe.cutmix, seed=recipe.seed),
         compute_metrics=_top1,
-        callbacks=[PatchSizeCallback(), *([ema] if ema else [])],
+        callbacks=[PatchSizeCallback(), *callbacks],
         teacher=teacher,
         temperature=recipe.temperature,
         label_smoothing=recipe.label_smoothing,
         image_stats=image_stats,
     )
-    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
-    if ema:
-        ema.copy_to(trainer.accelerator.unwrap_model(trainer.model))
-    if eval_split is not None:
-        trainer.data_collator = ImageCollator(len(label_names))
+    return trainer, make_image_processor(recipe, model.config)
+
+
+def picture_size(processor: BaseImageProcessor, config: PreTrainedConfig) -> tuple[int, int]:
+    """(height, width) in pixels of the pictures that a processor makes; of the config's where it leaves that open."""
+    sizes = [processor.crop_size] if getattr(processor, "do_center_crop", False) else []
+    for size in (*sizes, processor.size):
+        height, width = (size or {}).get("height"), (size or {}).get("width")
+        if height and width:
+            return height, width
+    return to_pair(config.image_size, "image_size")
+
+
+def _bootstrap_trainer(
+    recipe: TrainingRecipe, splits: DatasetDict, args: TrainingArguments, callbacks: list[TrainerCallback]
+) -> tuple[Trainer, TorchvisionBackend]:
+    """The trainer of a SparseFormer on a ViT's final tokens, and the image processor to save beside it."""
+    teacher = load_teacher(recipe.bootstrap_from)
+    teacher_processor = AutoImageProcessor.from_pretrained(resolve_checkpoint(recipe.bootstrap_from))
+    teacher_size = picture_size(teacher_processor, teacher.config)
+    teacher_stats = (list(teacher_processor.image_mean), list(teacher_processor.image_std))
+    recipe = replace(
+        recipe,
+        image_size=recipe.image_size or teacher_size,
+        image_mean=recipe.image_mean or teacher_stats[0],
+        image_std=recipe.image_std or teacher_stats[1],
+    )
+    shape = {"num_blocks": recipe.num_blocks, "frozen_share": recipe.frozen_share}
+    student, _ = make_student(
+        teacher,
+        **{name: value for name, value in shape.items() if value is not None},
+        **{"image_size": recipe.image_size, **recipe.model_options},
+    )
+    stats = (list(recipe.image_mean), list(recipe.image_std))
+    trainer = BootstrapTrainer(
+        model=student,
+        args=args,
+        **_pictures(recipe, splits),
+        data_collator=collate_pictures,
+        callbacks=callbacks,
+        teacher=teacher,
+        image_stats=(stats, teacher_stats) if stats != teacher_stats else None,
+        teacher_size=teacher_size,
+    )
+    return trainer, make_image_processor(recipe, student.config)
+
+
+def _last_checkpoint(output_dir: Path, work_dir: Path, resume: bool) -> str | None:
+    """The checkpoint to go on from, or None for a new run."""
+    if output_dir.exists():
+        raise ValueError(f"`output_dir` {output_dir} exists already. Name another, or remove it first.")
+    checkpoint = get_last_checkpoint(str(work_dir)) if work_dir.is_dir() else None
+    if resume and checkpoint is None:
+        raise ValueError(f"`resume`: there is no checkpoint in {work_dir}. Start without `resume`.")
+    if checkpoint is not None and not resume:
+        raise ValueError(f"{work_dir} holds an unfinished run. Resume it, or remove that folder.")
+    return checkpoint
+
+
+def train(dataset: str | Path, output_dir: str | Path, recipe: TrainingRecipe, resume: bool = False) -> dict:
+    """Trains an image classifier, or a SparseFormer by bootstrapping, and writes it, with its image processor, to
+    `output_dir`.
+
+    Checkpoints go to `<output_dir>.training` beside it while the run lasts; `output_dir` appears when training is
+    done, whole, and that folder goes. Runs unchanged under `accelerate launch`.
+
+    Args:
+        dataset: see `load_image_dataset`; its `train` split is learned, `validation` or `test` is scored at the end.
+            With `recipe.bootstrap_from` it needs no labels.
+        output_dir: must not exist.
+        recipe: the choices of the run.
+        resume: go on from the last checkpoint of an interrupted run with the same `output_dir`.
+
+    Returns:
+        The metrics of `Trainer`: training loss and time, and `eval_top1` at the model's default budget (bootstrapping:
+        `eval_loss`, see `BootstrapTrainer`).
+
+    Raises:
+        ValueError: if `output_dir` exists, the data or the ViT cannot be used, or there is nothing to resume.
+    """
+    output_dir = Path(output_dir)
+    work_dir = output_dir.with_name(output_dir.name + ".training")
+    checkpoint = _last_checkpoint(output_dir, work_dir, resume)
+    splits = load_image_dataset(dataset, labelled=recipe.bootstrap_from is None)
+    if "train" not in splits:
+        raise ValueError(f"`dataset` must have a split named 'train', got {list(splits)}.")
+    set_seed(recipe.seed)
+    ema = EMACallback(recipe.ema_decay) if recipe.ema_decay is not None else None
+    make_trainer = _classification_trainer if recipe.bootstrap_from is None else _bootstrap_trainer
+    trainer, processor = make_trainer(recipe, splits, _training_arguments(recipe, work_dir), [ema] if ema else [])
+    trainer.add_callback(DatasetEpochCallback(trainer.train_dataset))
+    metrics = {}
+    if recipe.epochs > 0:
+        metrics |= trainer.train(resume_from_checkpoint=checkpoint).metrics
+        if ema:
+            ema.copy_to(trainer.accelerator.unwrap_model(trainer.model))
+    if trainer.eval_dataset is not None:
+        if isinstance(trainer.data_collator, ImageCollator):
+            trainer.data_collator = trainer.data_collator.without_mixing()
         metrics |= trainer.evaluate()
     _publish(trainer, processor, output_dir, work_dir, recipe.save_dtype)
     return metrics
@@ -196,7 +282,7 @@ def store_weights_as(folder: str | Path, dtype: str) -> None:
 
 
 def _publish(
-    trainer: ImageClassificationTrainer,
+    trainer: Trainer,
     processor: TorchvisionBackend,
     output_dir: Path,
     work_dir: Path,

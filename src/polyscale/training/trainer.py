@@ -9,6 +9,26 @@ from ..layers.sizes import to_pair
 from .callbacks import LossScaleCallback
 
 
+def pictures_for_teacher(
+    pixel_values: torch.Tensor, image_stats: tuple | None, image_size: int | tuple[int, int] | None
+) -> torch.Tensor:
+    """A student's pictures as its teacher wants them.
+
+    Args:
+        pixel_values: (batch, channels, height, width), normalised for the student.
+        image_stats: ((mean, std) of the student, (mean, std) of the teacher), or None where they are the same.
+        image_size: (height, width) in pixels, or int; None for that of the pictures.
+    """
+    if image_stats is not None:
+        (mean, std), (teacher_mean, teacher_std) = (
+            [pixel_values.new_tensor(values)[:, None, None] for values in stats] for stats in image_stats
+        )
+        pixel_values = (pixel_values * std + mean - teacher_mean) / teacher_std
+    if image_size is not None and to_pair(image_size) != tuple(pixel_values.shape[-2:]):
+        pixel_values = F.interpolate(pixel_values, to_pair(image_size), mode="bicubic", antialias=True)
+    return pixel_values
+
+
 class ImageClassificationTrainer(Trainer):
     """`Trainer` whose labels may be class indices or weights (batch, num_labels), with an optional teacher.
 
@@ -45,15 +65,7 @@ class ImageClassificationTrainer(Trainer):
 
     def teacher_inputs(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """The pictures (batch, channels, height, width) normalised and resized as the teacher wants them."""
-        if self.image_stats is not None:
-            (mean, std), (teacher_mean, teacher_std) = (
-                [pixel_values.new_tensor(values)[:, None, None] for values in stats] for stats in self.image_stats
-            )
-            pixel_values = (pixel_values * std + mean - teacher_mean) / teacher_std
-        image_size = getattr(self.teacher.config, "image_size", None)
-        if image_size is not None and to_pair(image_size) != tuple(pixel_values.shape[-2:]):
-            pixel_values = F.interpolate(pixel_values, to_pair(image_size), mode="bicubic", antialias=True)
-        return pixel_values
+        return pictures_for_teacher(pixel_values, self.image_stats, getattr(self.teacher.config, "image_size", None))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         labels = inputs["labels"]
@@ -74,4 +86,4 @@ class ImageClassificationTrainer(Trainer):
         return (loss, {"logits": logits}) if return_outputs else loss
 
 
-__all__ = ["ImageClassificationTrainer"]
+__all__ = ["ImageClassificationTrainer", "pictures_for_teacher"]
