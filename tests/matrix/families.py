@@ -256,7 +256,7 @@ SPARSEFORMER_VIDEO = Family(
     llava_budgets=(),
     input_shape=(4, 3, 32, 32),
     not_asked={
-        'pipeline("image-classification")': '`pipeline("video-classification")` reads files with `av`, an extra.',
+        'pipeline("image-classification")': 'Not for videos: `pipeline("video-classification")` has its own test.',
         'pipeline("image-feature-extraction")': "transformers has no pipeline for features of videos.",
         **dict.fromkeys(_LLAVA_ROWS, "LLaVA takes pictures, not videos."),
     },
