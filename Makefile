@@ -29,8 +29,8 @@ quality: $(VENV)/.installed-ruff
 
 # Speed against timm and transformers, side by side.
 benchmark: $(VENV)/.installed-dev
-	for script in benchmarks/[!_]*.py; do \
-		[ "$$script" = benchmarks/timing.py ] || $(BIN)/python "$$script" || exit 1; \
+	for family in flexivit quadtree_vit sparseformer s2_vision; do \
+		$(BIN)/python benchmarks/$$family.py || exit 1; \
 	done
 
 $(BIN)/python:
