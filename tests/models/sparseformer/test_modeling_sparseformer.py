@@ -11,6 +11,7 @@ from polyscale.models.sparseformer import (
     SparseFormerModel,
     SparseFormerModelWithProjection,
     SparseFormerOpenCLIPVisual,
+    modules_sparseformer,
 )
 from polyscale.models.sparseformer.geometry_sparseformer import initial_rois
 
@@ -54,6 +55,26 @@ def test_hidden_states_by_index(selection):
     assert len(some) == len(every) == 4
     for index in [selection] if isinstance(selection, int) else selection:
         assert torch.equal(some[index], every[index])
+
+
+def torch_attention(module, query, key, value, attention_mask, scaling, **kwargs):
+    output = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling)
+    return output.transpose(1, 2), None
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_attention_of_thin_heads_equals_that_of_torch(monkeypatch, checkpointing):
+    model = make_model(SparseFormerModel, tiny_config()).train()  # heads are 4 and 8 wide
+    if checkpointing:
+        model.activation_checkpointing_enable()
+    gradients = []
+    for _ in range(2):
+        model.zero_grad()
+        model(pixels(2, 3, 20, 36)).last_hidden_state.square().sum().backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+        monkeypatch.setattr(modules_sparseformer, "_thin_attention_forward", torch_attention)
+    assert gradients[0]["layers.0.attention.qkv.weight"].abs().sum() > 0
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-3)
 
 
 def test_attentions_of_every_repeat():
