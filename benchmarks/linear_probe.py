@@ -74,9 +74,7 @@ def main() -> None:
     splits = load_image_dataset(arguments.data)
     parts = ((splits["train"], arguments.train_limit), (splits[evaluation_split(splits)], arguments.test_limit))
     (train, train_labels), (test, test_labels) = (
-        extract_features(
-            model, processor, rows.select(range(min(limit or len(rows), len(rows)))), arguments.batch_size
-        )
+        extract_features(model, processor, rows.select(range(len(rows))[:limit]), arguments.batch_size)
         for rows, limit in parts
     )
     deviation, mean = torch.std_mean(train, dim=0)

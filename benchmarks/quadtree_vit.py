@@ -7,16 +7,16 @@ is a checkout of TomerRonen34/mixed-resolution-vit; without it, a plain re-creat
 """
 
 import argparse
-import statistics
 import sys
-import time
 from collections.abc import Callable
+from statistics import median
 
 import torch
 import torch.nn.functional as F
 
 from polyscale import PixelBlurPatchScorer, QuadtreeTokenizer, QuadtreeViTConfig, QuadtreeViTModel, quadtree_tokens
 from polyscale.layers.quadtree import decode_nodes
+from polyscale.speed import time_alternating
 
 
 SECTIONS = ("selection", "tokenization", "pixels", "encoder")
@@ -26,17 +26,9 @@ def median_times(
     runs: dict[str, Callable[[], object]], rounds: int, device: torch.device, calls: int = 1
 ) -> dict[str, float]:
     """Median milliseconds of a call; every round takes `calls` of each in turn, after a round that does not count."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for index in range(rounds + 1):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            for _ in range(calls):
-                run()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            if index:
-                times[name].append((time.perf_counter() - start) * 1e3 / calls)
-    return {name: statistics.median(values) for name, values in times.items()}
+    repeated = {name: lambda run=run: [run() for _ in range(calls)] for name, run in runs.items()}
+    seconds = time_alternating(repeated, rounds, torch.cuda.synchronize if device.type == "cuda" else None)
+    return {name: median(values) * 1e3 / calls for name, values in seconds.items()}
 
 
 def smooth_images(batch: int, size: int, device: torch.device) -> torch.Tensor:

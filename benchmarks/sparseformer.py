@@ -103,31 +103,28 @@ def compare_training_memory(path: Path, arguments: argparse.Namespace) -> None:
     name = next(iter(GOALS))
     mine, other = (
         peak_memory(
-            _IMPORTS.format(benchmarks=Path(__file__).parent, path=path, name=name, model=model),
+            _IMPORTS.format(benchmarks=Path(__file__).parent, maker=maker, arguments=made_of),
             _TRAINING_STEP.format(batch_size=BATCH_SIZE),
             arguments.threads,
         )
-        for model in ("our_model(name)", "official_model(path, name)")
+        for maker, made_of in (("our_model", f"{name!r}"), ("official_model", f"Path({str(path)!r}), {name!r}"))
     )
     report(f"{name}, memory of a training step (MiB): ours {mine:.0f}, theirs {other:.0f}", mine / other, at_most=1)
 
 
+# By its path, not its name: the official code has a package `sparseformer` too.
 _IMPORTS = """
-import importlib.util
 from pathlib import Path
+import runpy
 import sys
 import torch
 sys.path.insert(0, "{benchmarks}")
-# by its path: the official code, too, has a module of this name
-spec = importlib.util.spec_from_file_location("benchmark", "{benchmarks}/sparseformer.py")
-benchmark = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(benchmark)
-path, name = Path("{path}"), "{name}"
-model = benchmark.{model}
+benchmark = runpy.run_path("{benchmarks}/sparseformer.py")
+model = benchmark["{maker}"]({arguments})
 """
 
 _TRAINING_STEP = """
-benchmark.training_step(model, torch.randn({batch_size}, 3, 224, 224))()
+benchmark["training_step"](model, torch.randn({batch_size}, 3, 224, 224))()
 """
 
 

@@ -49,7 +49,7 @@ def evaluate(
         results = evaluate_budgets(
             classifier,
             processor,
-            rows if limit is None else rows.select(range(min(limit, len(rows)))),
+            rows.select(range(len(rows))[:limit]),
             budgets=budgets and [parse_size(value) for value in budgets],
             image_sizes=image_sizes and [parse_size(value) for value in split_list(image_sizes)],
             crop_pct=crop_pct,

@@ -121,8 +121,7 @@ def _pictures(recipe: TrainingRecipe, splits: DatasetDict) -> dict[str, Augmente
     size = to_pair(recipe.image_size, "image_size")
     stats = (list(recipe.image_mean), list(recipe.image_std))
     train_split, eval_name = splits["train"], evaluation_split(splits)
-    if recipe.limit is not None:
-        train_split = train_split.select(range(min(recipe.limit, len(train_split))))
+    train_split = train_split.select(range(len(train_split))[: recipe.limit])
     return {
         "train_dataset": AugmentedImages(
             train_split, training_transform(recipe.augmentation, size, *stats), seed=recipe.seed
