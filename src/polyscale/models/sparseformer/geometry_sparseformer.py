@@ -14,6 +14,11 @@ import torch.nn.functional as F
 MAX_FREQUENCY = 128.0
 
 
+def halves(sides: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first and the last half of the last dimension. As `chunk`, for which ExecuTorch fixes the batch size."""
+    return sides.unflatten(-1, (2, -1)).unbind(-2)
+
+
 def initial_rois(num_latent_tokens: int, replicates: int | None = None) -> torch.Tensor:
     """The largest square grid of boxes half as wide as the picture; what does not fit in it sees the whole picture.
 
@@ -34,14 +39,14 @@ def inflate_rois(rois: torch.Tensor, replicates: int) -> torch.Tensor:
     num_tokens = rois.shape[0]
     centers = torch.linspace(0.5 / replicates, 1 - 0.5 / replicates, replicates).to(rois)
     centers = centers.repeat_interleave(num_tokens)[:, None]
-    low, high = rois.repeat(replicates, 1).chunk(2, dim=-1)
+    low, high = halves(rois.repeat(replicates, 1))
     return torch.cat([low, centers - 0.5 / replicates, high, centers + 0.5 / replicates], dim=-1)
 
 
 def adjust_rois(rois: torch.Tensor, deltas: torch.Tensor) -> torch.Tensor:
     """Moves RoIs by `deltas` (shift in sizes, logarithm of scale), both (batch, tokens, 2 * dimensions)."""
-    low, high = rois.chunk(2, dim=-1)
-    shift, log_scale = deltas.float().chunk(2, dim=-1)
+    low, high = halves(rois)
+    shift, log_scale = halves(deltas.float())
     size = (high - low).abs()
     center = (low + high) / 2 + shift * size
     half = size * log_scale.exp() / 2
@@ -61,7 +66,7 @@ def place_points(rois: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     offsets = offsets.float()
     deviation = offsets.std(dim=-2, keepdim=True)
     offsets = (offsets - offsets.mean(dim=-2, keepdim=True)) / (3 * (deviation + 1e-5))
-    low, high = rois.unsqueeze(-2).chunk(2, dim=-1)  # (batch, tokens, 1, dimensions)
+    low, high = halves(rois.unsqueeze(-2))  # (batch, tokens, 1, dimensions)
     return (low + high) / 2 + offsets * (high - low)
 
 
@@ -150,6 +155,7 @@ __all__ = [
     "adjust_rois",
     "corner_cells",
     "encode_rois",
+    "halves",
     "inflate_rois",
     "initial_rois",
     "place_points",

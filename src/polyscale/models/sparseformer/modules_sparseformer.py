@@ -18,7 +18,7 @@ from transformers.utils import TransformersKwargs
 
 from ...layers.encoder import DropPath, eager_attention_forward
 from .configuration_sparseformer import SparseFormerConfig
-from .geometry_sparseformer import ClampGradient, adjust_rois, encode_rois, place_points, sample_features
+from .geometry_sparseformer import ClampGradient, adjust_rois, encode_rois, halves, place_points, sample_features
 
 
 # Mixing parameters made at a time on a CPU, without gradients: larger blocks of memory go back to the operating system
@@ -60,9 +60,10 @@ class SparseFormerFeatures(nn.Module):
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(batch, channels, height, width) -> (batch, rows, columns, feature_width), float32"""
-        # Channels last all the way: the convolution, the pooling and the norm are each several times faster than
-        # channels first.
-        kernel = self.convolution.weight.to(memory_format=torch.channels_last)
+        kernel = self.convolution.weight
+        if not torch.compiler.is_exporting():  # ExecuTorch knows channels first
+            # Channels last all the way: the convolution, the pooling and the norm are each several times faster.
+            kernel = kernel.to(memory_format=torch.channels_last)
         features = F.conv2d(pixel_values.to(kernel.dtype), kernel, self.convolution.bias, stride=2, padding=3)
         # ReLU commutes with the maximum, and after it there is a quarter of the values.
         features = F.relu(F.max_pool2d(features, kernel_size=3, stride=2, padding=1))
@@ -187,7 +188,7 @@ class SparseFormerPositionInjection(nn.Module):
         dtype = self.projection.weight.dtype
         if self.time_projection is None:
             return self.projection(self.layernorm(encode_rois(rois, self.num_frequencies).to(dtype)))
-        low, high = rois.chunk(2, dim=-1)
+        low, high = halves(rois)
         space = encode_rois(torch.cat([low[..., :2], high[..., :2]], dim=-1), self.num_frequencies)
         time = encode_rois(torch.cat([low[..., 2:], high[..., 2:]], dim=-1), self.num_frequencies)
         return self.projection(self.layernorm(space.to(dtype))) + self.time_projection(time.to(dtype))
@@ -237,9 +238,11 @@ class SparseFormerMixing(nn.Module):
 
     def mix(self, generators: torch.Tensor, sampled: torch.Tensor) -> torch.Tensor:
         """(batch * tokens, inner) and (batch * tokens, points, channels) -> (batch * tokens, rows * channels)"""
-        # `split`, not slices: the backward pass of a slice fills a tensor of the size of the whole with zeros.
-        sizes = [math.prod(self.channel_shape), math.prod(self.spatial_shape)]
-        channel_mixing, spatial_mixing = self.generator_out(generators).split(sizes, dim=1)
+        matrices, size = self.generator_out(generators), math.prod(self.channel_shape)
+        if torch.compiler.is_exporting():  # ExecuTorch's `split` fixes the size of the batch
+            channel_mixing, spatial_mixing = matrices[:, :size], matrices[:, size:]
+        else:  # the backward pass of a slice fills a tensor of the size of the whole with zeros
+            channel_mixing, spatial_mixing = matrices.split([size, matrices.shape[1] - size], dim=1)
         channel_mixing = channel_mixing.unflatten(1, self.channel_shape)
         spatial_mixing = spatial_mixing.unflatten(1, self.spatial_shape)
         mixed = sampled.to(channel_mixing.dtype)
