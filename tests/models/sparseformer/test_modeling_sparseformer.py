@@ -12,7 +12,6 @@ from polyscale.models.sparseformer import (
     SparseFormerModelWithProjection,
     SparseFormerOpenCLIPVisual,
     modeling_sparseformer,
-    modules_sparseformer,
 )
 from polyscale.models.sparseformer.geometry_sparseformer import initial_rois
 
@@ -56,26 +55,6 @@ def test_hidden_states_by_index(selection):
     assert len(some) == len(every) == 4
     for index in [selection] if isinstance(selection, int) else selection:
         assert torch.equal(some[index], every[index])
-
-
-def torch_attention(module, query, key, value, attention_mask, scaling, **kwargs):
-    output = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling)
-    return output.transpose(1, 2), None
-
-
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_attention_of_thin_heads_equals_that_of_torch(monkeypatch, checkpointing):
-    model = make_model(SparseFormerModel, tiny_config()).train()  # heads are 4 and 8 wide
-    if checkpointing:
-        model.activation_checkpointing_enable()
-    gradients = []
-    for _ in range(2):
-        model.zero_grad()
-        model(pixels(2, 3, 20, 36)).last_hidden_state.square().sum().backward()
-        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
-        monkeypatch.setattr(modules_sparseformer, "_thin_attention_forward", torch_attention)
-    assert gradients[0]["layers.0.attention.qkv.weight"].abs().sum() > 0
-    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-3)
 
 
 def test_attentions_of_every_repeat():
@@ -172,7 +151,7 @@ def test_initial_weights_of_a_loaded_model_are_the_stored_ones(tmp_path):
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     for name, tensor in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor), name
-    assert torch.equal(again(pixels(1, 3, 16, 16)).logits, model(pixels(1, 3, 16, 16)).logits)
+    torch.testing.assert_close(again(pixels(1, 3, 16, 16)).logits, model(pixels(1, 3, 16, 16)).logits)
 
 
 def test_other_numbers_of_latent_tokens(tmp_path, caplog):

@@ -96,23 +96,25 @@ def corner_cells(points: torch.Tensor, height: int, width: int, padding: str) ->
         Numbers of cells, counted through the batch, int32, and weights, both (batch * tokens * points, 4): top left,
         top right, bottom left, bottom right.
     """
-    size = torch.tensor([width, height])
+    # Points in rows, axes and sides in front of them: operations run along rows.
+    size = torch.tensor([[width], [height]])
+    axes = points.reshape(-1, 2).t().contiguous()
     # `grid_sample` multiplies and subtracts with one rounding; so does float64, rounded to float32 in the end.
-    position = ((points * 2 - 1 + 1).double() * (size / 2) - 0.5).to(points.dtype)
+    position = ((axes * 2 - 1 + 1).double() * (size / 2) - 0.5).to(points.dtype)
     if padding == "border":
-        position = position.clamp(min=torch.zeros(2)).minimum(size - 1)
+        position = position.clamp(min=torch.zeros(())).minimum(size - 1)
     low = position.floor()
     after = position - low
-    cells = torch.stack([low, low + 1], dim=-1).int()  # (batch, tokens, points, 2 axes, 2 sides)
+    cells = torch.stack([low, low + 1]).int()  # (2 sides, 2 axes, points)
     # As integers, so that a point at infinity or NaN reads some cell of the grid too.
-    last = (size - 1).int()[:, None]
-    inside = cells.clamp(min=0).minimum(last)
-    weights = torch.stack([1 - after, after], dim=-1) * (cells == inside)
-    columns, rows = inside.unbind(dim=-2)
-    first = torch.arange(0, len(points) * height, height, dtype=torch.int32)[:, None, None, None]
-    numbers = ((first + rows) * width)[..., None] + columns[..., None, :]
-    weights = weights[..., 1, :, None] * weights[..., 0, None, :]
-    return numbers.view(-1, 4), weights.view(-1, 4)
+    inside = cells.clamp(min=0).minimum((size - 1).int())
+    weights = torch.stack([1 - after, after]) * (cells == inside)
+    columns, rows = inside.unbind(dim=1)
+    first = torch.arange(0, len(points) * height, height, dtype=torch.int32)
+    rows = rows.unflatten(1, (len(points), -1)) + first[:, None]
+    numbers = (rows.flatten(1) * width)[:, None] + columns
+    weights = weights[:, 1, None] * weights[:, 0]
+    return numbers.flatten(0, 1).t(), weights.flatten(0, 1).t()
 
 
 def sample_features(features: torch.Tensor, points: torch.Tensor, padding: str) -> torch.Tensor:

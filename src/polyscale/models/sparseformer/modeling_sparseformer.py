@@ -200,6 +200,11 @@ class SparseFormerPreTrainedModel(PreTrainedModel):
         )
         return (model, info) if wants_info else model
 
+    def _needs_pooled_only(self, arguments: dict) -> bool:
+        """Whether a head is all that reads the tokens: nothing else that the last layer gives is asked for."""
+        options = (f"output_{name}" for name in self._can_record_outputs)
+        return not any(arguments.get(name, getattr(self.config, name, None)) for name in options)
+
     def set_loss_scale(self, loss_scale: float) -> None:
         """Tells the clamp of sampling gradients the factor on the loss, a `GradScaler`'s, before each forward."""
         for module in self.modules():
@@ -237,6 +242,7 @@ class SparseFormerModel(SparseFormerPreTrainedModel):
         self,
         pixel_values: torch.Tensor | None = None,
         loss_scale: torch.Tensor | None = None,
+        pooled_only: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> SparseFormerModelOutput:
         """
@@ -244,6 +250,7 @@ class SparseFormerModel(SparseFormerPreTrainedModel):
             pixel_values: (batch, channels, height, width), any height and width.
             loss_scale: 0-dim tensor, the factor on the loss (of a `GradScaler`); read only where
                 `config.restrict_grad_norm`, the value of `set_loss_scale` (1 at first) when None.
+            pooled_only: leaves out of the last layer what `pooler_output` does not need; `last_hidden_state` is None.
             kwargs: `output_hidden_states`, `output_attentions`, `output_all_rois`, `output_sampling_points`,
                 `output_sampling_rois`.
 
@@ -265,10 +272,13 @@ class SparseFormerModel(SparseFormerPreTrainedModel):
             if index == self.config.cls_token_layer:
                 cls_token = self.embeddings.cls_token.expand(tokens.shape[0], 1, -1)
                 tokens = torch.cat([cls_token.to(tokens.dtype), tokens], dim=1)
-            tokens, rois = layer(tokens, rois, features, loss_scale, **kwargs)
+            is_last = index == len(self.layers) - 1
+            pooling = self.config.pooling if pooled_only and is_last and layer.can_pool else None
+            tokens, rois = layer(tokens, rois, features, loss_scale, pooling=pooling, **kwargs)
         # The head's LayerNorm follows the pooling; for a CLS token the order makes no difference.
         pooled = self.layernorm(tokens.mean(dim=1) if self.config.pooling == "mean" else tokens[:, 0])
-        return SparseFormerModelOutput(last_hidden_state=self.layernorm(tokens), pooler_output=pooled, rois=rois)
+        states = None if pooled_only else self.layernorm(tokens)
+        return SparseFormerModelOutput(last_hidden_state=states, pooler_output=pooled, rois=rois)
 
 
 class SparseFormerForImageClassification(SparseFormerPreTrainedModel):
@@ -298,7 +308,8 @@ class SparseFormerForImageClassification(SparseFormerPreTrainedModel):
         Returns:
             `SparseFormerClassifierOutput`.
         """
-        outputs = self.sparseformer(pixel_values, loss_scale=loss_scale, **kwargs)
+        pooled_only = self._needs_pooled_only(kwargs)
+        outputs = self.sparseformer(pixel_values, loss_scale=loss_scale, pooled_only=pooled_only, **kwargs)
         logits = self.classifier(outputs.pooler_output)
         loss = self.loss_function(labels, logits, self.config, **kwargs) if labels is not None else None
         return SparseFormerClassifierOutput.from_model(outputs, logits=logits, loss=loss)
@@ -356,7 +367,7 @@ class SparseFormerOpenCLIPVisual(nn.Module):
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(batch, channels, height, width) -> (batch, projection_dim)"""
-        return self.model(pixel_values).image_embeds
+        return self.model(pixel_values, pooled_only=True).image_embeds
 
 
 __all__ = [

@@ -65,12 +65,13 @@ class SparseFormerVideoModel(SparseFormerVideoPreTrainedModel, SparseFormerModel
         self,
         pixel_values: torch.Tensor | None = None,
         loss_scale: torch.Tensor | None = None,
+        pooled_only: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> SparseFormerModelOutput:
         """
         Args:
             pixel_values: (batch, frames, channels, height, width), any number of frames, height and width.
-            loss_scale, kwargs: as in `SparseFormerModel.forward`.
+            loss_scale, pooled_only, kwargs: as in `SparseFormerModel.forward`.
 
         Returns:
             `SparseFormerModelOutput`, RoIs and points with a time.
@@ -78,7 +79,7 @@ class SparseFormerVideoModel(SparseFormerVideoPreTrainedModel, SparseFormerModel
         Raises:
             ValueError: for a wrong shape of `pixel_values`.
         """
-        return super().forward(pixel_values, loss_scale=loss_scale, **kwargs)
+        return super().forward(pixel_values, loss_scale=loss_scale, pooled_only=pooled_only, **kwargs)
 
 
 class SparseFormerForVideoClassification(SparseFormerVideoPreTrainedModel):
@@ -108,7 +109,8 @@ class SparseFormerForVideoClassification(SparseFormerVideoPreTrainedModel):
         Returns:
             `SparseFormerClassifierOutput`.
         """
-        outputs = self.sparseformer(pixel_values, loss_scale=loss_scale, **kwargs)
+        pooled_only = self._needs_pooled_only(kwargs)
+        outputs = self.sparseformer(pixel_values, loss_scale=loss_scale, pooled_only=pooled_only, **kwargs)
         logits = self.classifier(outputs.pooler_output)
         loss = self.loss_function(labels, logits, self.config, **kwargs) if labels is not None else None
         return SparseFormerClassifierOutput.from_model(outputs, logits=logits, loss=loss)

@@ -9,7 +9,6 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -17,13 +16,19 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
 from ...layers.encoder import DropPath, eager_attention_forward
+from .attention_sparseformer import ThinAttention
 from .configuration_sparseformer import SparseFormerConfig
 from .geometry_sparseformer import ClampGradient, adjust_rois, encode_rois, halves, place_points, sample_features
 
 
-# Mixing parameters made at a time on a CPU, without gradients: larger blocks of memory go back to the operating system
-# after each use, and the next use pays for their pages again.
-_MIXING_PARAMETERS = 2**22
+# Convolved values, or mixing parameters, made at a time on a CPU without gradients: larger blocks of memory go back to
+# the operating system after each use, and the next use pays for their pages again.
+_VALUES = 2**22
+
+
+def _can_split(tensor: torch.Tensor) -> bool:
+    """Whether to work through a batch in parts: on a CPU, without gradients, not for compilers."""
+    return tensor.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 class SparseFormerUnitNorm(nn.LayerNorm):
@@ -60,6 +65,14 @@ class SparseFormerFeatures(nn.Module):
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(batch, channels, height, width) -> (batch, rows, columns, feature_width), float32"""
+        if not _can_split(pixel_values):
+            return self.encode(pixel_values)
+        values = self.convolution.out_channels * math.prod(pixel_values.shape[2:])  # of four pictures
+        parts = pixel_values.split(max(1, 4 * _VALUES // values))
+        return torch.cat([self.encode(part) for part in parts])
+
+    def encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """`forward` of a part of the batch."""
         kernel = self.convolution.weight
         if not torch.compiler.is_exporting():  # ExecuTorch knows channels first
             # Channels last all the way: the convolution, the pooling and the norm are each several times faster.
@@ -93,28 +106,6 @@ class SparseFormerEmbeddings(nn.Module):
         return tokens, self.rois.float().expand(batch_size, -1, -1)
 
 
-def _thin_attention_forward(
-    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args, **kwargs
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of heads 4 to 12 wide (v1 has 64 of them), where torch's fused kernel for CPUs takes twice the time.
-
-    The backward pass computes the weights again: that is cheap, and storing them for every layer is not.
-    """
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return checkpoint(
-            eager_attention_forward,
-            module,
-            query,
-            key,
-            value,
-            *args,
-            use_reentrant=False,
-            preserve_rng_state=False,
-            **kwargs,
-        )
-    return eager_attention_forward(module, query, key, value, *args, **kwargs)
-
-
 class SparseFormerAttention(nn.Module):
     """Multi-head self-attention between the tokens."""
 
@@ -129,17 +120,28 @@ class SparseFormerAttention(nn.Module):
         self.o_proj = nn.Linear(width, width)
 
     def forward(
-        self, tokens: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+        self, tokens: torch.Tensor, num_queries: int | None = None, **kwargs: Unpack[TransformersKwargs]
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(batch, tokens, width) -> the same shape, and attention weights or None"""
-        query, key, value = self.qkv(tokens).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        """(batch, tokens, width) -> the same, or `num_queries` tokens only, the first; attention weights or None"""
+        qkv = self.qkv(tokens).unflatten(-1, (3, self.num_heads, -1))  # (batch, tokens, 3, heads, head_dim)
+        if num_queries is None and self._is_thin(qkv):
+            return self.o_proj(ThinAttention.apply(qkv, self.scaling).flatten(-2)), None
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        query = query[:, :, :num_queries]
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        if self.config._attn_implementation == "sdpa" and tokens.device.type == "cpu" and self.head_dim < 32:
-            attention = _thin_attention_forward
         output, weights = attention(self, query, key, value, None, dropout=0.0, scaling=self.scaling, **kwargs)
         return self.o_proj(output.flatten(-2)), weights
+
+    def _is_thin(self, qkv: torch.Tensor) -> bool:
+        """Whether torch's fused kernel takes two to three times as long."""
+        return (
+            self.config._attn_implementation == "sdpa"
+            and qkv.device.type == "cpu"
+            and self.head_dim < 32
+            and not torch.compiler.is_compiling()
+        )
 
 
 class SparseFormerMLP(nn.Module):
@@ -151,8 +153,10 @@ class SparseFormerMLP(nn.Module):
         self.activation = ACT2FN[config.hidden_act if repeats == 1 else config.repeated_hidden_act]
         self.fc2 = nn.Linear(self.fc1.out_features, width)
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        return self.fc2(self.activation(self.fc1(tokens)))
+    def forward(self, tokens: torch.Tensor, mean: bool = False) -> torch.Tensor:
+        """(batch, tokens, width) -> the same shape; with `mean`, (batch, 1, width), the mean of its tokens"""
+        hidden = self.activation(self.fc1(tokens))
+        return self.fc2(hidden.mean(dim=1, keepdim=True) if mean else hidden)
 
 
 class SparseFormerRoIAdjustment(nn.Module):
@@ -214,6 +218,7 @@ class SparseFormerSampling(nn.Module):
         """Features (batch, tokens, points, feature_width), points (batch, tokens, points, dimensions), and `rois`"""
         offsets = self.offsets(self.layernorm(tokens)).float() + self.offset_bias.float()
         points = place_points(rois, offsets.unflatten(-1, (self.config.num_sampling_points, -1)))
+        points, rois = points.expand(features.shape[0], -1, -1, -1), rois.expand(features.shape[0], -1, -1)
         if loss_scale is not None:
             points = ClampGradient.apply(points, loss_scale / features.shape[-3])
         return sample_features(features, points, self.config.sampling_padding), points, rois
@@ -236,15 +241,17 @@ class SparseFormerMixing(nn.Module):
         self.activation = ACT2FN[config.repeated_hidden_act]
         self.o_proj = nn.Linear(channels * rows, width)
 
-    def mix(self, generators: torch.Tensor, sampled: torch.Tensor) -> torch.Tensor:
-        """(batch * tokens, inner) and (batch * tokens, points, channels) -> (batch * tokens, rows * channels)"""
+    def make_matrices(self, generators: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(tokens, inner) -> (tokens, channels, channels) and (tokens, rows, points)"""
         matrices, size = self.generator_out(generators), math.prod(self.channel_shape)
         if torch.compiler.is_exporting():  # ExecuTorch's `split` fixes the size of the batch
             channel_mixing, spatial_mixing = matrices[:, :size], matrices[:, size:]
         else:  # the backward pass of a slice fills a tensor of the size of the whole with zeros
             channel_mixing, spatial_mixing = matrices.split([size, matrices.shape[1] - size], dim=1)
-        channel_mixing = channel_mixing.unflatten(1, self.channel_shape)
-        spatial_mixing = spatial_mixing.unflatten(1, self.spatial_shape)
+        return channel_mixing.unflatten(1, self.channel_shape), spatial_mixing.unflatten(1, self.spatial_shape)
+
+    def mix(self, channel_mixing: torch.Tensor, spatial_mixing: torch.Tensor, sampled: torch.Tensor) -> torch.Tensor:
+        """Matrices, and sampled (tokens, points, channels) -> (tokens, rows * channels)"""
         mixed = sampled.to(channel_mixing.dtype)
         if self.channel_bias is None:
             mixed = torch.bmm(spatial_mixing, torch.bmm(mixed, channel_mixing))
@@ -254,16 +261,25 @@ class SparseFormerMixing(nn.Module):
         return self.activation(mixed).flatten(1)
 
     def forward(self, tokens: torch.Tensor, sampled: torch.Tensor) -> torch.Tensor:
-        """(batch, tokens, width) and sampled (batch, tokens, points, channels) -> (batch, tokens, width)"""
+        """
+        Args:
+            tokens: (batch, tokens, width), or (1, tokens, width) for all pictures.
+            sampled: (batch, tokens, points, channels).
+
+        Returns:
+            (batch, tokens, width)
+        """
         generators = self.generator_in(self.layernorm(tokens)).flatten(0, 1)
-        sampled = sampled.flatten(0, 1)
-        if tokens.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            num_parts = math.ceil(len(generators) * self.generator_out.out_features / _MIXING_PARAMETERS)
-            parts = zip(generators.chunk(num_parts), sampled.chunk(num_parts), strict=True)
-            mixed = torch.cat([self.mix(*part) for part in parts])
+        if tokens.shape[0] < sampled.shape[0]:
+            matrices = self.make_matrices(generators)
+            mixed = torch.cat([self.mix(*matrices, picture) for picture in sampled])
+        elif _can_split(tokens):
+            num_parts = math.ceil(len(generators) * self.generator_out.out_features / _VALUES)
+            parts = zip(generators.chunk(num_parts), sampled.flatten(0, 1).chunk(num_parts), strict=True)
+            mixed = torch.cat([self.mix(*self.make_matrices(part), picture) for part, picture in parts])
         else:
-            mixed = self.mix(generators, sampled)
-        return self.o_proj(mixed).unflatten(0, tokens.shape[:2])
+            mixed = self.mix(*self.make_matrices(generators), sampled.flatten(0, 1))
+        return self.o_proj(mixed).unflatten(0, sampled.shape[:2])
 
 
 class SparseFormerLayer(GradientCheckpointingLayer):
@@ -271,6 +287,7 @@ class SparseFormerLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: SparseFormerConfig, index: int):
         super().__init__()
+        self.config = config
         width, self.repeats, self.operations = config.widths[index], config.repeats[index], config.operations[index]
         self.roi_drop_path = config.roi_drop_path
         has_stage_embedding = config.stage_embedding and self.repeats > 1
@@ -296,8 +313,13 @@ class SparseFormerLayer(GradientCheckpointingLayer):
         rois: torch.Tensor,
         features: torch.Tensor,
         loss_scale: torch.Tensor | None = None,
+        pooling: str | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        if pooling is not None:
+            return self.pool(tokens, pooling, **kwargs), rois
+        if self._is_shared(tokens, rois):
+            tokens, rois = tokens[:1], rois[:1]
         for repeat, drop_path in enumerate(self.drop_paths):
             if self.stage_embedding is not None:
                 tokens = tokens + self.stage_embedding[repeat]
@@ -309,7 +331,42 @@ class SparseFormerLayer(GradientCheckpointingLayer):
                     tokens = tokens + drop_path(self.mlp(self.layernorm_after(tokens)))
                 else:
                     tokens, rois = self._roi_operation(operation, tokens, rois, features, drop_path, loss_scale)
-        return tokens, rois
+        return tokens.expand(features.shape[0], -1, -1), rois.expand(features.shape[0], -1, -1)
+
+    def _is_shared(self, tokens: torch.Tensor, rois: torch.Tensor) -> bool:
+        """Whether all pictures have the same tokens and RoIs still, so that what comes before the first look at the
+        features needs to be computed for one of them only.
+        """
+        return (
+            tokens.shape[0] > 1
+            and tokens.device.type == "cpu"
+            and tokens.stride(0) == rois.stride(0) == 0
+            and self.config._attn_implementation == "sdpa"  # others give the attention of each picture
+            and not (self.training and self.drop_paths[0].rate)
+            and not torch.compiler.is_compiling()
+        )
+
+    @property
+    def can_pool(self) -> bool:
+        """Whether `forward` takes `pooling`."""
+        return self.operations == ["attn", "mlp"] and self.repeats == 1 and self.stage_embedding is None
+
+    def pool(self, tokens: torch.Tensor, pooling: str, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
+        """What a head pools of the tokens that this layer makes, and none of the rest.
+
+        Args:
+            tokens: (batch, tokens, width).
+            pooling: "cls", the first token, or "mean".
+
+        Returns:
+            (batch, 1, width)
+        """
+        (drop_path,) = self.drop_paths
+        is_cls = pooling == "cls"
+        update, _ = self.attention(self.layernorm_before(tokens), num_queries=1 if is_cls else None, **kwargs)
+        tokens = (tokens[:, :1] if is_cls else tokens) + drop_path(update)
+        update = self.mlp(self.layernorm_after(tokens), mean=not is_cls)
+        return tokens.mean(dim=1, keepdim=True) + drop_path(update)
 
     def _roi_operation(
         self,
