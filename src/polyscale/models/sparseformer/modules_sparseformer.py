@@ -79,7 +79,7 @@ class SparseFormerFeatures(nn.Module):
             kernel = kernel.to(memory_format=torch.channels_last)
         features = F.conv2d(pixel_values.to(kernel.dtype), kernel, self.convolution.bias, stride=2, padding=3)
         # ReLU commutes with the maximum, and after it there is a quarter of the values.
-        features = F.relu(F.max_pool2d(features, kernel_size=3, stride=2, padding=1))
+        features = F.relu(F.max_pool2d(features, kernel_size=3, stride=2, padding=1), inplace=True)
         features = features.permute(0, 2, 3, 1).float()  # (batch, rows, columns, feature_width)
         if not self.is_encoded:
             return F.layer_norm(features, features.shape[-1:], eps=1e-5)
