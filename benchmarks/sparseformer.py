@@ -21,6 +21,7 @@ from polyscale.models.sparseformer.convert_sparseformer import load_official
 
 
 BATCH_SIZE = 8
+_MEMORY_READINGS = 5
 # Preset -> goal of the speed ratio on a CPU in float32.
 GOALS = {"sparseformer_v1_tiny": 1.4, "sparseformer_v1_base": 1.15, "sparseformer_btsp_augreg_base": 1.15}
 GPU_GOAL, GPU_COMPILED_GOAL, TRAINING_GOAL = 1.5, 2.0, 1.2
@@ -114,7 +115,7 @@ def compare_training_memory(path: Path, arguments: argparse.Namespace) -> None:
             )
             for maker, made_of in makers
         ]
-        for _ in range(arguments.rounds)
+        for _ in range(_MEMORY_READINGS)
     ]
     mine, other = (median(side) for side in zip(*readings, strict=True))
     report(f"{name}, memory of a training step (MiB): ours {mine:.0f}, theirs {other:.0f}", mine / other, at_most=1)

@@ -111,10 +111,11 @@ def corner_cells(points: torch.Tensor, height: int, width: int, padding: str) ->
     weights = torch.stack([1 - after, after]) * (cells == inside)
     columns, rows = inside.unbind(dim=1)
     first = torch.arange(0, len(points) * height, height, dtype=torch.int32)
-    rows = rows.unflatten(1, (len(points), -1)) + first[:, None]
-    numbers = (rows.flatten(1) * width)[:, None] + columns
-    weights = weights[:, 1, None] * weights[:, 0]
-    return numbers.flatten(0, 1).t(), weights.flatten(0, 1).t()
+    rows = (rows.unflatten(1, (len(points), -1)) + first[:, None]).flatten(1) * width
+    numbers = torch.stack([row + column for row in rows for column in columns], dim=1)
+    across, down = weights.unbind(dim=1)
+    weights = torch.stack([y * x for y in down for x in across], dim=1)
+    return numbers, weights
 
 
 def sample_features(features: torch.Tensor, points: torch.Tensor, padding: str) -> torch.Tensor:
