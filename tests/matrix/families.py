@@ -127,7 +127,7 @@ def _flexivit_config(**overrides) -> PreTrainedConfig:
     return polyscale.FlexiViTConfig(**{**_ENCODER, "base_patch_size": 8, **overrides})
 
 
-_OPENVINO, _EXECUTORCH = "OpenVINO, any batch size", "ExecuTorch (XNNPACK), any batch size"
+_EXECUTORCH = "ExecuTorch (XNNPACK), any batch size"
 _NO_TEXT_EMBEDDING = "The input embedding of a vision model is a patch convolution, not an nn.Embedding."
 
 FLEXIVIT = Family(
@@ -248,10 +248,6 @@ SPARSEFORMER_VIDEO = Family(
     processor_pil=None,
     processor_kwargs=_PROCESSOR_32,
     budgets=(Budget({}, 8),),
-    gaps={
-        _OPENVINO: Gap("grid_sampler_3d", "OpenVINO samples maps, not videos."),
-        _EXECUTORCH: Gap("grid_sampler_3d", "ExecuTorch samples maps, not videos."),
-    },
     llava=None,
     llava_budgets=(),
     input_shape=(4, 3, 32, 32),

@@ -84,15 +84,15 @@ def test_sampling_equals_plain_interpolation(sizes, padding):
 
 
 @pytest.mark.parametrize("padding", ["zeros", "border"])
-def test_sampling_on_a_cpu_equals_grid_sample_to_the_last_bits(padding):
+@pytest.mark.parametrize("sizes", [(7, 56), (3, 7, 56)])
+def test_sampling_on_a_cpu_equals_grid_sample_to_the_last_bits(sizes, padding):
     generator = torch.Generator().manual_seed(0)
-    features = torch.randn(2, 7, 56, 24, generator=generator, requires_grad=True)
-    points = (torch.rand(2, 9, 16, 2, generator=generator) * 1.6 - 0.3).requires_grad_()
-    grids = F.grid_sample(
-        features.movedim(-1, 1), points * 2 - 1, mode="bilinear", padding_mode=padding, align_corners=False
-    )
-    values = (sample_features(features, points, padding), grids.permute(0, 2, 3, 1))
-    torch.testing.assert_close(*values, rtol=0, atol=5e-7)
+    features = torch.randn(2, *sizes, 24, generator=generator, requires_grad=True)
+    points = (torch.rand(2, 9, 16, len(sizes), generator=generator) * 1.6 - 0.3).requires_grad_()
+    grid = points * 2 - 1 if len(sizes) == 2 else (points * 2 - 1)[:, None]
+    sampled = F.grid_sample(features.movedim(-1, 1), grid, mode="bilinear", padding_mode=padding, align_corners=False)
+    values = (sample_features(features, points, padding), sampled.movedim(1, -1).view(2, 9, 16, 24))
+    torch.testing.assert_close(*values, rtol=0, atol=1e-6)
     weights = torch.randn(values[0].shape, generator=generator)
     of_features, of_points = zip(
         *(torch.autograd.grad((value * weights).sum(), (features, points)) for value in values), strict=True

@@ -84,38 +84,43 @@ class ClampGradient(torch.autograd.Function):
         return gradient.clamp(min=-bound, max=bound), None
 
 
-def corner_cells(points: torch.Tensor, height: int, width: int, padding: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """The four cells around each point, and their weights in a linear interpolation, rounded as `grid_sample` does.
+def corner_cells(points: torch.Tensor, sizes: tuple[int, ...], padding: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The cells around each point, and their weights in a linear interpolation, rounded as `grid_sample` does.
 
     Args:
-        points: (batch, tokens, points, 2).
-        height, width: of the grid of features.
+        points: (batch, tokens, points, dimensions).
+        sizes: of the grid of features: (height, width) or (frames, height, width).
         padding: "zeros" or "border".
 
     Returns:
-        Numbers of cells, counted through the batch, int32, and weights, both (batch * tokens * points, 4): top left,
-        top right, bottom left, bottom right.
+        Numbers of cells, counted through the batch, int32, and weights, both (batch * tokens * points, corners): the
+        corner of lower coordinates first, those along x next to each other.
     """
     # Points in rows, axes and sides in front of them: operations run along rows.
-    size = torch.tensor([[width], [height]])
-    axes = points.reshape(-1, 2).t().contiguous()
-    # `grid_sample` multiplies and subtracts with one rounding; so does float64, rounded to float32 in the end.
-    position = ((axes * 2 - 1 + 1).double() * (size / 2) - 0.5).to(points.dtype)
+    size = torch.tensor(sizes[::-1], device=points.device)[:, None]
+    axes = points.flatten(0, -2).t().contiguous()
+    grid = axes * 2 - 1
+    if (
+        len(sizes) == 2
+    ):  # `grid_sample` multiplies and subtracts with one rounding; so does float64, rounded in the end
+        position = ((grid + 1).double() * (size / 2) - 0.5).to(points.dtype)
+    else:
+        position = ((grid + 1) * size - 1) / 2
     if padding == "border":
-        position = position.clamp(min=torch.zeros(())).minimum(size - 1)
+        position = position.clamp(min=torch.zeros_like(position)).minimum(size - 1)
     low = position.floor()
     after = position - low
-    cells = torch.stack([low, low + 1]).int()  # (2 sides, 2 axes, points)
+    cells = torch.stack([low, low + 1]).int()  # (2 sides, axes, points)
     # As integers, so that a point at infinity or NaN reads some cell of the grid too.
     inside = cells.clamp(min=0).minimum((size - 1).int())
-    weights = torch.stack([1 - after, after]) * (cells == inside)
-    columns, rows = inside.unbind(dim=1)
-    first = torch.arange(0, len(points) * height, height, dtype=torch.int32)
-    rows = (rows.unflatten(1, (len(points), -1)) + first[:, None]).flatten(1) * width
-    numbers = torch.stack([row + column for row in rows for column in columns], dim=1)
-    across, down = weights.unbind(dim=1)
-    weights = torch.stack([y * x for y in down for x in across], dim=1)
-    return numbers, weights
+    shares = torch.stack([1 - after, after]) * (cells == inside)
+    pictures = torch.arange(points.shape[0], dtype=torch.int32, device=points.device)
+    numbers = [pictures[:, None, None].expand(points.shape[:-1]).flatten()]
+    weights = [torch.ones_like(after[0])]
+    for axis in reversed(range(len(sizes))):
+        numbers = [number * sizes[-1 - axis] + cell for number in numbers for cell in inside[:, axis]]
+        weights = [weight * share for weight in weights for share in shares[:, axis]]
+    return torch.stack(numbers, dim=1), torch.stack(weights, dim=1)
 
 
 def sample_features(features: torch.Tensor, points: torch.Tensor, padding: str) -> torch.Tensor:
@@ -130,13 +135,18 @@ def sample_features(features: torch.Tensor, points: torch.Tensor, padding: str) 
     Returns:
         (batch, tokens, points, channels)
     """
-    if points.shape[-1] == 2 and features.device.type == "cpu" and not torch.compiler.is_compiling():
+    is_video = points.shape[-1] == 3
+    if features.device.type == "cpu" and not torch.compiler.is_compiling():
         # The same numbers as below, twice as fast on a CPU; with the backward pass, three times.
-        numbers, weights = corner_cells(points, *features.shape[1:3], padding)
-        sampled = F.embedding_bag(numbers, features.flatten(0, 2), per_sample_weights=weights, mode="sum")
+        numbers, weights = corner_cells(points, features.shape[1:-1], padding)
+        sampled = F.embedding_bag(numbers, features.flatten(0, -2), per_sample_weights=weights, mode="sum")
         return sampled.view(*points.shape[:3], -1)
+    if is_video and torch.compiler.is_exporting():  # not every runtime has `grid_sample` for videos
+        numbers, weights = corner_cells(points, features.shape[1:-1], padding)
+        sampled = (features.flatten(0, -2)[numbers.long()] * weights[..., None]).sum(dim=1)
+        return sampled.unflatten(0, points.shape[:3])
     grid = points * 2 - 1
-    grid = grid if grid.shape[-1] == 2 else grid[:, None]
+    grid = grid[:, None] if is_video else grid
     sampled = F.grid_sample(features.movedim(-1, 1), grid, mode="bilinear", padding_mode=padding, align_corners=False)
     return sampled.flatten(2).transpose(1, 2).unflatten(1, points.shape[1:3])
 

@@ -81,7 +81,7 @@ class SparseFormerFeatures(nn.Module):
         # ReLU commutes with the maximum, and after it there is a quarter of the values.
         features = F.relu(F.max_pool2d(features, kernel_size=3, stride=2, padding=1), inplace=True)
         features = features.permute(0, 2, 3, 1).float()  # (batch, rows, columns, feature_width)
-        if not self.is_encoded:
+        if not self.is_encoded or torch.compiler.is_exporting():  # ExecuTorch has no `var_mean`
             return F.layer_norm(features, features.shape[-1:], eps=1e-5)
         # Encodings of RoIs multiply a rounding of the last bit by hundreds: the same operations as the official code.
         variance, mean = torch.var_mean(features, dim=-1, correction=0, keepdim=True)
@@ -349,7 +349,7 @@ class SparseFormerLayer(GradientCheckpointingLayer):
     @property
     def can_pool(self) -> bool:
         """Whether `forward` takes `pooling`."""
-        return self.operations == ["attn", "mlp"] and self.repeats == 1 and self.stage_embedding is None
+        return self.operations == ["attn", "mlp"] and self.repeats == 1
 
     def pool(self, tokens: torch.Tensor, pooling: str, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
         """What a head pools of the tokens that this layer makes, and none of the rest.
