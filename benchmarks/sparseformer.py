@@ -14,10 +14,12 @@ from pathlib import Path
 from statistics import median
 
 import torch
+import torch.nn.functional as F
 from timing import compare, parse_arguments, peak_memory, report
 
 from polyscale import SparseFormerConfig
 from polyscale.models.sparseformer.convert_sparseformer import load_official
+from polyscale.models.sparseformer.geometry_sparseformer import sample_features
 
 
 BATCH_SIZE = 8
@@ -169,6 +171,34 @@ def costs(arguments: argparse.Namespace) -> None:
     report("  their cost at 448 px, in that at 224 px", 1 / ratio, at_most=1.1)
 
 
+def compare_sampling(arguments: argparse.Namespace) -> None:
+    """Sampling on a CPU against torch's `grid_sample`, forward and backward, for pictures and for videos."""
+    settings = {"rounds": arguments.rounds, "device": arguments.device, "clock": arguments.clock}
+    for what, batch_size, sizes in (("pictures", BATCH_SIZE, (56, 56)), ("videos of 8 frames", 1, (8, 56, 56))):
+        features = torch.randn(batch_size, *sizes, 96, requires_grad=True)
+        points = torch.rand(batch_size, 49 * BATCH_SIZE // batch_size, 36, len(sizes), requires_grad=True)
+        gradient = torch.randn(*points.shape[:3], 96)
+
+        def step(sample, features=features, points=points, gradient=gradient):
+            with torch.inference_mode(False), torch.enable_grad():
+                features.grad = points.grad = None
+                sample(features, points).backward(gradient)
+
+        calls = (lambda step=step: step(_sample), lambda step=step: step(_sample_by_grid))
+        compare(f"sampling {what}", *calls, goal=1, **settings)
+
+
+def _sample(features: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
+    return sample_features(features, points, "zeros")
+
+
+def _sample_by_grid(features: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
+    grid = points * 2 - 1
+    grid = grid if grid.shape[-1] == 2 else grid[:, None]
+    sampled = F.grid_sample(features.movedim(-1, 1), grid, align_corners=False)
+    return sampled.flatten(2).transpose(1, 2).view(*points.shape[:3], -1)
+
+
 def main() -> None:
     official = official_path()
     arguments = parse_arguments("SparseFormer at 224 px, batch 8, against showlab/sparseformer", rounds=5)
@@ -178,6 +208,8 @@ def main() -> None:
         compare_with_official(official, arguments)
         if arguments.device == "cpu":
             compare_training_memory(official, arguments)
+    if arguments.device == "cpu":
+        compare_sampling(arguments)
     costs(arguments)
 
 

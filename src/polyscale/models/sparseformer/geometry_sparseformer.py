@@ -137,7 +137,7 @@ def sample_features(features: torch.Tensor, points: torch.Tensor, padding: str) 
     """
     is_video = points.shape[-1] == 3
     if features.device.type == "cpu" and not torch.compiler.is_compiling():
-        # The same numbers as below, twice as fast on a CPU; with the backward pass, three times.
+        # The same numbers as below, about twice as fast on a CPU, for videos four times (benchmarks/sparseformer.py).
         numbers, weights = corner_cells(points, features.shape[1:-1], padding)
         sampled = F.embedding_bag(numbers, features.flatten(0, -2), per_sample_weights=weights, mode="sum")
         return sampled.view(*points.shape[:3], -1)
