@@ -255,6 +255,11 @@ class ClassifierHead(nn.Module):
         return logits
 
 
+def is_watched(*modules: nn.Module) -> bool:
+    """Whether a forward hook sees what one of the modules takes or gives."""
+    return any(module._forward_hooks or module._forward_pre_hooks for module in modules)
+
+
 class EncoderPreTrainedModel(PreTrainedModel):
     """Flags and weight initialisation of models on this encoder; `hidden_states` and `attentions` are recorded."""
 
@@ -282,9 +287,8 @@ class EncoderPreTrainedModel(PreTrainedModel):
         outputs = ("output_hidden_states", "output_attentions")
         if any(kwargs.get(name, getattr(self.config, name, False)) for name in outputs) or len(model.layers) == 0:
             return False
-        seen_by_hooks = (model, model.layernorm, model.pooler, *model.layers[-1].modules())
-        hooked = any(module._forward_hooks or module._forward_pre_hooks for module in seen_by_hooks)
-        return self.config.pooling in ("cls", "pooler") and not hooked
+        watched = is_watched(model, model.layernorm, model.pooler, *model.layers[-1].modules())
+        return self.config.pooling in ("cls", "pooler") and not watched
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -305,5 +309,6 @@ __all__ = [
     "LayerScale",
     "PrefixTokens",
     "TokenPooler",
+    "is_watched",
     "make_encoder_layers",
 ]

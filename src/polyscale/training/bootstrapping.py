@@ -166,7 +166,7 @@ class BootstrapTrainer(Trainer):
         return tokens.var(dim=0, correction=0).mean().clamp(min=1e-6)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        outputs = model(pixel_values=inputs["pixel_values"])
+        outputs = model(pixel_values=inputs["pixel_values"], pooled_only=True)
         target = self.target(inputs["pixel_values"])
         loss = F.mse_loss(outputs.pooler_output.float(), target) / self.variance
         return (loss, outputs) if return_outputs else loss

@@ -10,6 +10,7 @@ from polyscale.models.sparseformer import (
     SparseFormerModel,
     modules_sparseformer,
 )
+from polyscale.models.sparseformer.modules_sparseformer import SparseFormerLayer
 
 
 KINDS = ["v1", "bootstrapped", "video"]
@@ -47,17 +48,28 @@ def watch(module) -> list[tuple[int, ...]]:
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_classifier_computes_only_what_its_head_pools(kind, training):
+def test_a_classifier_computes_only_what_its_head_pools(monkeypatch, kind, training):
     model, pixels = make_classifier(kind, drop_path_rate=0.3)
     model.train(training)
-    pooling = model.config.pooling
-    mlp = watch(model.sparseformer.layers[-1].mlp.fc2)
-    attended = watch(model.sparseformer.layers[-1].attention)
+    pool, pooled = SparseFormerLayer.pool, []
+    monkeypatch.setattr(
+        SparseFormerLayer, "pool", lambda *inputs, **kwargs: pooled.append(pool(*inputs, **kwargs)) or pooled[-1]
+    )
     short = values_and_gradients(model, pixels)
+    assert [tuple(tokens.shape) for tokens in pooled] == [(2, 1, 32)]
     whole = values_and_gradients(model, pixels, output_hidden_states=True)
-    num_tokens = model.config.num_tokens + model.config.num_prefix_tokens
-    assert mlp == [(2, 1, 32), (2, num_tokens, 32)]
-    assert attended == [(2, 1 if pooling == "cls" else num_tokens, 32), (2, num_tokens, 32)]
+    assert len(pooled) == 1
+    assert_same(short, whole)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_hooks_see_all_tokens(kind):
+    model, pixels = make_classifier(kind)
+    with torch.no_grad():
+        short = model(pixels).logits
+        shapes = watch(model.sparseformer.layers[-1].mlp.fc2)
+        whole = model(pixels).logits
+    assert shapes == [(2, model.config.num_tokens + model.config.num_prefix_tokens, 32)]
     assert_same(short, whole)
 
 

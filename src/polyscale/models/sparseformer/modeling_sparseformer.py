@@ -17,6 +17,7 @@ from transformers.utils import ModelOutput, TransformersKwargs, logging
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from ...layers.encoder import is_watched
 from ...layers.sizes import check_pixel_values
 from .configuration_sparseformer import SparseFormerConfig
 from .geometry_sparseformer import initial_rois
@@ -200,10 +201,18 @@ class SparseFormerPreTrainedModel(PreTrainedModel):
         )
         return (model, info) if wants_info else model
 
-    def _needs_pooled_only(self, arguments: dict) -> bool:
-        """Whether a head is all that reads the tokens: nothing else that the last layer gives is asked for."""
-        options = (f"output_{name}" for name in self._can_record_outputs)
-        return not any(arguments.get(name, getattr(self.config, name, None)) for name in options)
+    def reads_pooled_only(self, model: "SparseFormerModel", **kwargs) -> bool:
+        """Whether a classifier may leave uncomputed what its head does not read of the last layer: nothing else that
+        layer gives is asked for, and there is no hook to see it.
+
+        Args:
+            model: the model without its head.
+            kwargs: of the classifier's forward.
+        """
+        outputs = (f"output_{name}" for name in self._can_record_outputs)
+        if any(kwargs.get(name, getattr(self.config, name, False)) for name in outputs):
+            return False
+        return not is_watched(model, model.layernorm, *model.layers[-1].modules())
 
     def set_loss_scale(self, loss_scale: float) -> None:
         """Tells the clamp of sampling gradients the factor on the loss, a `GradScaler`'s, before each forward."""
@@ -308,7 +317,7 @@ class SparseFormerForImageClassification(SparseFormerPreTrainedModel):
         Returns:
             `SparseFormerClassifierOutput`.
         """
-        pooled_only = self._needs_pooled_only(kwargs)
+        pooled_only = self.reads_pooled_only(self.sparseformer, **kwargs)
         outputs = self.sparseformer(pixel_values, loss_scale=loss_scale, pooled_only=pooled_only, **kwargs)
         logits = self.classifier(outputs.pooler_output)
         loss = self.loss_function(labels, logits, self.config, **kwargs) if labels is not None else None

@@ -109,7 +109,7 @@ class SparseFormerForVideoClassification(SparseFormerVideoPreTrainedModel):
         Returns:
             `SparseFormerClassifierOutput`.
         """
-        pooled_only = self._needs_pooled_only(kwargs)
+        pooled_only = self.reads_pooled_only(self.sparseformer, **kwargs)
         outputs = self.sparseformer(pixel_values, loss_scale=loss_scale, pooled_only=pooled_only, **kwargs)
         logits = self.classifier(outputs.pooler_output)
         loss = self.loss_function(labels, logits, self.config, **kwargs) if labels is not None else None
