@@ -34,7 +34,7 @@ def values_and_gradients(model, pixels, **options):
 
 def assert_same(actual, expected):
     # Encodings of RoIs, of frequencies up to 128 * pi, multiply differences in rounding.
-    torch.testing.assert_close(actual, expected, atol=2e-4, rtol=1e-3)
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4)
 
 
 def watch(module) -> list[tuple[int, ...]]:
