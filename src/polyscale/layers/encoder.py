@@ -4,7 +4,7 @@ One encoder for ViT (arXiv 2010.11929), DeiT (2012.12877), DINOv2 (2304.07193) a
 parameters have the names of transformers' ViT, so that its tensor-parallel plans and LoRA recipes carry over.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
@@ -255,9 +255,18 @@ class ClassifierHead(nn.Module):
         return logits
 
 
-def is_watched(*modules: nn.Module) -> bool:
-    """Whether a forward hook sees what one of the modules takes or gives."""
-    return any(module._forward_hooks or module._forward_pre_hooks for module in modules)
+def is_observed(model: PreTrainedModel, modules: Iterable[nn.Module], kwargs: dict) -> bool:
+    """Whether somebody else than a head sees what modules compute: an output that the model records is asked for, or
+    there is a forward hook.
+
+    Args:
+        model: its `_can_record_outputs` are asked for by `output_...` in `kwargs` or in its config.
+        modules: in whose way a hook would be.
+        kwargs: of the classifier's forward.
+    """
+    outputs = (f"output_{name}" for name in model._can_record_outputs)
+    is_recorded = any(kwargs.get(name, getattr(model.config, name, False)) for name in outputs)
+    return is_recorded or any(module._forward_hooks or module._forward_pre_hooks for module in modules)
 
 
 class EncoderPreTrainedModel(PreTrainedModel):
@@ -284,11 +293,9 @@ class EncoderPreTrainedModel(PreTrainedModel):
             model: the model without its head.
             kwargs: of the classifier's forward.
         """
-        outputs = ("output_hidden_states", "output_attentions")
-        if any(kwargs.get(name, getattr(self.config, name, False)) for name in outputs) or len(model.layers) == 0:
+        if self.config.pooling not in ("cls", "pooler") or len(model.layers) == 0:
             return False
-        watched = is_watched(model, model.layernorm, model.pooler, *model.layers[-1].modules())
-        return self.config.pooling in ("cls", "pooler") and not watched
+        return not is_observed(self, (model, model.layernorm, model.pooler, *model.layers[-1].modules()), kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -309,6 +316,6 @@ __all__ = [
     "LayerScale",
     "PrefixTokens",
     "TokenPooler",
-    "is_watched",
+    "is_observed",
     "make_encoder_layers",
 ]

@@ -14,6 +14,11 @@ import torch.nn.functional as F
 MAX_FREQUENCY = 128.0
 
 
+def is_eager_cpu(tensor: torch.Tensor) -> bool:
+    """Whether operations on a tensor run at once and on a CPU: what is faster there need not suit compilers."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def halves(sides: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The first and the last half of the last dimension. As `chunk`, for which ExecuTorch fixes the batch size."""
     return sides.unflatten(-1, (2, -1)).unbind(-2)
@@ -100,9 +105,8 @@ def corner_cells(points: torch.Tensor, sizes: tuple[int, ...], padding: str) -> 
     size = torch.tensor(sizes[::-1], device=points.device)[:, None]
     axes = points.flatten(0, -2).t().contiguous()
     grid = axes * 2 - 1
-    if (
-        len(sizes) == 2
-    ):  # `grid_sample` multiplies and subtracts with one rounding; so does float64, rounded in the end
+    if len(sizes) == 2:
+        # `grid_sample` multiplies and subtracts with one rounding; so does float64, rounded to float32 in the end.
         position = ((grid + 1).double() * (size / 2) - 0.5).to(points.dtype)
     else:
         position = ((grid + 1) * size - 1) / 2
@@ -136,7 +140,7 @@ def sample_features(features: torch.Tensor, points: torch.Tensor, padding: str) 
         (batch, tokens, points, channels)
     """
     is_video = points.shape[-1] == 3
-    if features.device.type == "cpu" and not torch.compiler.is_compiling():
+    if is_eager_cpu(features):
         # The same numbers as below, about twice as fast on a CPU, for videos four times (benchmarks/sparseformer.py).
         numbers, weights = corner_cells(points, features.shape[1:-1], padding)
         sampled = F.embedding_bag(numbers, features.flatten(0, -2), per_sample_weights=weights, mode="sum")
@@ -171,6 +175,7 @@ __all__ = [
     "halves",
     "inflate_rois",
     "initial_rois",
+    "is_eager_cpu",
     "place_points",
     "sample_features",
 ]

@@ -17,7 +17,7 @@ from transformers.utils import ModelOutput, TransformersKwargs, logging
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from ...layers.encoder import is_watched
+from ...layers.encoder import is_observed
 from ...layers.sizes import check_pixel_values
 from .configuration_sparseformer import SparseFormerConfig
 from .geometry_sparseformer import initial_rois
@@ -209,10 +209,7 @@ class SparseFormerPreTrainedModel(PreTrainedModel):
             model: the model without its head.
             kwargs: of the classifier's forward.
         """
-        outputs = (f"output_{name}" for name in self._can_record_outputs)
-        if any(kwargs.get(name, getattr(self.config, name, False)) for name in outputs):
-            return False
-        return not is_watched(model, model.layernorm, *model.layers[-1].modules())
+        return not is_observed(self, (model, model.layernorm, *model.layers[-1].modules()), kwargs)
 
     def set_loss_scale(self, loss_scale: float) -> None:
         """Tells the clamp of sampling gradients the factor on the loss, a `GradScaler`'s, before each forward."""

@@ -18,7 +18,15 @@ from transformers.utils import TransformersKwargs
 from ...layers.encoder import DropPath, eager_attention_forward
 from .attention_sparseformer import ThinAttention
 from .configuration_sparseformer import SparseFormerConfig
-from .geometry_sparseformer import ClampGradient, adjust_rois, encode_rois, halves, place_points, sample_features
+from .geometry_sparseformer import (
+    ClampGradient,
+    adjust_rois,
+    encode_rois,
+    halves,
+    is_eager_cpu,
+    place_points,
+    sample_features,
+)
 
 
 # Convolved values, or mixing parameters, made at a time on a CPU without gradients: larger blocks of memory go back to
@@ -27,8 +35,8 @@ _VALUES = 2**22
 
 
 def _can_split(tensor: torch.Tensor) -> bool:
-    """Whether to work through a batch in parts: on a CPU, without gradients, not for compilers."""
-    return tensor.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    """Whether to work through a batch in parts: on a CPU, without gradients."""
+    return is_eager_cpu(tensor) and not torch.is_grad_enabled()
 
 
 class SparseFormerUnitNorm(nn.LayerNorm):
@@ -136,12 +144,7 @@ class SparseFormerAttention(nn.Module):
 
     def _is_thin(self, qkv: torch.Tensor) -> bool:
         """Whether torch's fused kernel takes two to three times as long."""
-        return (
-            self.config._attn_implementation == "sdpa"
-            and qkv.device.type == "cpu"
-            and self.head_dim < 32
-            and not torch.compiler.is_compiling()
-        )
+        return self.config._attn_implementation == "sdpa" and self.head_dim < 32 and is_eager_cpu(qkv)
 
 
 class SparseFormerMLP(nn.Module):
@@ -338,12 +341,11 @@ class SparseFormerLayer(GradientCheckpointingLayer):
         features needs to be computed for one of them only.
         """
         return (
-            tokens.shape[0] > 1
-            and tokens.device.type == "cpu"
+            is_eager_cpu(tokens)
+            and tokens.shape[0] > 1
             and tokens.stride(0) == rois.stride(0) == 0
             and self.config._attn_implementation == "sdpa"  # others give the attention of each picture
             and not (self.training and self.drop_paths[0].rate)
-            and not torch.compiler.is_compiling()
         )
 
     @property
