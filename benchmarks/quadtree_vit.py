@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 
 from polyscale import PixelBlurPatchScorer, QuadtreeTokenizer, QuadtreeViTConfig, QuadtreeViTModel, quadtree_tokens
-from polyscale.layers.quadtree import decode_nodes
-from polyscale.speed import time_alternating
+from polyscale.evaluation.speed import time_alternating
+from polyscale.models.quadtree_vit.selection_quadtree_vit import decode_nodes
 
 
 SECTIONS = ("selection", "tokenization", "pixels", "encoder")

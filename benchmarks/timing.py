@@ -11,7 +11,7 @@ from statistics import median
 
 import torch
 
-from polyscale.speed import time_alternating
+from polyscale.evaluation.speed import time_alternating
 
 
 def parse_arguments(description: str, rounds: int) -> argparse.Namespace:

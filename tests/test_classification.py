@@ -23,13 +23,12 @@ from polyscale.checkpoints import available_checkpoints
 from polyscale.classification import (
     classify_images,
     default_budgets,
-    find_images,
     format_budget,
     load_classifier,
     num_prefix_tokens,
-    open_image,
     token_budget,
 )
+from polyscale.utils.images import find_images, open_image
 
 from .tiny_checkpoints import CIFAR10_LABELS, save_tiny_flexivit
 

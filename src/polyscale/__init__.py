@@ -9,19 +9,9 @@ Importing polyscale registers every family with the Auto classes of transformers
 
 from importlib import import_module
 
-from transformers import (
-    AutoBackbone,
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModel,
-    AutoModelForImageClassification,
-    AutoModelForVideoClassification,
-    AutoVideoProcessor,
-)
-
-from .layers.quadtree import quadtree_tokens, reverse_quadtree
 from .layers.resizing import interpolate_resize_patch_embed, pi_resize_patch_embed, resize_abs_pos_embed
-from .llava.registration import register as _register_packed_towers
+from .llava import packed as _packed  # noqa: F401 (registers what a saved LLaVA with packed tokens needs)
+from .models.auto import register_family
 from .models.flexivit import (
     FlexiViTBackbone,
     FlexiViTConfig,
@@ -45,6 +35,7 @@ from .models.quadtree_vit import (
     VanillaTokenizer,
     gradcam_oracle,
 )
+from .models.quadtree_vit.selection_quadtree_vit import quadtree_tokens, reverse_quadtree
 from .models.s2_vision import (
     S2ImageProcessor,
     S2ImageProcessorPil,
@@ -92,58 +83,6 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *_LAZY})
 
 
-def _register(config, model, classifier, backbone, image_processor, image_processor_pil) -> None:
-    """Makes an image family known to the Auto classes; `backbone` may be None."""
-    AutoConfig.register(config.model_type, config, exist_ok=True)
-    AutoModel.register(config, model, exist_ok=True)
-    AutoModelForImageClassification.register(config, classifier, exist_ok=True)
-    if backbone is not None:
-        AutoBackbone.register(config, backbone, exist_ok=True)
-    AutoImageProcessor.register(
-        config,
-        image_processor_classes={"torchvision": image_processor, "pil": image_processor_pil},
-        exist_ok=True,
-    )
-
-
-_register(
-    FlexiViTConfig,
-    FlexiViTModel,
-    FlexiViTForImageClassification,
-    FlexiViTBackbone,
-    FlexiViTImageProcessor,
-    FlexiViTImageProcessorPil,
-)
-_register(
-    QuadtreeViTConfig,
-    QuadtreeViTModel,
-    QuadtreeViTForImageClassification,
-    QuadtreeViTBackbone,
-    QuadtreeViTImageProcessor,
-    QuadtreeViTImageProcessorPil,
-)
-_register(
-    SparseFormerConfig,
-    SparseFormerModel,
-    SparseFormerForImageClassification,
-    None,
-    SparseFormerImageProcessor,
-    SparseFormerImageProcessorPil,
-)
-_register(
-    S2VisionConfig,
-    S2VisionWrapper,
-    S2VisionForImageClassification,
-    S2VisionBackbone,
-    S2ImageProcessor,
-    S2ImageProcessorPil,
-)
-_register_packed_towers()
-AutoConfig.register(SparseFormerVideoConfig.model_type, SparseFormerVideoConfig, exist_ok=True)
-AutoModel.register(SparseFormerVideoConfig, SparseFormerVideoModel, exist_ok=True)
-AutoModelForVideoClassification.register(SparseFormerVideoConfig, SparseFormerForVideoClassification, exist_ok=True)
-AutoVideoProcessor.register(SparseFormerVideoConfig, SparseFormerVideoProcessor, exist_ok=True)
-
 __all__ = [
     "FeatureBasedPatchScorer",
     "FlexiViTBackbone",
@@ -188,6 +127,7 @@ __all__ = [
     "multiscale_forward",
     "pi_resize_patch_embed",
     "quadtree_tokens",
+    "register_family",
     "resize_abs_pos_embed",
     "reverse_quadtree",
     "sample_photographs",

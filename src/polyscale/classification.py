@@ -2,16 +2,13 @@
 
 import os
 import time
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from PIL import Image, ImageOps
+from PIL import Image
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
@@ -20,13 +17,10 @@ from transformers import (
     pipeline,
 )
 
-from .budgets import BUDGET_ARGUMENTS, budget_argument
 from .checkpoints import available_checkpoints, resolve_checkpoint
+from .layers.token_budget import default_budgets_of, plain_size, token_budget
+from .utils.images import find_images, open_image
 
-
-IMAGE_SUFFIXES = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
-# Pillow can also read formats that start other programs (EPS); pictures of unknown origin do not get to choose those.
-_PILLOW_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "MPO", "PNG", "PPM", "TIFF", "WEBP")
 
 # Parameters that hold the tokens in front of the patch tokens, in transformers' models and in ours.
 _PREFIX_PARAMETERS = ("cls_token", "class_embedding", "distillation_token", "register_tokens")
@@ -43,49 +37,6 @@ class Classification(NamedTuple):
 
     records: list[dict]
     errors: list[dict]
-
-
-def find_images(path: str | os.PathLike) -> list[Path]:
-    """The file itself, or the picture files in a folder and below, sorted.
-
-    Raises:
-        ValueError: for a folder that holds none.
-    """
-    path = Path(path)
-    if not path.is_dir():
-        return [path]
-    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
-    if not files:
-        raise ValueError(f"a folder without picture files ({', '.join(IMAGE_SUFFIXES)})")
-    return files
-
-
-def open_image(path: str | os.PathLike) -> Image.Image:
-    """A picture file as an upright RGB image.
-
-    Raises:
-        ValueError: if the file is missing or no picture, is damaged, has more pixels than Pillow thinks safe
-            (`PIL.Image.MAX_IMAGE_PIXELS`), or has pixels of 32 bits, whose range nobody knows.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError("no such file" if not path.exists() else "not a file")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            Image.init()
-            with Image.open(path, formats=[name for name in _PILLOW_FORMATS if name in Image.OPEN]) as image:
-                image = ImageOps.exif_transpose(image)
-                image.load()
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ValueError(f"too many pixels, perhaps a decompression bomb ({error})") from error
-    except Exception as error:  # a decoder may raise anything on a damaged file
-        raise ValueError(f"not a readable picture ({type(error).__name__}: {error})") from error
-    if image.mode.startswith("I;16"):
-        image = image.point(lambda value: value / 256, "L")
-    if image.mode in ("I", "F"):
-        raise ValueError(f"pixels of 32 bits (mode {image.mode!r}); convert the picture to 8 bits a channel")
-    return image.convert("RGB")
 
 
 def load_classifier(
@@ -116,73 +67,6 @@ def load_classifier(
             f"({', '.join(available_checkpoints())}) nor a complete one in a local folder or on the hub. {error}"
         ) from error
     return pipeline("image-classification", model=network, image_processor=processor, device=device)
-
-
-def default_budgets(config) -> list:
-    """The budgets to try on a model when none are given.
-
-    FlexiViT: the patch sizes it was trained with, smallest first, or else its own one. Others: what their config says.
-    """
-    field = budget_argument(config)
-    if field is None:
-        return [None]
-    if field == "patch_size":
-        sizes = config.train_patch_sizes or [config.resolve_patch_size()]
-        return sorted((_plain(size) for size in sizes), key=lambda size: _area(size))
-    return [getattr(config, field)]
-
-
-def _plain(size: int | Sequence[int]) -> int | list[int]:
-    """A patch size as JSON writes it: an int where both sides are equal."""
-    if isinstance(size, int):
-        return size
-    height, width = size
-    return height if height == width else [height, width]
-
-
-def _area(size: int | Sequence[int]) -> int:
-    return size * size if isinstance(size, int) else size[0] * size[1]
-
-
-def format_budget(budget: int | Sequence[int] | None) -> str:
-    """8 -> "8", (4, 8) -> "4x8", None -> ""."""
-    if budget is None:
-        return ""
-    return str(budget) if isinstance(budget, int) else "x".join(map(str, budget))
-
-
-@contextmanager
-def token_budget(model: PreTrainedModel, budget: int | Sequence[int] | None) -> Iterator[None]:
-    """Runs a model at another budget by way of its config, because a pipeline passes no arguments to it.
-
-    The config has a field of the name of the budget argument of `forward`.
-
-    Args:
-        model: a model of any family.
-        budget: patch size of a FlexiViT, token count of a Quadtree ViT; None leaves the model as it is.
-
-    Raises:
-        ValueError: for a budget on a model that has none to choose.
-    """
-    config = model.config
-    field = budget_argument(config)
-    if budget is None:
-        yield
-        return
-    if field is None:
-        raise ValueError(
-            f"`budgets` must be None for a model of type {config.model_type!r}, which has no budget to choose; got "
-            f"{budget!r}. Those that have one: {', '.join(BUDGET_ARGUMENTS)}."
-        )
-    before = getattr(config, field)
-    try:
-        setattr(config, field, budget)
-    except StrictDataclassError as error:
-        raise ValueError(f"`budgets` holds {budget!r}, which is no {field} of {config.model_type!r}.") from error
-    try:
-        yield
-    finally:
-        setattr(config, field, before)
 
 
 def num_prefix_tokens(model: PreTrainedModel) -> int:
@@ -267,7 +151,7 @@ def classify_images(
         files: picture files, and folders that are searched for them.
         model: name of a bundled checkpoint, local folder, name on the hub, or a pipeline that is loaded already.
         budgets: patch sizes (pixels, int or (height, width)) of a FlexiViT, token counts of a Quadtree ViT;
-            `default_budgets` when None. Any other model is run once, and takes none.
+            those of the model's config when None. Any other model is run once, and takes none.
         device: where the model runs; the pipeline's own choice when None.
         repeats: calls whose median is reported.
 
@@ -289,7 +173,7 @@ def classify_images(
     if repeats < 1:
         raise ValueError(f"`repeats` must be at least 1, got {repeats}.")
     classifier = model if isinstance(model, ImageClassificationPipeline) else load_classifier(model, device)
-    budgets = default_budgets(classifier.model.config) if budgets is None else list(budgets)
+    budgets = default_budgets_of(classifier.model.config) if budgets is None else list(budgets)
     if not budgets:
         raise ValueError("`budgets` is empty: give at least one, or None for the model's own.")
 
@@ -300,7 +184,7 @@ def classify_images(
         for file, image in _open_images(files, result.errors):
             if not warm:
                 for budget in budgets:
-                    with token_budget(classifier.model, budget):
+                    with token_budget(classifier.model.config, budget):
                         classifier(image)
                 warm = True
             try:
@@ -340,12 +224,12 @@ def _classify(
     records = []
     for budget in budgets:
         meter.reset()
-        with token_budget(classifier.model, budget):
+        with token_budget(classifier.model.config, budget):
             best = [classifier(image, top_k=1)[0] for _ in range(repeats)][-1]
         records.append(
             {
                 "file": str(file),
-                "budget": _plain(budget) if budget is not None else None,
+                "budget": plain_size(budget) if isinstance(budget, tuple) else budget,
                 "tokens": meter.tokens,
                 "label": best["label"],
                 "score": best["score"],
@@ -359,11 +243,6 @@ __all__ = [
     "Classification",
     "ForwardMeter",
     "classify_images",
-    "default_budgets",
-    "find_images",
-    "format_budget",
     "load_classifier",
     "num_prefix_tokens",
-    "open_image",
-    "token_budget",
 ]

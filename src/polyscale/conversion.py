@@ -9,7 +9,6 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,30 +16,21 @@ import torch
 from safetensors.torch import save_file
 
 from .layers.resizing import pi_resize_patch_embed
-from .layers.safe_loading import (
+from .models.auto import families, family_of
+from .utils.checkpoint_files import (
     SAFETENSORS_SUFFIXES,
     TORCH_SUFFIXES,
     load_safetensors_file,
-    load_state_dict_file,
     load_torch_file,
 )
-
-
-# model type -> module and function; function(source, out, **options) writes into the folder `out`, which is empty
-_CONVERTERS = {
-    "flexivit": (".models.flexivit.convert_flexivit", "convert_flexivit"),
-    "quadtree_vit": (".models.quadtree_vit.convert_quadtree_vit", "convert_quadtree_vit"),
-    "s2_vision": (".models.s2_vision.convert_s2_vision", "convert_s2_vision"),
-    "sparseformer": (".models.sparseformer.convert_sparseformer", "convert_sparseformer"),
-    "sparseformer_video": (".models.sparseformer.convert_sparseformer_video", "convert_sparseformer_video"),
-}
+from .utils.validation import check_choice
 
 
 def _converter(model_type: str) -> Callable[..., Any]:
-    if model_type not in _CONVERTERS:
-        raise ValueError(f"`to` must be one of {', '.join(map(repr, _CONVERTERS))}, got {model_type!r}.")
-    module, function = _CONVERTERS[model_type]
-    return getattr(import_module(module, __package__), function)
+    """The function (source, out, **options) of a family, which writes into the folder `out`, which is empty."""
+    known = [name for name, family in families().items() if family.converter is not None]
+    check_choice("to", model_type, tuple(known))
+    return family_of(model_type).function("converter")
 
 
 @contextmanager
@@ -193,4 +183,4 @@ def convert_patch_embed(
     return old_shape, tuple(holder[name].shape)
 
 
-__all__ = ["convert_checkpoint", "convert_patch_embed", "load_state_dict_file"]
+__all__ = ["convert_checkpoint", "convert_patch_embed"]

@@ -5,11 +5,11 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PILImage
+from polyscale.budgets import budget_argument, count_tokens
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 from typer.testing import CliRunner
 
 from polyscale import FlexiViTConfig, FlexiViTForImageClassification, FlexiViTImageProcessor
-from polyscale.budgets import budget_argument, count_tokens
 from polyscale.cli import app
 from polyscale.evaluation import evaluate_budgets, load_classifier, plot_results
 

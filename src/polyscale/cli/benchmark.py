@@ -33,8 +33,8 @@ def benchmark(
     from transformers.utils import logging
 
     from ..checkpoints import resolve_checkpoint
-    from ..classification import format_budget
-    from ..speed import benchmark_budgets
+    from ..evaluation.speed import benchmark_budgets
+    from ..layers.token_budget import format_budget
 
     logging.disable_progress_bar()
     if device is None:

@@ -31,7 +31,7 @@ def classify(
 
     from ..assets import sample_photographs
     from ..classification import classify_images, load_classifier
-    from ..visualization import draw_classification
+    from ..figures import draw_classification
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -60,10 +60,9 @@ def _print_table(records: list[dict], config) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from ..budgets import budget_argument
-    from ..classification import format_budget
+    from ..layers.token_budget import budget_argument_of, format_budget
 
-    argument = budget_argument(config)
+    argument = budget_argument_of(config)
     table = Table("picture", *([argument.replace("_", " ")] if argument else []), "tokens", "label", "score", "ms")
     for column in table.columns:
         column.justify = "left" if column.header in ("picture", "label") else "right"

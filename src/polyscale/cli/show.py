@@ -21,7 +21,7 @@ def show(
     from transformers.utils import logging
 
     from ..assets import sample_photographs
-    from ..visualization import show as draw
+    from ..figures import show as draw
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()

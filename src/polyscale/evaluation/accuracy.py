@@ -14,11 +14,11 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassi
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import PILImageResampling
 
-from ..budgets import budget_argument, count_tokens
 from ..checkpoints import resolve_checkpoint
-from ..layers.encoder_config import check_choice
-from ..layers.sizes import to_pair
+from ..layers.token_budget import budget_kwargs, count_tokens
+from ..models.auto import family_of
 from ..models.flexivit import FlexiViTForImageClassification
+from ..utils.validation import check_choice, to_pair
 from .data_statistics import IMAGE_STATISTICS
 from .metrics import TopKAccuracy
 
@@ -26,7 +26,6 @@ from .metrics import TopKAccuracy
 INTERPOLATIONS = {"nearest": PILImageResampling.NEAREST} | {
     name: PILImageResampling[name.upper()] for name in ("bilinear", "bicubic", "lanczos")
 }
-FAMILIES = ("flexivit", "quadtree_vit", "s2_vision", "sparseformer")
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ def _is_ours(source: str | Path) -> bool:
     if str(source).endswith(".npz"):
         return False
     try:
-        return AutoConfig.from_pretrained(source).model_type in FAMILIES
+        return family_of(AutoConfig.from_pretrained(source)) is not None
     except (OSError, ValueError):  # no config, or one that transformers does not know: a timm name or folder
         return False
 
@@ -167,15 +166,12 @@ def evaluate_budgets(
     Raises:
         ValueError: for a budget that the model cannot take, labels that are not the model's, or an unknown choice.
     """
-    argument = budget_argument(model.config)
-    if budgets is not None and argument is None:
-        raise ValueError(f"A {model.config.model_type} model has no budget to set in a call: leave `budgets` out.")
     num_classes = split.features["label"].num_classes
     if num_classes != model.config.num_labels:
         raise ValueError(f"The data set has {num_classes} classes and the model {model.config.num_labels}.")
     if len(split) == 0:
         raise ValueError("The data set is empty: there is nothing to evaluate.")
-    calls = [{}] if budgets is None else [{argument: budget} for budget in budgets]
+    calls = [{}] if budgets is None else [budget_kwargs(model.config, budget) for budget in budgets]
     sizes = [_default_image_size(processor)] if image_sizes is None else [to_pair(size) for size in image_sizes]
 
     results = []
@@ -190,7 +186,12 @@ def evaluate_budgets(
                 inputs = processor(images, return_tensors="pt", **options)["pixel_values"]
                 inputs = inputs.to(device=model.device, dtype=model.dtype)
                 if not tokens:
-                    tokens = [count_tokens(model, inputs, **call) for call in calls]  # also the warm-up
+                    size = tuple(inputs.shape[-2:])
+                    warmed = [model.base_model(inputs[:1], **call) for call in calls]
+                    tokens = [
+                        count_tokens(outputs, model.config, size, **call)[0]
+                        for outputs, call in zip(warmed, calls, strict=True)
+                    ]
                 labels.append(batch_labels)
                 for index, call in enumerate(calls):
                     _synchronize(model.device)
@@ -207,7 +208,7 @@ def evaluate_budgets(
                 results.append(
                     BudgetResult(
                         image_size=size,
-                        budget=call.get(argument),
+                        budget=next(iter(call.values()), None),
                         tokens=tokens[index],
                         top1=accuracy["top1"],
                         top5=accuracy["top5"],

@@ -5,6 +5,9 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneConfigMixin
 
+from ..utils.validation import check_choice
+from .token_budget import TokenBudgetMixin
+
 
 POOLINGS = ("cls", "mean", "cls_mean", "pooler")
 MLP_TYPES = ("mlp", "swiglu")
@@ -20,14 +23,8 @@ ENCODER_SIZES = {
 }
 
 
-def check_choice(name: str, value: object, choices: tuple) -> None:
-    """Raises ValueError naming `name`, its legal values and what came, if `value` is not one of `choices`."""
-    if value not in choices:
-        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")
-
-
 @strict
-class EncoderConfig(BackboneConfigMixin, PreTrainedConfig):
+class EncoderConfig(TokenBudgetMixin, BackboneConfigMixin, PreTrainedConfig):
     """Fields of a ViT encoder wide enough for ViT, DeiT, DINOv2, CLIP's vision part and timm's `vit_*`.
 
     Args:
@@ -183,4 +180,4 @@ class EncoderConfig(BackboneConfigMixin, PreTrainedConfig):
         return self.hidden_size
 
 
-__all__ = ["ENCODER_SIZES", "EncoderConfig", "check_choice"]
+__all__ = ["ENCODER_SIZES", "EncoderConfig"]

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .sizes import to_pair
+from ..utils.validation import to_pair
 
 
 INTERPOLATIONS = ("bilinear", "bicubic")

@@ -7,10 +7,7 @@ LLaVA models of transformers, are imported at first use.
 from importlib import import_module
 
 from .packed import PackedTower, PackedTowerConfig, PerPictureLlavaProcessor
-from .registration import register
 
-
-register()
 
 _LAZY = {"set_token_budget": ".budget", "swap_vision_tower": ".swap"}
 
@@ -25,7 +22,6 @@ __all__ = [
     "PackedTower",
     "PackedTowerConfig",
     "PerPictureLlavaProcessor",
-    "register",
     "set_token_budget",
     "swap_vision_tower",
 ]

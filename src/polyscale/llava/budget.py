@@ -1,87 +1,11 @@
 """The token budget of a LLaVA model with a tower of this library, changed later."""
 
-import copy
+from transformers import PreTrainedModel, ProcessorMixin
 
-from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
-
+from ..layers.token_budget import TokenBudgetMixin
 from .layout import token_layout
-from .packed import PackedTower, PackedTowerConfig, has_tokens_per_picture
+from .packed import PackedTower, PackedTowerConfig
 from .swap import check_processor, inner_llava, matching_processor
-
-
-_KNOBS = {
-    "flexivit": ("patch_size", "num_tokens", "image_size"),
-    "quadtree_vit": ("num_tokens", "split_threshold", "image_size"),
-    "s2_vision": ("scales", "img_sizes", "max_tiles"),
-    "sparseformer": ("image_size",),
-}
-_WHY_NOT = {
-    "sparseformer": "its tokens are weights (one latent token each), so another number of them needs new weights",
-    "s2_vision": "its tokens are those of the wrapped model at one scale, whatever the other scales are",
-}
-
-
-def _check_knobs(config: PreTrainedConfig, knobs: dict) -> None:
-    legal = _KNOBS.get(config.model_type)
-    if legal is None:
-        raise ValueError(
-            f"The vision tower is a {config.model_type!r}, which has no token budget: put a tower of "
-            "this library in its place with "
-            "`swap_vision_tower`."
-        )
-    if not knobs:
-        raise ValueError(f"Give at least one of {', '.join(f'`{name}`' for name in legal)}.")
-    for name in knobs:
-        if name not in legal:
-            reason = (
-                f": {_WHY_NOT[config.model_type]}" if name == "num_tokens" and config.model_type in _WHY_NOT else ""
-            )
-            raise ValueError(
-                f"`{name}` cannot change in a tower of type {config.model_type!r}{reason}. What can: "
-                f"{', '.join(legal)}."
-            )
-
-
-def _changed(config: PreTrainedConfig, knobs: dict) -> PreTrainedConfig:
-    """A checked copy of a tower's config with other knobs.
-
-    Raises:
-        ValueError: for values that the config refuses.
-    """
-    fields = dict(knobs)
-    if config.model_type == "flexivit" and "num_tokens" in fields:
-        if "patch_size" in fields:
-            raise ValueError("Give either `patch_size` or `num_tokens`, not both: each gives the other.")
-        image_size = fields.get("image_size", config.image_size)
-        fields["patch_size"] = config.patch_size_for(image_size, fields.pop("num_tokens"))
-    if config.model_type == "s2_vision":
-        _check_s2(config, fields)
-    if config.model_type == "quadtree_vit" and "num_tokens" in fields and "split_threshold" not in fields:
-        fields["split_threshold"] = None
-    if config.model_type == "quadtree_vit" and "image_size" in fields:
-        config.num_tokens_range(fields["image_size"])  # a size that no quadtree has is refused
-    new = copy.deepcopy(config)
-    for name, value in fields.items():
-        setattr(new, name, value)
-    type(config).from_dict(new.to_dict())  # runs the config's own checks
-    return new
-
-
-def _check_s2(config: PreTrainedConfig, fields: dict) -> None:
-    if "scales" in fields and "img_sizes" in fields:
-        raise ValueError("Give either `scales` or `img_sizes`, not both.")
-    for name, other in (("scales", "img_sizes"), ("img_sizes", "scales")):
-        if name not in fields:
-            continue
-        if len(fields[name]) != config.num_scales:
-            raise ValueError(
-                f"`{name}` must name {config.num_scales} scales, as many as the projector's weights were "
-                f"made for, got {len(fields[name])}: "
-                "another number of scales needs new weights."
-            )
-        fields[name] = list(fields[name])
-        fields[other] = None
-        return
 
 
 def set_token_budget(llava_model: PreTrainedModel, processor: ProcessorMixin, **knobs) -> ProcessorMixin:
@@ -113,9 +37,13 @@ def set_token_budget(llava_model: PreTrainedModel, processor: ProcessorMixin, **
     check_processor(processor, config)
     packed = isinstance(config.vision_config, PackedTowerConfig)
     old = config.vision_config.vision_config if packed else config.vision_config
-    _check_knobs(old, knobs)
-    new = _changed(old, knobs)
-    per_picture = has_tokens_per_picture(new)
+    if not isinstance(old, TokenBudgetMixin):
+        raise ValueError(
+            f"The vision tower is a {old.model_type!r}, which has no token budget: put a tower of this library in its "
+            "place with `swap_vision_tower`."
+        )
+    new = old.with_budget(**knobs)
+    per_picture = new.tokens_vary
     if config.model_type == "llava_next" and (per_picture or "image_size" in knobs):
         raise ValueError("A LLaVA-NeXT model needs a fixed grid of tokens and a fixed picture size.")
 
@@ -128,7 +56,7 @@ def set_token_budget(llava_model: PreTrainedModel, processor: ProcessorMixin, **
         fit=getattr(processor.image_processor, "fit", None) if new.model_type == "s2_vision" else None,
     )
 
-    for name in (*knobs, *_KNOBS[old.model_type]):
+    for name in (*knobs, *old.changeable_fields):
         if hasattr(new, name) and name in old.__dict__:
             setattr(old, name, new.__dict__[name])
     tower = llava.vision_tower.tower if isinstance(llava.vision_tower, PackedTower) else llava.vision_tower

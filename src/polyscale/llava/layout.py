@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedConfig
 
-from ..layers.sizes import to_pair
-from ..models.s2_vision.base_config import base_feature_grid, base_image_size, base_num_prefix_tokens
+from ..layers.token_budget import TokenBudgetMixin
+from ..utils.validation import to_pair
+from ..utils.vision_configs import base_feature_grid, base_image_size, base_num_prefix_tokens
 from .packed import PackedTowerConfig
 
 
@@ -69,20 +70,15 @@ def token_layout(config: PreTrainedConfig) -> TokenLayout:
     if isinstance(config, PackedTowerConfig):
         inner = config.vision_config
         return TokenLayout(to_pair_of(inner.image_size), inner.num_prefix_tokens, None)
-    if config.model_type == "s2_vision":
+    if isinstance(config, TokenBudgetMixin):
         size = to_pair_of(config.image_size)
-        grid = config.feature_grid_for(size)
-        if grid is None:
+        count = config.num_tokens_for(size)
+        if count is None:
             raise ValueError(
-                f"`tower`: the tokens of {config.vision_config.model_type!r} cannot be counted, its "
-                "config has no `patch_size`."
+                f"`tower` of type {config.model_type!r}: its tokens cannot be counted from its config. Where it wraps "
+                "another model, that one's config has no `patch_size`."
             )
-        return TokenLayout(size, config.num_prefix_tokens, grid[0] * grid[1], grid)
-    if config.model_type == "quadtree_vit":
-        size = to_pair_of(config.image_size)
-        return TokenLayout(size, config.num_prefix_tokens, config.num_tokens_for(size))
-    if config.model_type == "sparseformer":
-        return TokenLayout(to_pair_of(config.image_size), config.num_prefix_tokens, config.num_latent_tokens)
+        return TokenLayout(size, config.num_prefix_tokens, count, config.token_grid_for(size))
     size = base_image_size(config)
     grid = None if size is None else base_feature_grid(config, size)
     if grid is None:

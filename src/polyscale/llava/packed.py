@@ -9,14 +9,14 @@ from collections.abc import Sequence
 
 import torch
 from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig, AutoModel, LlavaProcessor, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoProcessor, LlavaProcessor, PreTrainedConfig, PreTrainedModel
 from transformers.configuration_utils import SubConfigSpec
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.processing_utils import MultiModalData
 from transformers.utils.generic import can_return_tuple
 
-from ..layers.quadtree import quadtree_tokens
 from ..models.quadtree_vit import PixelBlurPatchScorer
+from ..models.quadtree_vit.selection_quadtree_vit import quadtree_tokens
 
 
 @strict
@@ -75,9 +75,7 @@ class PackedTowerConfig(PreTrainedConfig):
 
 def has_tokens_per_picture(config: PreTrainedConfig) -> bool:
     """Whether a tower with this config gives pictures different numbers of tokens."""
-    return bool(getattr(config, "dynamic", False)) or (
-        config.model_type == "quadtree_vit" and config.split_threshold is not None
-    )
+    return getattr(config, "tokens_vary", False)
 
 
 class PackedTower(PreTrainedModel):
@@ -249,5 +247,9 @@ class PerPictureLlavaProcessor(LlavaProcessor):
         ]
         return MultiModalData(num_image_tokens=counts, num_image_patches=[1] * len(counts))
 
+
+AutoConfig.register(PackedTowerConfig.model_type, PackedTowerConfig, exist_ok=True)
+AutoModel.register(PackedTowerConfig, PackedTower, exist_ok=True)
+AutoProcessor.register(PackedTowerConfig, PerPictureLlavaProcessor, exist_ok=True)
 
 __all__ = ["PackedTower", "PackedTowerConfig", "PerPictureLlavaProcessor", "has_tokens_per_picture"]

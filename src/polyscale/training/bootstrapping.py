@@ -10,10 +10,10 @@ from transformers import AutoModel, PreTrainedModel, Trainer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..checkpoints import resolve_checkpoint
-from ..layers.sizes import to_pair
 from ..models.sparseformer.configuration_sparseformer import SparseFormerConfig, bootstrapped_operations
 from ..models.sparseformer.convert_sparseformer_vit import ViTLoadingReport, load_vit_weights, read_vit_blocks
 from ..models.sparseformer.modeling_sparseformer import SparseFormerModel
+from ..utils.validation import to_pair
 from .callbacks import LossScaleCallback
 from .trainer import pictures_for_teacher
 

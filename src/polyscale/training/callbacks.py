@@ -1,51 +1,10 @@
-"""Callbacks for `transformers.Trainer`."""
+"""Callbacks for `transformers.Trainer`; those of one family are in its folder."""
 
-from collections.abc import Iterator
-
-import numpy as np
-from accelerate import Accelerator
-from torch import nn
 from torch.utils.data import Dataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..models.flexivit.modeling_flexivit import FlexiViTEmbeddings
-from ..models.sparseformer.modeling_sparseformer import SparseFormerPreTrainedModel
-
-
-class PatchSizeCallback(TrainerCallback):
-    """Draws one FlexiViT patch size per optimiser step: the same on every process and for every micro-batch of it.
-
-    Without it each forward draws its own, and with several processes the one with the smallest patches sets the pace.
-    The draw depends on the seed and the number of the step alone, so a resumed run goes on with the sizes that the
-    unbroken one would have had. Works for any model that holds a FlexiViT (a LLaVA tower, a PEFT or compiled model).
-
-    Args:
-        seed: seed of the draws; `TrainingArguments.seed` when None.
-    """
-
-    def __init__(self, seed: int | None = None):
-        self.seed = seed
-
-    def patch_size_at(self, config, step: int, seed: int):
-        """The entry of `config.train_patch_sizes` for optimiser step `step`."""
-        index = np.random.default_rng([seed, step]).choice(
-            len(config.train_patch_sizes), p=_normalised(config.train_patch_size_probs)
-        )
-        return config.train_patch_sizes[int(index)]
-
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs
-    ) -> None:
-        seed = args.seed if self.seed is None else self.seed
-        for embeddings in _flexivit_embeddings(model):
-            if embeddings.config.train_patch_sizes is not None:
-                embeddings.step_patch_size = self.patch_size_at(embeddings.config, state.global_step, seed)
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs
-    ) -> None:
-        for embeddings in _flexivit_embeddings(model):
-            embeddings.step_patch_size = None
+from ..models.flexivit.callbacks_flexivit import PatchSizeCallback
+from ..models.sparseformer.callbacks_sparseformer import LossScaleCallback
 
 
 class DatasetEpochCallback(TrainerCallback):
@@ -60,37 +19,6 @@ class DatasetEpochCallback(TrainerCallback):
 
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         self.dataset.set_epoch(int(state.epoch))
-
-
-class LossScaleCallback(TrainerCallback):
-    """Hands the factor of a `GradScaler` to SparseFormers that clamp the gradient of their sampling points.
-
-    Args:
-        accelerator: the trainer's (`trainer.accelerator`).
-    """
-
-    def __init__(self, accelerator: Accelerator):
-        self.accelerator = accelerator
-
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs
-    ) -> None:
-        scaler = self.accelerator.scaler
-        for module in model.modules():
-            if isinstance(module, SparseFormerPreTrainedModel):
-                module.set_loss_scale(1.0 if scaler is None else scaler.get_scale())
-
-
-def _flexivit_embeddings(model: nn.Module) -> Iterator[FlexiViTEmbeddings]:
-    return (module for module in model.modules() if isinstance(module, FlexiViTEmbeddings))
-
-
-def _normalised(probs: list | tuple | None) -> np.ndarray | None:
-    """Probabilities in float64 that sum to 1 exactly, as NumPy wants them."""
-    if probs is None:
-        return None
-    probs = np.asarray(probs, dtype=np.float64)
-    return probs / probs.sum()
 
 
 __all__ = ["DatasetEpochCallback", "LossScaleCallback", "PatchSizeCallback"]

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from ..layers.encoder_config import check_choice
+from ..utils.validation import check_choice
 from .data import AUGMENTATIONS
 
 

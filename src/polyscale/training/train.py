@@ -28,7 +28,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ..checkpoints import resolve_checkpoint
 from ..evaluation.metrics import TopKAccuracy
-from ..layers.sizes import to_pair
+from ..utils.validation import to_pair
 from .bootstrapping import BootstrapTrainer, load_teacher, make_student
 from .callbacks import DatasetEpochCallback, PatchSizeCallback
 from .data import (

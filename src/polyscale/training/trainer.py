@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import Trainer
 
-from ..layers.sizes import to_pair
+from ..utils.validation import to_pair
 from .callbacks import LossScaleCallback
 
 

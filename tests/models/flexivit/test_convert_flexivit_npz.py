@@ -5,8 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from polyscale.models.flexivit import convert_flexivit_npz
 from polyscale.models.flexivit.convert_flexivit import flexivit_from_source, load_flexivit_source
+from polyscale.vit_sources import npz_vit
 
 
 WIDTH, HEADS, DEPTH, MLP, PATCH, GRID, LABELS = 24, 3, 2, 40, 16, 5, 6
@@ -251,4 +251,4 @@ def test_released_names_without_a_network_say_so(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "download_url_to_file", download)
     with pytest.raises(ConnectionError, match=r"flexivit_b_i21k_300ep.*cannot be downloaded"):
         load_flexivit_source("flexivit_b_i21k_300ep")
-    assert len(convert_flexivit_npz.RELEASED_NAMES) == 17
+    assert len(npz_vit.RELEASED_NAMES) == 17

@@ -9,8 +9,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from polyscale import FlexiViTForImageClassification
-from polyscale.models.flexivit import convert_flexivit_hf
 from polyscale.models.flexivit.convert_flexivit import flexivit_from_source, load_flexivit_source
+from polyscale.vit_sources import transformers_vit
 
 
 timm = pytest.importorskip("timm")
@@ -257,7 +257,7 @@ def test_names_without_a_network_say_so(monkeypatch, name, asked):
 def test_repositories_of_timm_on_the_hub_are_recognised(monkeypatch, randomise):
     source = create("vit_tiny_patch16_224", randomise)
     monkeypatch.setattr(
-        convert_flexivit_hf.AutoConfig, "from_pretrained", lambda *_, **__: transformers.TimmWrapperConfig()
+        transformers_vit.AutoConfig, "from_pretrained", lambda *_, **__: transformers.TimmWrapperConfig()
     )
     monkeypatch.setattr(timm, "create_model", lambda name, pretrained: {"hf-hub:someone/model": source}[name])
     assert load_flexivit_source("someone/model").config.hidden_size == 24

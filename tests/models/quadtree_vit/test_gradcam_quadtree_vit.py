@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from transformers import ResNetConfig, ResNetForImageClassification, ViTConfig, ViTForImageClassification
 
 from polyscale import QuadtreeViTForImageClassification, gradcam_oracle, quadtree_tokens
-from polyscale.visualization.quadtree_vit import draw_quadtree
+from polyscale.models.quadtree_vit.plot_quadtree_vit import draw_quadtree
 
 
 LABELS = torch.tensor([0, 2, 1])

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from quadtree_reference import cell_by_cell_reverse, heap_quadtree
 
 from polyscale import quadtree_tokens, reverse_quadtree
-from polyscale.layers import quadtree
+from polyscale.models.quadtree_vit import selection_quadtree_vit
 from polyscale.models.quadtree_vit.scoring_quadtree_vit import PixelBlurPatchScorer
 
 
@@ -52,12 +52,12 @@ def test_budget_equals_heap(kind, levels, rows, columns, batch, seed, share, key
     scores = make_scores(kind, levels, rows, columns, batch, seed)
     coarsest = rows * columns
     num_tokens = coarsest + 3 * round(share * coarsest * (4**levels - 1) / 3)
-    before = quadtree.KEY_BITS
-    quadtree.KEY_BITS = key_bits  # fewer bits: keys are sorted in several passes
+    before = selection_quadtree_vit.KEY_BITS
+    selection_quadtree_vit.KEY_BITS = key_bits  # fewer bits: keys are sorted in several passes
     try:
         tokens = quadtree_tokens(scores, num_tokens)
     finally:
-        quadtree.KEY_BITS = before
+        selection_quadtree_vit.KEY_BITS = before
     assert tokens.level.shape == (batch, num_tokens)
     assert as_lists(tokens) == [
         heap_quadtree([score[b].numpy() for score in scores], num_tokens) for b in range(batch)
@@ -103,16 +103,16 @@ def test_compiles_without_graph_breaks():
 def test_constants_of_few_sizes_are_kept_and_serve_every_mode(monkeypatch):
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    monkeypatch.setattr(quadtree, "_trees", {})
-    monkeypatch.setattr(quadtree, "MAX_TREES", 3)
+    monkeypatch.setattr(selection_quadtree_vit, "_trees", {})
+    monkeypatch.setattr(selection_quadtree_vit, "MAX_TREES", 3)
     with FakeTensorMode():
         quadtree_tokens([torch.rand(1, 2, 2)], 7)
-    assert not quadtree._trees
+    assert not selection_quadtree_vit._trees
     for columns in range(1, 9):
         with torch.inference_mode():
             quadtree_tokens(make_scores("random", 2, 2, columns, 1, 0), 2 * columns + 3)
-        assert 0 < len(quadtree._trees) <= 3
-    assert not any(table.is_inference() for tree in quadtree._trees.values() for table in tree)
+        assert 0 < len(selection_quadtree_vit._trees) <= 3
+    assert not any(table.is_inference() for tree in selection_quadtree_vit._trees.values() for table in tree)
     with FakeTensorMode():
         assert quadtree_tokens([torch.rand(1, 2, 8), torch.rand(1, 4, 16)], 19).level.shape == (1, 19)
 

@@ -97,7 +97,7 @@ def test_golden_embeddings_and_dense_map(golden, golden_pixels):
 
 
 def test_golden_patches(golden, golden_pixels):
-    from polyscale.layers.quadtree import decode_nodes, select_nodes
+    from polyscale.models.quadtree_vit.selection_quadtree_vit import decode_nodes, select_nodes
 
     tokenizer = golden_tokenizer(golden)
     nodes, _ = select_nodes(tokenizer.patch_scorer(golden_pixels), 100)

@@ -13,7 +13,7 @@ from polyscale.models.s2_vision import (
     S2VisionForImageClassification,
     S2VisionWrapper,
 )
-from polyscale.models.s2_vision.dynamic_tiling import dynamic_tile_grid
+from polyscale.models.s2_vision.dynamic_tiling_s2_vision import dynamic_tile_grid
 
 
 OPTIONS = {"scales": [1, 2], "dynamic": True, "max_tiles": 6, "resize_output_to_idx": -1}

@@ -1,3 +1,4 @@
+from ..auto import register_family
 from .configuration_flexivit import FlexiViTConfig
 from .image_processing_flexivit import FlexiViTImageProcessor
 from .image_processing_pil_flexivit import FlexiViTImageProcessorPil
@@ -6,6 +7,19 @@ from .modeling_flexivit import (
     FlexiViTForImageClassification,
     FlexiViTModel,
     FlexiViTPreTrainedModel,
+)
+
+
+register_family(
+    FlexiViTConfig,
+    FlexiViTModel,
+    classifier=FlexiViTForImageClassification,
+    backbone=FlexiViTBackbone,
+    image_processors={"torchvision": FlexiViTImageProcessor, "pil": FlexiViTImageProcessorPil},
+    converter=f"{__name__}.convert_flexivit:convert_flexivit",
+    drawing=f"{__name__}.plot_flexivit:draw_flexivit",
+    budget_drawing=f"{__name__}.plot_flexivit:draw_patches",
+    training_callbacks=(f"{__name__}.callbacks_flexivit:PatchSizeCallback",),
 )
 
 

@@ -1,12 +1,15 @@
 """FlexiViT configuration."""
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 from huggingface_hub.dataclasses import strict
 
-from ...layers.encoder_config import EncoderConfig, check_choice
+from ...layers.encoder_config import EncoderConfig
 from ...layers.resizing import INTERPOLATIONS
-from ...layers.sizes import to_pair
+from ...layers.token_budget import plain_size
+from ...utils.validation import check_choice, to_pair
 
 
 RESIZE_METHODS = ("pi", "interpolate")
@@ -53,6 +56,8 @@ class FlexiViTConfig(EncoderConfig):
     """
 
     model_type = "flexivit"
+    budget_argument = "patch_size"
+    changeable_fields = ("patch_size", "num_tokens", "image_size")
 
     image_size: int | list[int] | tuple[int, int] = 240
     base_patch_size: int | list[int] | tuple[int, int] = 32
@@ -142,12 +147,25 @@ class FlexiViTConfig(EncoderConfig):
             return -(-height // patch_height), -(-width // patch_width)
         return height // patch_height, width // patch_width
 
-    def num_tokens_for(
+    def token_grid_for(
         self, image_size: int | Sequence[int] | None = None, patch_size: int | Sequence[int] | None = None
-    ) -> int:
-        """How many tokens a picture costs, prefix tokens not counted. Arguments and errors: `patch_grid_for`."""
-        rows, columns = self.patch_grid_for(image_size, patch_size)
-        return rows * columns
+    ) -> tuple[int, int]:
+        """(rows, columns) of the tokens: those of the patches. Arguments and errors: `patch_grid_for`."""
+        return self.patch_grid_for(image_size, patch_size)
+
+    def default_budgets(self) -> list[int | list[int]]:
+        """The patch sizes it was trained with, smallest first, else its own one."""
+        sizes = self.train_patch_sizes or [self.resolve_patch_size()]
+        return [plain_size(size) for size in sorted(sizes, key=lambda size: math.prod(to_pair(size, "patch_size")))]
+
+    def resolve_budget(self, **changes) -> dict[str, Any]:
+        """The fields; `num_tokens` becomes the `patch_size` whose token count is nearest."""
+        fields = dict(changes)
+        if "num_tokens" in fields:
+            if "patch_size" in fields:
+                raise ValueError("Give either `patch_size` or `num_tokens`, not both: each gives the other.")
+            fields["patch_size"] = self.patch_size_for(fields.get("image_size"), fields.pop("num_tokens"))
+        return fields
 
     def patch_size_for(self, image_size: int | Sequence[int] | None, num_tokens: int) -> int:
         """The square patch size whose token count is nearest to `num_tokens`; of two, the one that costs fewer tokens.

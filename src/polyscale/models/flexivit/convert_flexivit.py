@@ -12,12 +12,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ...layers.safe_loading import CHECKPOINT_SUFFIXES, NUMPY_SUFFIXES
-from ...layers.state_dicts import model_from_state_dict
-from .convert_flexivit_common import FlexiViTSource
-from .convert_flexivit_hf import load_hf_source, source_from_hf_model
-from .convert_flexivit_npz import RELEASED_NAMES, load_npz_source, released_file
-from .convert_flexivit_timm import (
+from ...utils.checkpoint_files import CHECKPOINT_SUFFIXES, NUMPY_SUFFIXES, model_from_state_dict
+from ...vit_sources.common import FlexiViTSource
+from ...vit_sources.npz_vit import RELEASED_NAMES, load_npz_source, released_file
+from ...vit_sources.timm_vit import (
     is_timm_model,
     is_timm_name,
     load_timm_file,
@@ -25,6 +23,7 @@ from .convert_flexivit_timm import (
     load_timm_name,
     source_from_timm_model,
 )
+from ...vit_sources.transformers_vit import load_hf_source, source_from_hf_model
 from .modeling_flexivit import FlexiViTForImageClassification, FlexiViTModel
 
 

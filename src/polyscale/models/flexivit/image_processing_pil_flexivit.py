@@ -3,7 +3,7 @@
 from transformers.image_processing_backends import PilBackend
 from transformers.image_utils import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD, PILImageResampling
 
-from ...layers.image_checks import FiniteImagesMixin
+from ...utils.validation import FiniteImagesMixin
 
 
 class FlexiViTImageProcessorPil(FiniteImagesMixin, PilBackend):

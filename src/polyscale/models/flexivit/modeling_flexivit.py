@@ -18,7 +18,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from ...layers.encoder import ClassifierHead, EncoderPreTrainedModel, PrefixTokens, TokenPooler, make_encoder_layers
 from ...layers.resizing import interpolate_resize_patch_embed, pi_resize_patch_embed, resize_abs_pos_embed
-from ...layers.sizes import check_pixel_values, to_pair
+from ...utils.validation import check_pixel_values, to_pair
 from .configuration_flexivit import FlexiViTConfig
 
 

@@ -1,3 +1,4 @@
+from ..auto import register_family
 from .configuration_quadtree_vit import QuadtreeViTConfig
 from .gradcam_quadtree_vit import gradcam_oracle
 from .image_processing_pil_quadtree_vit import QuadtreeViTImageProcessorPil
@@ -15,6 +16,18 @@ from .scoring_quadtree_vit import (
     RandomPatchScorer,
 )
 from .tokenizing_quadtree_vit import QuadtreeTokenizer, VanillaTokenizer
+
+
+register_family(
+    QuadtreeViTConfig,
+    QuadtreeViTModel,
+    classifier=QuadtreeViTForImageClassification,
+    backbone=QuadtreeViTBackbone,
+    image_processors={"torchvision": QuadtreeViTImageProcessor, "pil": QuadtreeViTImageProcessorPil},
+    converter=f"{__name__}.convert_quadtree_vit:convert_quadtree_vit",
+    drawing=f"{__name__}.plot_quadtree_vit:draw_quadtrees",
+    budget_drawing=f"{__name__}.plot_quadtree_vit:draw_patches",
+)
 
 
 __all__ = [

@@ -1,15 +1,16 @@
 """Quadtree ViT configuration."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 from transformers.models.auto.configuration_auto import AutoConfig
 
-from ...layers.encoder_config import EncoderConfig, check_choice
-from ...layers.quadtree import check_multiple, check_token_budget
-from ...layers.sizes import to_pair
+from ...layers.encoder_config import EncoderConfig
+from ...utils.validation import check_choice, to_pair
+from .selection_quadtree_vit import check_multiple, check_token_budget
 
 
 PATCH_SCORERS = ("pixel_blur", "feature", "random", "precomputed")
@@ -83,6 +84,8 @@ class QuadtreeViTConfig(EncoderConfig):
     """
 
     model_type = "quadtree_vit"
+    budget_argument = "num_tokens"
+    changeable_fields = ("num_tokens", "split_threshold", "image_size")
     sub_configs_defaults = {
         "scorer_backbone_config": SubConfigSpec(config_class=AutoConfig, model_type="resnet", optional=True)
     }
@@ -169,6 +172,34 @@ class QuadtreeViTConfig(EncoderConfig):
                 return None
             num_tokens = self.num_tokens
         return check_token_budget(num_tokens, coarsest, finest, self.round_num_tokens)
+
+    @property
+    def tokens_vary(self) -> bool:
+        """Whether each image has its own number of tokens: with `split_threshold`."""
+        return self.split_threshold is not None
+
+    def max_num_tokens_for(self, image_size: int | Sequence[int] | None = None, num_tokens: int | None = None) -> int:
+        """The most tokens that an image can cost. Arguments and errors: `num_tokens_for`."""
+        coarsest, finest = self.num_tokens_range(image_size)
+        if num_tokens is None:
+            num_tokens = self.num_tokens
+        if num_tokens is None:
+            return finest
+        return check_token_budget(num_tokens, coarsest, finest, self.round_num_tokens)
+
+    def feature_grid_for(self, image_size: int | Sequence[int] | None = None) -> tuple[int, int]:
+        """(rows, columns) of the dense feature maps: the smallest patches. Arguments and errors: `patch_grid_for`."""
+        height, width = to_pair(self.image_size if image_size is None else image_size, "image_size")
+        self.patch_grid_for((height, width))
+        return height // self.min_patch_size, width // self.min_patch_size
+
+    def resolve_budget(self, **changes) -> dict[str, Any]:
+        """The fields; `num_tokens` alone ends a threshold."""
+        if "image_size" in changes:
+            self.num_tokens_range(changes["image_size"])
+        if "num_tokens" in changes and "split_threshold" not in changes:
+            return {**changes, "split_threshold": None}
+        return dict(changes)
 
 
 __all__ = ["QuadtreeViTConfig", "count_levels"]

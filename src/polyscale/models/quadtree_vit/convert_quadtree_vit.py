@@ -11,8 +11,8 @@ import torch
 
 from ...layers.encoder_config import EncoderConfig
 from ...layers.resizing import pi_resize_patch_embed
-from ...layers.sizes import to_pair
-from ...layers.state_dicts import model_from_state_dict
+from ...utils.checkpoint_files import model_from_state_dict
+from ...utils.validation import to_pair
 from ..flexivit.configuration_flexivit import FlexiViTConfig
 from ..flexivit.convert_flexivit import load_flexivit_source
 from .configuration_quadtree_vit import QuadtreeViTConfig

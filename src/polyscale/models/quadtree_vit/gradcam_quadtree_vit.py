@@ -6,9 +6,9 @@ The paper analysed it, and published maps but no code. Grad-CAM is arXiv 1610.02
 import torch
 from torch import nn
 
-from ...layers.quadtree import check_multiple, reverse_quadtree
 from .configuration_quadtree_vit import QuadtreeViTConfig, count_levels
 from .scoring_quadtree_vit import average_to_grid, resize_bilinear
+from .selection_quadtree_vit import check_multiple, reverse_quadtree
 
 
 def _features_and_logits(

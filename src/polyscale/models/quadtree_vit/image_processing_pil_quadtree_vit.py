@@ -3,8 +3,8 @@
 from transformers.image_processing_backends import PilBackend
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling
 
-from ...layers.image_checks import FiniteImagesMixin
-from .image_sizes_quadtree_vit import LegalSizeMixin, QuadtreeViTImageProcessorKwargs
+from ...utils.validation import FiniteImagesMixin
+from .image_processing_quadtree_vit import LegalSizeMixin, QuadtreeViTImageProcessorKwargs
 
 
 class QuadtreeViTImageProcessorPil(FiniteImagesMixin, LegalSizeMixin, PilBackend):

@@ -1,10 +1,121 @@
-"""Image processor of Quadtree ViT, torchvision backend."""
+"""Image processor of Quadtree ViT, torchvision backend; the PIL backend shares the sizes made here."""
+
+import math
 
 from transformers.image_processing_backends import TorchvisionBackend
-from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling
+from transformers.image_processing_base import BatchFeature
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling, SizeDict
+from transformers.processing_utils import ImagesKwargs
 
-from ...layers.image_checks import FiniteImagesMixin
-from .image_sizes_quadtree_vit import LegalSizeMixin, QuadtreeViTImageProcessorKwargs
+from ...utils.validation import FiniteImagesMixin, check_choice
+from .selection_quadtree_vit import check_multiple
+
+
+FITS = ("squash", "aspect", "pad")
+
+
+class QuadtreeViTImageProcessorKwargs(ImagesKwargs, total=False):
+    """
+    fit (`str`):
+        How a picture gets its legal size: "squash", "aspect" or "pad".
+    max_patch_size (`int`):
+        Side in pixels of the largest patches: height and width become multiples of it.
+    """
+
+    fit: str
+    max_patch_size: int
+
+
+def _up_to_multiple(length: int, multiple: int) -> int:
+    return max(-(-length // multiple), 1) * multiple
+
+
+def fitted_size(height: int, width: int, size: SizeDict, fit: str, max_patch_size: int) -> tuple[int, int]:
+    """(height, width) in pixels that a picture is resized to by "aspect" or "pad".
+
+    "aspect": the multiples of `max_patch_size` nearest to the picture enlarged or reduced to the area of `size`, or to
+    its shortest edge. "pad": the largest size that fits into `size`.
+
+    Raises:
+        ValueError: if `size` lacks what `fit` needs.
+    """
+    if fit == "aspect" and size.shortest_edge:
+        scale = size.shortest_edge / min(height, width)
+    elif not (size.height and size.width):
+        raise ValueError(f"`size` must have 'height' and 'width' for `fit={fit!r}`, got {dict(size)}.")
+    elif fit == "aspect":
+        scale = math.sqrt(size.height * size.width / (height * width))
+    else:
+        scale = min(size.height / height, size.width / width)
+        return max(round(height * scale), 1), max(round(width * scale), 1)
+    return tuple(max(round(length * scale / max_patch_size), 1) * max_patch_size for length in (height, width))
+
+
+class LegalSizeMixin:
+    """Brings pictures to multiples of `max_patch_size`; goes in front of transformers' torchvision or PIL backend."""
+
+    valid_kwargs = QuadtreeViTImageProcessorKwargs
+
+    def __init__(self, **kwargs):
+        size = kwargs.get("size")
+        if kwargs.get("crop_size") is None and isinstance(size, (dict, SizeDict)) and "height" in dict(size):
+            kwargs["crop_size"] = dict(size)
+        super().__init__(**kwargs)
+        check_choice("fit", self.fit, FITS)
+
+    def _preprocess(
+        self,
+        images: list,
+        do_resize: bool,
+        size: SizeDict,
+        resample: object,
+        do_pad: bool | None,
+        pad_size: SizeDict | None,
+        fit: str,
+        max_patch_size: int,
+        return_tensors: object,
+        **kwargs,
+    ) -> BatchFeature:
+        check_choice("fit", fit, FITS)
+        if max_patch_size < 1:
+            raise ValueError(f"`max_patch_size` must be at least 1 pixel, got {max_patch_size}.")
+        if do_resize:
+            images = [self._resize_to_fit(image, size, resample, fit, max_patch_size) for image in images]
+        images = super()._preprocess(
+            images,
+            do_resize=False,
+            size=size,
+            resample=resample,
+            do_pad=False,
+            pad_size=None,
+            return_tensors=None,
+            **kwargs,
+        )["pixel_values"]
+        # After normalisation, so that padding with 0 is the mean colour and adds the weakest edge.
+        if fit == "pad" or do_pad:
+            target = pad_size or (size if do_resize and size.height else None)
+            images = [self._pad_to(image, target, max_patch_size) for image in images]
+        for image in images:
+            check_multiple(tuple(image.shape[-2:]), max_patch_size, "max_patch_size")
+        sizes = sorted({tuple(image.shape[-2:]) for image in images})
+        if return_tensors is not None and len(sizes) > 1:
+            raise ValueError(
+                f"The pictures have the sizes {sizes} after `fit={fit!r}` and cannot be one batch: process them one "
+                f"at a time, or use `fit='squash'` or `fit='pad'`."
+            )
+        return BatchFeature(data={"pixel_values": images}, tensor_type=return_tensors)
+
+    def _resize_to_fit(self, image, size: SizeDict, resample: object, fit: str, max_patch_size: int):
+        if fit != "squash":
+            height, width = fitted_size(*image.shape[-2:], size, fit, max_patch_size)
+            size = SizeDict(height=height, width=width)
+        return self.resize(image=image, size=size, resample=resample)
+
+    def _pad_to(self, image, target: SizeDict | None, max_patch_size: int):
+        if target is None:
+            height, width = (_up_to_multiple(length, max_patch_size) for length in image.shape[-2:])
+            target = SizeDict(height=height, width=width)
+        return self.pad([image], pad_size=target)[0]
 
 
 class QuadtreeViTImageProcessor(FiniteImagesMixin, LegalSizeMixin, TorchvisionBackend):
@@ -39,4 +150,4 @@ class QuadtreeViTImageProcessor(FiniteImagesMixin, LegalSizeMixin, TorchvisionBa
     do_convert_rgb = True
 
 
-__all__ = ["QuadtreeViTImageProcessor"]
+__all__ = ["FITS", "LegalSizeMixin", "QuadtreeViTImageProcessor", "QuadtreeViTImageProcessorKwargs", "fitted_size"]

@@ -19,9 +19,9 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from ...layers.encoder import ClassifierHead, EncoderPreTrainedModel, TokenPooler, make_encoder_layers
-from ...layers.quadtree import reverse_quadtree
 from .configuration_quadtree_vit import QuadtreeViTConfig
 from .scoring_quadtree_vit import PatchScorer
+from .selection_quadtree_vit import reverse_quadtree
 from .tokenizing_quadtree_vit import PatchTokenizer, QuadtreeTokenizer, TokenizerOutput, VanillaTokenizer
 
 

@@ -10,9 +10,9 @@ from torch import nn
 from transformers import AutoBackbone, PreTrainedModel
 from transformers.utils.generic import maybe_autocast
 
-from ...layers.encoder_config import check_choice
-from ...layers.quadtree import check_multiple
+from ...utils.validation import check_choice
 from .configuration_quadtree_vit import PATCH_SCORERS, SCORER_ERRORS, QuadtreeViTConfig, count_levels
+from .selection_quadtree_vit import check_multiple
 
 
 def resize_bilinear(images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:

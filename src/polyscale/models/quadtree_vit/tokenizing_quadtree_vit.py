@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from ...layers.encoder import PrefixTokens
-from ...layers.quadtree import QuadtreeTokens, check_multiple, check_token_budget, decode_nodes, select_nodes
 from ...layers.resizing import resize_abs_pos_embed
-from ...layers.sizes import check_pixel_values
+from ...utils.validation import check_pixel_values
 from .configuration_quadtree_vit import QuadtreeViTConfig
 from .scoring_quadtree_vit import PatchScorer, PrecomputedPatchScorer, make_patch_scorer, reduce_bilinear
+from .selection_quadtree_vit import QuadtreeTokens, check_multiple, check_token_budget, decode_nodes, select_nodes
 
 
 class TokenizerOutput(NamedTuple):

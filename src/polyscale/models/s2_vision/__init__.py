@@ -1,3 +1,4 @@
+from ..auto import register_family
 from .configuration_s2_vision import S2VisionConfig
 from .image_processing_pil_s2_vision import S2ImageProcessorPil
 from .image_processing_s2_vision import S2ImageProcessor
@@ -8,7 +9,18 @@ from .modeling_s2_vision import (
     S2VisionPreTrainedModel,
     S2VisionWrapper,
 )
-from .multiscale import multiscale_forward
+from .multiscale_s2_vision import multiscale_forward
+
+
+register_family(
+    S2VisionConfig,
+    S2VisionWrapper,
+    classifier=S2VisionForImageClassification,
+    backbone=S2VisionBackbone,
+    image_processors={"torchvision": S2ImageProcessor, "pil": S2ImageProcessorPil},
+    converter=f"{__name__}.convert_s2_vision:convert_s2_vision",
+    drawing=f"{__name__}.plot_s2_vision:draw_s2",
+)
 
 
 __all__ = [

@@ -1,15 +1,16 @@
 """S2 configuration."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import SubConfigSpec
 
-from ...layers.encoder_config import check_choice
-from ...layers.sizes import to_pair
-from .base_config import (
+from ...layers.token_budget import TokenBudgetMixin
+from ...utils.validation import check_choice, to_pair
+from ...utils.vision_configs import (
     base_feature_grid,
     base_image_size,
     base_num_layers,
@@ -19,15 +20,23 @@ from .base_config import (
     base_width,
     check_base,
 )
-from .dynamic_tiling import dynamic_tile_grid
-from .multiscale import OUTPUT_SHAPES, UNEVEN, TilePlan, check_chunks, check_scale_index, plan_tiles, scale_list
+from .dynamic_tiling_s2_vision import dynamic_tile_grid
+from .multiscale_s2_vision import (
+    OUTPUT_SHAPES,
+    UNEVEN,
+    TilePlan,
+    check_chunks,
+    check_scale_index,
+    plan_tiles,
+    scale_list,
+)
 
 
 POOLINGS = ("pooler", "mean")
 
 
 @strict
-class S2VisionConfig(BackboneConfigMixin, PreTrainedConfig):
+class S2VisionConfig(TokenBudgetMixin, BackboneConfigMixin, PreTrainedConfig):
     """Configuration of S2: a vision model applied at several scales, its features concatenated on channels.
 
     Exactly one of `scales` and `img_sizes` is given. All sizes are in pixels, (height, width) or an int for both.
@@ -69,6 +78,10 @@ class S2VisionConfig(BackboneConfigMixin, PreTrainedConfig):
     """
 
     model_type = "s2_vision"
+    changeable_fields = ("scales", "img_sizes", "max_tiles")
+    fixed_fields = {
+        "num_tokens": "its tokens are those of the wrapped model at one scale, whatever the other scales are"
+    }
     sub_configs_defaults = {"vision_config": SubConfigSpec(config_class=AutoConfig, model_type="clip_vision_model")}
 
     vision_config: dict | PreTrainedConfig | None = None
@@ -209,19 +222,52 @@ class S2VisionConfig(BackboneConfigMixin, PreTrainedConfig):
         """Tokens of a square picture, prefix tokens not counted: see `num_tokens_for`."""
         return self.num_tokens_for(self.tile_size)
 
-    def feature_grid_for(self, image_size: int | Sequence[int]) -> tuple[int, int] | None:
-        """(rows, columns) of the output for a picture of (height, width) pixels; None where the wrapped config
-        does not say.
+    @property
+    def budget_argument(self) -> str:
+        """ "scales" or "img_sizes", whichever is configured."""
+        return "scales" if self.scales is not None else "img_sizes"
+
+    @property
+    def tokens_vary(self) -> bool:
+        """Whether each image has its own number of tokens: with `dynamic`, by its aspect ratio."""
+        return self.dynamic
+
+    def token_grid_for(
+        self,
+        image_size: int | Sequence[int] | None = None,
+        scales: Sequence[float] | None = None,
+        img_sizes: Sequence[int | Sequence[int]] | None = None,
+    ) -> tuple[int, int] | None:
+        """(rows, columns) of the output; `None` where the wrapped config does not say.
+
+        Args:
+            image_size (`int` or `(height, width)`, *optional*): in pixels; `config.image_size` when `None`.
+            scales, img_sizes: as in `plan_for`.
         """
         if self.features_per_tile is None:
             return None
-        plan = self.plan_for(image_size)
+        plan = self.plan_for(self.image_size if image_size is None else image_size, scales, img_sizes)
         return plan.feature_grid(self.resize_output_to_idx % self.num_scales, self.features_per_tile)
 
-    def num_tokens_for(self, image_size: int | Sequence[int]) -> int | None:
-        """How many tokens a picture of (height, width) pixels costs, prefix tokens not counted."""
-        grid = self.feature_grid_for(image_size)
-        return None if grid is None else grid[0] * grid[1]
+    def resolve_budget(self, **changes) -> dict[str, Any]:
+        """The fields; `scales` end `img_sizes` and the other way round, as many of them as before.
+
+        Raises:
+            ValueError: for both, or another number of them.
+        """
+        fields = dict(changes)
+        if "scales" in fields and "img_sizes" in fields:
+            raise ValueError("Give either `scales` or `img_sizes`, not both.")
+        for name, other in (("scales", "img_sizes"), ("img_sizes", "scales")):
+            if name not in changes:
+                continue
+            if len(changes[name]) != self.num_scales:
+                raise ValueError(
+                    f"`{name}` must name {self.num_scales} scales, as many as the weights behind the features were "
+                    f"made for, got {len(changes[name])}: another number of scales needs new weights."
+                )
+            fields |= {name: list(changes[name]), other: None}
+        return fields
 
     def plan_for(
         self,

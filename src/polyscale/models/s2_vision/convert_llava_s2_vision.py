@@ -33,7 +33,7 @@ from transformers import (
 )
 from transformers.initialization import no_init_weights
 
-from ...layers.safe_loading import load_torch_file
+from ...utils.checkpoint_files import load_torch_file
 from .configuration_s2_vision import S2VisionConfig
 from .image_processing_s2_vision import S2ImageProcessor
 

@@ -10,11 +10,9 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImageResampling, SizeDict
 from transformers.processing_utils import ImagesKwargs
 
-from ...layers.encoder_config import check_choice
-from ...layers.image_checks import FiniteImagesMixin
-from ...layers.sizes import to_pair
+from ...utils.validation import FiniteImagesMixin, check_choice, to_pair
 from .configuration_s2_vision import S2VisionConfig
-from .dynamic_tiling import dynamic_tile_grid
+from .dynamic_tiling_s2_vision import dynamic_tile_grid
 
 
 FITS = ("squash", "crop", "pad")

@@ -17,11 +17,11 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
-from ...layers.sizes import check_pixel_values
-from .base_config import base_stage_widths
+from ...utils.validation import check_pixel_values
+from ...utils.vision_configs import base_stage_widths
 from .configuration_s2_vision import S2VisionConfig
-from .multiscale import TilePlan, as_tokens, run_tiles, token_grid
-from .tile_outputs import TileOutputs
+from .multiscale_s2_vision import TilePlan, as_tokens, run_tiles, token_grid
+from .tile_outputs_s2_vision import TileOutputs
 
 
 @dataclass

@@ -1,3 +1,4 @@
+from ..auto import register_family
 from .configuration_sparseformer import SparseFormerConfig
 from .configuration_sparseformer_video import SparseFormerVideoConfig
 from .image_processing_pil_sparseformer import SparseFormerImageProcessorPil
@@ -16,6 +17,23 @@ from .modeling_sparseformer_video import (
     SparseFormerVideoPreTrainedModel,
 )
 from .video_processing_sparseformer import SparseFormerVideoProcessor
+
+
+register_family(
+    SparseFormerConfig,
+    SparseFormerModel,
+    classifier=SparseFormerForImageClassification,
+    image_processors={"torchvision": SparseFormerImageProcessor, "pil": SparseFormerImageProcessorPil},
+    converter=f"{__name__}.convert_sparseformer:convert_sparseformer",
+    drawing=f"{__name__}.plot_sparseformer:draw_family",
+)
+register_family(
+    SparseFormerVideoConfig,
+    SparseFormerVideoModel,
+    video_classifier=SparseFormerForVideoClassification,
+    video_processor=SparseFormerVideoProcessor,
+    converter=f"{__name__}.convert_sparseformer_video:convert_sparseformer_video",
+)
 
 
 __all__ = [

@@ -1,13 +1,14 @@
 """SparseFormer configuration."""
 
 import math
+from collections.abc import Sequence
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
-from ...layers.encoder_config import check_choice
-from ...layers.sizes import to_pair
+from ...layers.token_budget import TokenBudgetMixin
+from ...utils.validation import check_choice, to_pair
 
 
 OPERATIONS = ("attn", "mlp", "roi_adj", "sampling_m", "pe_inject")
@@ -76,7 +77,7 @@ PRESETS = {
 
 
 @strict
-class SparseFormerConfig(PreTrainedConfig):
+class SparseFormerConfig(TokenBudgetMixin, PreTrainedConfig):
     """Configuration of a SparseFormer: a few latent tokens, each with a region of interest (RoI) that it moves.
 
     The defaults are SparseFormer v1 tiny; `SparseFormerConfig.preset` gives the seven published variants. A model is a
@@ -138,6 +139,10 @@ class SparseFormerConfig(PreTrainedConfig):
     """
 
     model_type = "sparseformer"
+    changeable_fields = ("image_size",)
+    fixed_fields = {
+        "num_tokens": "its tokens are weights (one latent token each), so another number of them needs new weights"
+    }
     base_model_tp_plan = {"layers.*.mlp.fc1": "colwise", "layers.*.mlp.fc2": "rowwise"}
     base_model_fsdp_plan = {"layers.*": "free_full_weight"}
 
@@ -313,6 +318,10 @@ class SparseFormerConfig(PreTrainedConfig):
     def num_tokens(self) -> int:
         """Tokens that a picture costs; CLS is not counted."""
         return self.num_latent_tokens
+
+    def num_tokens_for(self, image_size: int | Sequence[int] | None = None) -> int:
+        """How many tokens an image (or video) costs, CLS not counted: `num_tokens`, whatever its size."""
+        return self.num_tokens
 
     @property
     def num_prefix_tokens(self) -> int:

@@ -17,8 +17,14 @@ from transformers.image_utils import (
     OPENAI_CLIP_STD,
 )
 
-from ...layers.safe_loading import load_state_dict_file, unwrap_state_dict
-from ...layers.state_dicts import check_state_dict, empty_model, model_from_state_dict, rename_keys
+from ...utils.checkpoint_files import (
+    check_state_dict,
+    empty_model,
+    load_state_dict_file,
+    model_from_state_dict,
+    rename_keys,
+    unwrap_state_dict,
+)
 from .configuration_sparseformer import PRESETS, SparseFormerConfig
 from .configuration_sparseformer_video import SparseFormerVideoConfig
 from .image_processing_sparseformer import SparseFormerImageProcessor

@@ -18,7 +18,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from ...layers.encoder import is_observed
-from ...layers.sizes import check_pixel_values
+from ...utils.validation import check_pixel_values
 from .configuration_sparseformer import SparseFormerConfig
 from .geometry_sparseformer import initial_rois
 from .modules_sparseformer import (

@@ -12,7 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from polyscale.models.s2_vision.multiscale import cut_tiles, join_tiles, multiscale_forward, plan_tiles, token_grid
+from polyscale.models.s2_vision.multiscale_s2_vision import (
+    cut_tiles,
+    join_tiles,
+    multiscale_forward,
+    plan_tiles,
+    token_grid,
+)
 
 
 GOLDEN = load_file(Path(__file__).parents[2] / "fixtures" / "s2_golden.safetensors")

@@ -2,7 +2,7 @@
 
 from transformers import PreTrainedConfig
 
-from ...layers.sizes import to_pair
+from .validation import to_pair
 
 
 # Model types of transformers whose output begins with CLS alone; DeiT and DINO have more, SigLIP and ConvNets none.
@@ -101,10 +101,8 @@ def base_feature_grid(config: PreTrainedConfig, tile: tuple[int, int]) -> tuple[
     """(rows, columns) of the model's features for a tile of (height, width) pixels; None where its config does
     not say.
     """
-    if config.model_type == "quadtree_vit":
-        return tile[0] // config.min_patch_size, tile[1] // config.min_patch_size
-    if hasattr(config, "patch_grid_for"):
-        return config.patch_grid_for(tile)
+    if hasattr(config, "feature_grid_for"):
+        return config.feature_grid_for(tile)
     patch = getattr(config, "patch_size", None)
     if patch is None:
         return None

@@ -8,15 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...layers.safe_loading import as_tensor, load_npz_file
-from .convert_flexivit_common import (
-    FLEXIVIT_KERNEL,
-    FlexiViTSource,
-    imagenet_labels,
-    label_maps,
-    make_image_processor,
-    make_source,
-)
+from ..utils.checkpoint_files import as_tensor, load_npz_file
+from .common import FLEXIVIT_KERNEL, FlexiViTSource, imagenet_labels, label_maps, make_image_processor, make_source
 
 
 RELEASE_URL = "https://storage.googleapis.com/big_vision/flexivit/{name}.npz"

@@ -1,4 +1,4 @@
-"""Reading other people's checkpoint files without running their code.
+"""Other people's checkpoint files: reading them without running their code, renaming tensors with nothing lost.
 
 safetensors hold nothing but tensors; `.npz` is read without pickle; `.pt` and its kin are read by torch's restricted
 unpickler (`weights_only=True`), and a file that wants more than tensors is refused.
@@ -6,12 +6,15 @@ unpickler (`weights_only=True`), and a file that wants more than tensors is refu
 
 import os
 import pickle
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedConfig, PreTrainedModel
 
 
 SAFETENSORS_SUFFIXES = (".safetensors",)
@@ -23,6 +26,7 @@ CHECKPOINT_SUFFIXES = SAFETENSORS_SUFFIXES + NUMPY_SUFFIXES + TORCH_SUFFIXES
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "module")
 # What DistributedDataParallel and torch.compile put before each name.
 _NAME_PREFIXES = ("module.", "_orig_mod.")
+_SHOWN = 8  # names in an error message; a wrong layout would print hundreds
 
 
 def load_safetensors_file(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -124,15 +128,97 @@ def load_state_dict_file(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     raise ValueError(f"`{path}` has no suffix of a checkpoint: expected one of {', '.join(CHECKPOINT_SUFFIXES)}.")
 
 
+def _listing(names: Iterable[str]) -> str:
+    names = sorted(names)
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
+
+
+def rename_keys(
+    state_dict: dict[str, torch.Tensor], rules: Iterable[tuple[str, str | None]], source: str
+) -> dict[str, torch.Tensor]:
+    """Each name replaced by the first rule that matches all of it; a rule with None drops the tensor.
+
+    Args:
+        state_dict: names and tensors.
+        rules: (regular expression, replacement) pairs.
+        source: what the tensors come from, for the error.
+
+    Raises:
+        ValueError: if some name fits no rule.
+    """
+    rules = [(re.compile(pattern), replacement) for pattern, replacement in rules]
+    renamed, unknown = {}, []
+    for name, tensor in state_dict.items():
+        for pattern, replacement in rules:
+            match = pattern.fullmatch(name)
+            if match:
+                if replacement is not None:
+                    renamed[match.expand(replacement)] = tensor
+                break
+        else:
+            unknown.append(name)
+    if unknown:
+        raise ValueError(f"{source} holds tensors of an unknown layout, which would be lost: {_listing(unknown)}.")
+    return renamed
+
+
+def empty_model(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
+    """A model without memory for its weights (on torch's meta device)."""
+    with torch.device("meta"):
+        return model_class(config)
+
+
+def check_state_dict(state_dict: dict[str, torch.Tensor], model: torch.nn.Module, source: str) -> None:
+    """Compares the tensors with those that `model` wants.
+
+    Raises:
+        ValueError: naming what is missing, unexpected or of another shape.
+    """
+    wanted = model.state_dict()
+    problems = []
+    if missing := wanted.keys() - state_dict.keys():
+        problems.append(f"missing: {_listing(missing)}")
+    if unexpected := state_dict.keys() - wanted.keys():
+        problems.append(f"unexpected: {_listing(unexpected)}")
+    misshapen = [
+        f"{name} is {tuple(state_dict[name].shape)}, expected {tuple(wanted[name].shape)}"
+        for name in wanted.keys() & state_dict.keys()
+        if state_dict[name].shape != wanted[name].shape
+    ]
+    if misshapen:
+        problems.append(f"other shapes: {_listing(misshapen)}")
+    if problems:
+        raise ValueError(f"The tensors of {source} do not fit: {'; '.join(problems)}.")
+
+
+def model_from_state_dict(
+    model_class: type[PreTrainedModel], config: PreTrainedConfig, state_dict: dict[str, torch.Tensor], source: str
+) -> PreTrainedModel:
+    """A model in evaluation mode that holds these tensors, without a random initialisation on the way.
+
+    Raises:
+        ValueError: if a tensor is missing, unexpected or of another shape.
+    """
+    model = empty_model(model_class, config)
+    check_state_dict(state_dict, model, source)
+    model.load_state_dict(state_dict, assign=True)
+    return model.eval()
+
+
 __all__ = [
     "CHECKPOINT_SUFFIXES",
     "NUMPY_SUFFIXES",
     "SAFETENSORS_SUFFIXES",
     "TORCH_SUFFIXES",
     "as_tensor",
+    "check_state_dict",
+    "empty_model",
     "load_npz_file",
     "load_safetensors_file",
     "load_state_dict_file",
     "load_torch_file",
+    "model_from_state_dict",
+    "rename_keys",
     "unwrap_state_dict",
 ]

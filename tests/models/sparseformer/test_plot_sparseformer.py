@@ -5,7 +5,12 @@ from PIL import Image
 from sparseformer_reference import make_model, tiny_config
 
 from polyscale.models.sparseformer import SparseFormerForImageClassification, SparseFormerImageProcessor
-from polyscale.visualization.sparseformer import draw_rois, draw_sampling_points, draw_sparseformer, token_color
+from polyscale.models.sparseformer.plot_sparseformer import (
+    draw_rois,
+    draw_sampling_points,
+    draw_sparseformer,
+    token_color,
+)
 
 
 def test_a_roi_is_drawn_where_it_is():

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel
 
-from ...layers.quadtree import reverse_quadtree
+from ..quadtree_vit.selection_quadtree_vit import reverse_quadtree
 from .configuration_s2_vision import S2VisionConfig
-from .multiscale import ScaleMerger, TilePlan, features_of
+from .multiscale_s2_vision import ScaleMerger, TilePlan, features_of
 
 
 def _wanted(output_hidden_states: bool | int | Sequence[int] | None, count: int) -> set[int]:

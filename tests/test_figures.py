@@ -24,7 +24,7 @@ from polyscale import (
 )
 from polyscale.assets import sample_photographs
 from polyscale.classification import classify_images, load_classifier
-from polyscale.visualization import (
+from polyscale.figures import (
     MAX_PICTURES,
     draw_classification,
     draw_flexivit,

@@ -5,10 +5,10 @@ from typing import Any, NamedTuple
 import torch
 from transformers.image_utils import PILImageResampling
 
-from ...layers.state_dicts import check_state_dict, empty_model
-from .configuration_flexivit import FlexiViTConfig
-from .image_processing_flexivit import FlexiViTImageProcessor
-from .modeling_flexivit import FlexiViTForImageClassification, FlexiViTModel
+from ..models.flexivit.configuration_flexivit import FlexiViTConfig
+from ..models.flexivit.image_processing_flexivit import FlexiViTImageProcessor
+from ..models.flexivit.modeling_flexivit import FlexiViTForImageClassification, FlexiViTModel
+from ..utils.checkpoint_files import check_state_dict, empty_model
 
 
 # How ordinary ViTs are resized after the fact, and how FlexiViT's own weights were trained to be.

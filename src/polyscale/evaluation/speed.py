@@ -9,9 +9,8 @@ from statistics import median
 import torch
 from transformers import PreTrainedModel
 
-from .budgets import budget_argument, count_tokens
-from .classification import default_budgets
-from .layers.sizes import to_pair
+from ..layers.token_budget import budget_kwargs, count_tokens, default_budgets_of
+from ..utils.validation import to_pair
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ def benchmark_budgets(
 
     Args:
         model: a model of any family, on the device and in the dtype it is to run in.
-        budgets: values of the model's budget argument; `polyscale.classification.default_budgets` when None.
+        budgets: values of the model's budget argument; those of the config when None.
         image_size: (height, width) or int, in pixels; `config.image_size` when None.
         batch_size: pictures a forward pass.
         rounds: timed forward passes a budget; the median counts.
@@ -92,10 +91,7 @@ def benchmark_budgets(
     for name, value in (("batch_size", batch_size), ("rounds", rounds)):
         if value < 1:
             raise ValueError(f"`{name}` must be at least 1, got {value}.")
-    argument = budget_argument(model.config)
-    if budgets is not None and argument is None:
-        raise ValueError(f"`budgets` must be None: a {model.config.model_type} model has no budget to choose.")
-    budgets = default_budgets(model.config) if budgets is None else list(budgets)
+    budgets = default_budgets_of(model.config) if budgets is None else list(budgets)
     if not budgets:
         raise ValueError("`budgets` is empty: give at least one, or None for the model's own.")
     if image_size is None:
@@ -106,8 +102,12 @@ def benchmark_budgets(
     pixel_values = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     pixel_values = pixel_values.to(device=model.device, dtype=model.dtype)
 
-    arguments = [{} if budget is None else {argument: budget} for budget in budgets]
-    tokens = [count_tokens(model, pixel_values, **chosen) for chosen in arguments]
+    arguments = [budget_kwargs(model.config, budget) for budget in budgets]
+    size = tuple(pixel_values.shape[-2:])
+    tokens = [
+        count_tokens(model.base_model(pixel_values[:1], **chosen), model.config, size, **chosen)[0]
+        for chosen in arguments
+    ]
     calls = {str(index): partial(model, pixel_values, **chosen) for index, chosen in enumerate(arguments)}
     on_cpu = model.device.type == "cpu"
     seconds = time_alternating(calls, rounds, None if on_cpu else torch.accelerator.synchronize)

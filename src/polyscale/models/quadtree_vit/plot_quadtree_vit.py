@@ -1,7 +1,18 @@
 """Draws a quadtree over its picture, each patch at the resolution the model sees, as in arXiv 2304.00287."""
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 import torch
 from PIL import Image, ImageDraw
+
+from ...figures import make_grid, preprocess, seen_region
+from ...layers.token_budget import default_budgets_of
+
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 def draw_quadtree(
@@ -60,4 +71,53 @@ def draw_quadtree(
     return canvas
 
 
-__all__ = ["draw_quadtree"]
+@torch.no_grad()
+def quadtree_picture(model, processor, image: Image.Image, num_tokens: int | None = None) -> Image.Image:
+    """A picture as a Quadtree ViT sees it at a budget: each patch at the resolution it is embedded at.
+
+    Args:
+        model: a Quadtree ViT, with or without a head.
+        processor: its image processor.
+        image: the picture.
+        num_tokens: the budget; the config's when None.
+    """
+    from .models.quadtree_vit.plot_quadtree_vit import draw_quadtree
+
+    pixel_values = preprocess(image, processor, model)
+    tokens = model.base_model(pixel_values, num_tokens=num_tokens)
+    return draw_quadtree(
+        seen_region(image, processor),
+        tokens.patch_centers[0],
+        tokens.patch_sizes[0],
+        None if tokens.token_mask is None else tokens.token_mask[0],
+        min_patch_size=model.config.min_patch_size,
+        image_size=tuple(pixel_values.shape[-2:]),
+    )
+
+
+def draw_quadtrees(model, processor, image: Image.Image, budgets: Sequence | None = None) -> "Figure":
+    """A picture as a Quadtree ViT sees it at several budgets (`quadtree_picture`).
+
+    Args:
+        model: a Quadtree ViT, with or without a head.
+        processor: its image processor.
+        image: the picture.
+        budgets: numbers of tokens; the config's when None.
+
+    Raises:
+        ValueError: for a budget that the picture does not allow.
+    """
+    budgets = default_budgets_of(model.config) if budgets is None else list(budgets)
+    figure, axes = make_grid(1, len(budgets), cell=(2.8, 3.0))
+    for axis, budget in zip(axes[0], budgets, strict=True):
+        axis.imshow(quadtree_picture(model, processor, image, budget))
+        axis.set_title("as the model sees it" if budget is None else f"{budget} tokens", fontsize=9)
+    return figure
+
+
+def draw_patches(axis: "Axes", model, processor, image: Image.Image, num_tokens: int | None) -> None:
+    """Draws an image as a Quadtree ViT sees it at a budget, on an axis of a figure."""
+    axis.imshow(quadtree_picture(model, processor, image, num_tokens))
+
+
+__all__ = ["draw_patches", "draw_quadtree", "draw_quadtrees", "quadtree_picture"]

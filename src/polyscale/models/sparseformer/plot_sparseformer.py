@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageDraw, ImageOps
 from transformers import PreTrainedModel
 
-from . import seen_region
+from ...figures import seen_region
 
 
 _GAP = 4  # pixels between the cells of a grid
@@ -137,4 +137,15 @@ def draw_sparseformer(
     return _grid(rows)
 
 
-__all__ = ["draw_rois", "draw_sampling_points", "draw_sparseformer", "token_color"]
+def draw_family(model: PreTrainedModel, processor, image: Image.Image, budgets: Sequence | None) -> Image.Image:
+    """`draw_sparseformer` as the tools call it.
+
+    Raises:
+        ValueError: for budgets; the tokens belong to the weights.
+    """
+    if budgets is not None:
+        raise ValueError(f"`budgets` must be None: the tokens of a SparseFormer belong to it, got {budgets}.")
+    return draw_sparseformer(model, processor, image)
+
+
+__all__ = ["draw_family", "draw_rois", "draw_sampling_points", "draw_sparseformer", "token_color"]

@@ -7,13 +7,9 @@ from PIL import Image
 from s2_tiny import make_base
 
 from polyscale.models.s2_vision import S2VisionWrapper, multiscale_forward
-from polyscale.visualization.s2_vision import (
+from polyscale.models.s2_vision.plot_s2_vision import (
     LINE,
-    beside,
-    draw_scale_features,
-    draw_scales,
     draw_tiles,
-    features_to_rgb,
     scale_features,
 )
 
@@ -30,7 +26,6 @@ def test_tiles_have_borders(model):
     assert tuple(drawn[32, 10]) == LINE
     assert tuple(drawn[10, 32]) == LINE
     assert tuple(drawn[20, 20]) == (90, 90, 90)
-    assert draw_scales(grey, model.config.plan_for((64, 64)), max_side=64).size == (32 + 8 + 64, 64)
 
 
 def test_features_of_each_scale(model, pictures):
@@ -43,19 +38,5 @@ def test_features_of_each_scale(model, pictures):
     torch.testing.assert_close(first.flatten(1).T, both[0, 1:, :16])
     pooled = torch.nn.functional.avg_pool2d(second[None], 2)[0]
     torch.testing.assert_close(pooled.flatten(1).T, both[0, 1:, 16:], atol=1e-5, rtol=1e-4)
-    assert draw_scale_features(model, pictures[:1], height=24).size == (24 + 8 + 24, 24)
     convnet = S2VisionWrapper.from_vision_model(make_base("convnext"), scales=[1, 2])
     assert scale_features(convnet, pictures[:1])[1].shape == (16, 4, 4)
-
-
-def test_colours_are_principal_components():
-    ramp = torch.arange(16.0).reshape(4, 4)
-    features = torch.stack([ramp, torch.zeros(4, 4), 0.01 * (ramp % 3)])
-    drawn = np.array(features_to_rgb(features, size=4)).astype(int)
-    assert drawn[0, 0, 0] == 0
-    assert drawn[3, 3, 0] == 255
-    assert (np.diff(drawn[:, :, 0].ravel()) > 0).all()
-    with pytest.raises(ValueError, match="`features` must have the shape"):
-        features_to_rgb(torch.zeros(4, 4))
-    with pytest.raises(ValueError, match="empty"):
-        beside([])

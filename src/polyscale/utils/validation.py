@@ -1,7 +1,16 @@
-"""Checks and arithmetic on sizes, shared by every family. Sizes are (height, width) in pixels."""
+"""Checks of what users give: choices, sizes, pixel values, images. Sizes are (height, width) in pixels."""
 
 from collections.abc import Sequence
 from operator import index
+
+import numpy as np
+import torch
+
+
+def check_choice(name: str, value: object, choices: tuple) -> None:
+    """Raises ValueError naming `name`, its legal values and what came, if `value` is not one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")
 
 
 def to_pair(value: int | Sequence[int], name: str = "size") -> tuple[int, int]:
@@ -41,4 +50,28 @@ def check_pixel_values(pixel_values, num_channels: int) -> None:
         )
 
 
-__all__ = ["check_pixel_values", "to_pair"]
+class FiniteImagesMixin:
+    """Refuses pictures that hold NaN or infinity. Goes in front of transformers' torchvision or PIL backend.
+
+    Raises:
+        ValueError: from the call of the processor, before anything is resized.
+    """
+
+    def process_image(self, *args, **kwargs) -> np.ndarray | torch.Tensor:
+        image = super().process_image(*args, **kwargs)
+        is_tensor = isinstance(image, torch.Tensor)
+        if is_tensor and image.is_floating_point() and image.device.type == "cpu":
+            finite = bool(torch.isfinite(image).all())
+        elif not is_tensor and np.issubdtype(image.dtype, np.floating):
+            finite = bool(np.isfinite(image).all())
+        else:
+            finite = True  # integers always are; a picture on a GPU is not worth a synchronisation
+        if not finite:
+            raise ValueError(
+                "`images` holds NaN or infinite pixel values: expected finite numbers. Check how the picture was made "
+                f"(its shape, channels first, is {tuple(image.shape)})."
+            )
+        return image
+
+
+__all__ = ["FiniteImagesMixin", "check_choice", "check_pixel_values", "to_pair"]

@@ -8,8 +8,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from polyscale.layers.safe_loading import as_tensor, load_state_dict_file, unwrap_state_dict
-from polyscale.layers.state_dicts import check_state_dict, rename_keys
+from polyscale.utils.checkpoint_files import (
+    as_tensor,
+    check_state_dict,
+    load_state_dict_file,
+    rename_keys,
+    unwrap_state_dict,
+)
 
 
 TENSORS = {"a.weight": torch.arange(6.0).reshape(2, 3), "b": torch.ones(2)}

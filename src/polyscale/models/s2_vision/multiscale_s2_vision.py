@@ -12,8 +12,7 @@ from operator import index
 import torch
 import torch.nn.functional as F
 
-from ...layers.encoder_config import check_choice
-from ...layers.sizes import to_pair
+from ...utils.validation import check_choice, to_pair
 
 
 OUTPUT_SHAPES = ("bnc", "bchw")

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from ...layers.safe_loading import load_state_dict_file
-from ...layers.state_dicts import check_state_dict, rename_keys
-from .convert_flexivit_common import (
+from ..models.flexivit.image_processing_flexivit import FlexiViTImageProcessor
+from ..utils.checkpoint_files import check_state_dict, load_state_dict_file, rename_keys
+from .common import (
     FLEXIVIT_KERNEL,
     ORDINARY_KERNEL,
     RESAMPLINGS,
@@ -25,7 +25,6 @@ from .convert_flexivit_common import (
     make_image_processor,
     make_source,
 )
-from .image_processing_flexivit import FlexiViTImageProcessor
 
 
 logger = logging.get_logger(__name__)

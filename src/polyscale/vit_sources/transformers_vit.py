@@ -13,12 +13,12 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoImageProcessor, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from ...layers.sizes import to_pair
-from ...layers.state_dicts import rename_keys
-from .convert_flexivit_common import ORDINARY_KERNEL, FlexiViTSource, label_maps, make_image_processor, make_source
-from .convert_flexivit_timm import load_timm_name
-from .image_processing_flexivit import FlexiViTImageProcessor
-from .modeling_flexivit import FlexiViTForImageClassification, FlexiViTModel
+from ..models.flexivit.image_processing_flexivit import FlexiViTImageProcessor
+from ..models.flexivit.modeling_flexivit import FlexiViTForImageClassification, FlexiViTModel
+from ..utils.checkpoint_files import rename_keys
+from ..utils.validation import to_pair
+from .common import ORDINARY_KERNEL, FlexiViTSource, label_maps, make_image_processor, make_source
+from .timm_vit import load_timm_name
 
 
 logger = logging.get_logger(__name__)

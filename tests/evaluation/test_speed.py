@@ -5,7 +5,7 @@ import torch
 from transformers import ViTConfig, ViTForImageClassification
 
 from polyscale import FlexiViTConfig, FlexiViTForImageClassification
-from polyscale.speed import benchmark_budgets, time_alternating
+from polyscale.evaluation.speed import benchmark_budgets, time_alternating
 
 
 @pytest.fixture(scope="module")

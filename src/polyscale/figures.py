@@ -1,0 +1,212 @@
+"""What a model looks at, drawn with matplotlib.
+
+The functions that draw one family return a `matplotlib.figure.Figure` (`figure.savefig("picture.png")` writes it);
+`show` draws any family and returns a picture.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from io import BytesIO
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import AutoConfig, AutoImageProcessor, AutoModel
+
+from .checkpoints import resolve_checkpoint
+from .layers.token_budget import budget_argument_of, format_budget
+from .models.auto import families, family_of
+from .utils.images import open_image
+
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+MAX_PICTURES = 12
+MAX_SIDE = 480  # pixels: what a cell of a figure can show
+
+
+def make_grid(rows: int, columns: int, cell: tuple[float, float] = (2.0, 2.0)) -> tuple["Figure", np.ndarray]:
+    """A figure of rows x columns empty axes of `cell` = (width, height) inches each, without ticks."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(columns * cell[0], rows * cell[1]), dpi=90, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for axis in axes.flat:
+        axis.set_xticks([])
+        axis.set_yticks([])
+        for spine in axis.spines.values():
+            spine.set_visible(False)
+    return figure, axes
+
+
+def figure_to_image(figure: "Figure") -> Image.Image:
+    """A figure as a picture."""
+    buffer = BytesIO()
+    figure.savefig(buffer, format="png")
+    return Image.open(buffer).convert("RGB")
+
+
+def seen_region(image: Image.Image, processor) -> Image.Image:
+    """The part of a picture that an image processor hands to the model, at the picture's own resolution."""
+    crop = getattr(processor, "crop_size", None)
+    if not getattr(processor, "do_center_crop", False) or crop is None:
+        return image
+    width, height = image.size
+    size = processor.size if getattr(processor, "do_resize", False) else None
+    if size is not None and size["shortest_edge"]:
+        scale_x = scale_y = size["shortest_edge"] / min(width, height)
+    elif size is not None and size["height"] and size["width"]:
+        scale_x, scale_y = size["width"] / width, size["height"] / height
+    else:
+        scale_x = scale_y = 1.0
+    seen_width = min(width, crop["width"] / scale_x)
+    seen_height = min(height, crop["height"] / scale_y)
+    left, top = (width - seen_width) / 2, (height - seen_height) / 2
+    return image.crop((round(left), round(top), round(left + seen_width), round(top + seen_height)))
+
+
+def draw_picture(axis: "Axes", image: Image.Image, **options) -> None:
+    """Draws a picture, reduced to at most `MAX_SIDE` pixels; `options` go to `Axes.imshow`."""
+    image = image.copy()
+    image.thumbnail((MAX_SIDE, MAX_SIDE))
+    axis.imshow(image, **options)
+
+
+def preprocess(image: Image.Image, processor, model) -> torch.Tensor:
+    """A picture as a model on its device takes it: (1, channels, height, width)."""
+    pixel_values = processor(images=image.convert("RGB"), return_tensors="pt")["pixel_values"]
+    return pixel_values.to(device=model.device, dtype=model.dtype)
+
+
+def image_drawer(model, processor) -> Callable[["Axes", Image.Image, object], None]:
+    """A function (axis, image, budget) that draws an image the way a model cuts it up at a budget.
+
+    Families without a drawing of their own, and other people's models: the image alone.
+    """
+    family = family_of(model.config)
+    draw = None if family is None else family.function("budget_drawing")
+    if draw is None:
+        return lambda axis, image, budget: draw_picture(axis, seen_region(image, processor))
+    return lambda axis, image, budget: draw(axis, model, processor, image, budget)
+
+
+def draw_classification(model, processor, records: Sequence[dict]) -> "Figure":
+    """What a model says of pictures: a row a picture (at most `MAX_PICTURES`), a column a budget.
+
+    Args:
+        model: the classifier.
+        processor: its image processor.
+        records: as `polyscale.classification.classify_images` returns them.
+
+    Raises:
+        ValueError: if there are no records.
+    """
+    if not records:
+        raise ValueError("`records` is empty: no picture was classified, so there is none to draw.")
+    draw = image_drawer(model, processor)
+    is_patch_size = budget_argument_of(model.config) == "patch_size"
+    files = list(dict.fromkeys(record["file"] for record in records))[:MAX_PICTURES]
+    by_file = [[record for record in records if record["file"] == file] for file in files]
+    figure, axes = make_grid(len(files), max(map(len, by_file)), cell=(2.0, 2.25))
+    for row, of_file in zip(axes, by_file, strict=True):
+        image = open_image(of_file[0]["file"])
+        row[0].set_ylabel(os.path.basename(of_file[0]["file"]), fontsize=8)
+        for axis, record in zip(row, of_file, strict=False):
+            draw(axis, image, record["budget"])
+            axis.set_xlabel(f"{record['label']}  {record['score']:.0%}", fontsize=10)
+    for axis, record in zip(axes[0], by_file[0], strict=False):
+        title = [f"patch size {format_budget(record['budget'])}"] if is_patch_size else []
+        title += [f"{record['tokens']} tokens"] if record["tokens"] else []
+        axis.set_title("\n".join(title), fontsize=9)
+    return figure
+
+
+def features_to_rgb(feature_maps: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Features as colours: the first three principal components, the same ones for all maps.
+
+    Each map is centred on its own mean and counts as much as any other, whatever its number of tokens.
+
+    Args:
+        feature_maps: arrays (rows, columns, width); rows and columns may differ from map to map.
+
+    Returns:
+        Arrays (rows, columns, 3) in [0, 1].
+
+    Raises:
+        ValueError: for maps of different widths.
+    """
+    widths = {features.shape[-1] for features in feature_maps}
+    if len(widths) != 1:
+        raise ValueError(f"`feature_maps` must all have one width, got {sorted(widths)}.")
+    centred = [
+        (features - features.mean(axis=(0, 1), keepdims=True)).reshape(-1, features.shape[-1]).astype(np.float64)
+        for features in feature_maps
+    ]
+    weighted = np.concatenate([tokens / np.sqrt(len(tokens)) for tokens in centred])
+    components = np.linalg.svd(weighted, full_matrices=False)[2][:3].T  # (width, 3)
+    # the sign of a component is arbitrary: its largest entry is made positive
+    largest = np.abs(components).argmax(axis=0)
+    components = components * np.sign(components[largest, np.arange(components.shape[1])])
+    projected = [tokens @ components for tokens in centred]
+    low, high = np.percentile(np.concatenate(projected), [2, 98], axis=0)
+    scale = np.where(high > low, high - low, 1.0)
+    colours = [np.clip((tokens - low) / scale, 0, 1) for tokens in projected]
+    return [
+        np.pad(colour, ((0, 0), (0, 3 - colour.shape[1]))).reshape(*features.shape[:2], 3)
+        for colour, features in zip(colours, feature_maps, strict=True)
+    ]
+
+
+def show(
+    model: str | os.PathLike, image: str | os.PathLike | Image.Image, budgets: Sequence | None = None
+) -> Image.Image:
+    """What a model looks at in a picture, drawn in the manner of its family.
+
+    FlexiViT: the patches and the features at several patch sizes. Quadtree ViT: the patches at several numbers of
+    tokens, each as coarse as the model sees it. S2: the tiles and the features of each scale. SparseFormer: the
+    regions of interest and the sampling points of its tokens, step by step.
+
+    Args:
+        model: name of a bundled checkpoint, local folder, or name on the hub.
+        image: a picture, or its file.
+        budgets: patch sizes of a FlexiViT, token counts of a Quadtree ViT; the model's own when None. The other
+            families take none.
+
+    Raises:
+        ValueError: for a model of another family, a file that is no picture, or a budget that the model cannot take.
+        OSError: if there is no such checkpoint.
+    """
+    source = resolve_checkpoint(model)
+    config = AutoConfig.from_pretrained(source)
+    family = family_of(config)
+    if family is None or family.drawing is None:
+        drawn = ", ".join(name for name, other in families().items() if other.drawing is not None)
+        raise ValueError(
+            f"`model` is of type {config.model_type!r}, which has no drawing; those that have one: {drawn}."
+        )
+    if not isinstance(image, Image.Image):
+        try:
+            image = open_image(image)
+        except ValueError as error:
+            raise ValueError(f"`image` {os.fspath(image)!r} cannot be drawn: {error}.") from error
+    network = AutoModel.from_pretrained(source).eval()
+    processor = AutoImageProcessor.from_pretrained(source)
+    drawing = family.function("drawing")(network, processor, image, budgets)
+    return drawing if isinstance(drawing, Image.Image) else figure_to_image(drawing)
+
+
+__all__ = [
+    "draw_classification",
+    "draw_picture",
+    "features_to_rgb",
+    "figure_to_image",
+    "image_drawer",
+    "make_grid",
+    "preprocess",
+    "seen_region",
+    "show",
+]

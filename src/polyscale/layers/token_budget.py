@@ -1,0 +1,191 @@
+"""How a token budget is asked of a model, whatever its family: a mixin of the configs, and functions on any config."""
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import PreTrainedConfig
+from transformers.utils import ModelOutput
+
+
+class TokenBudgetMixin:
+    """What the config of a family says about its token budget. Goes in front of `PreTrainedConfig`.
+
+    Attributes:
+        budget_argument (`str` or `None`): name of the keyword argument of `forward`, and of the config field, that
+            sets the budget of a call; `None` where the weights fix it.
+        changeable_fields (`tuple[str, ...]`): what `with_budget` can change without new weights.
+        fixed_fields (`dict[str, str]`): budget words that need new weights, each with the reason.
+        tokens_vary (`bool`): whether the number of tokens differs from image to image of one size.
+    """
+
+    budget_argument = None
+    changeable_fields = ()
+    fixed_fields = {}
+    tokens_vary = False
+
+    def default_budgets(self) -> list:
+        """Values of the budget argument to try when a user names none; `[None]` where there is no such argument."""
+        return [None if self.budget_argument is None else getattr(self, self.budget_argument)]
+
+    def num_tokens_for(self, image_size: int | Sequence[int] | None = None, **budget) -> int | None:
+        """How many tokens an image costs, prefix tokens not counted; `None` where that depends on what it shows.
+
+        Args:
+            image_size (`int` or `(height, width)`, *optional*): in pixels; the config's own when `None`.
+            budget: the budget argument of `forward`, if any; as the config says when left out.
+        """
+        grid = self.token_grid_for(image_size, **budget)
+        return None if grid is None else grid[0] * grid[1]
+
+    def max_num_tokens_for(self, image_size: int | Sequence[int] | None = None, **budget) -> int:
+        """The most tokens that an image of this size can cost: `num_tokens_for`, where that is known."""
+        return self.num_tokens_for(image_size, **budget)
+
+    def token_grid_for(self, image_size: int | Sequence[int] | None = None, **budget) -> tuple[int, int] | None:
+        """(rows, columns) of the tokens; `None` where they are no grid. Arguments: `num_tokens_for`."""
+        return None
+
+    def feature_grid_for(self, image_size: int | Sequence[int] | None = None) -> tuple[int, int] | None:
+        """(rows, columns) of the dense feature maps made from the tokens; `None` where tokens have no place."""
+        return self.token_grid_for(image_size)
+
+    def resolve_budget(self, **changes) -> dict[str, Any]:
+        """Config fields for the words in which a user asks for a budget; a family adds words that are no fields."""
+        return dict(changes)
+
+    def with_budget(self, **changes) -> "TokenBudgetMixin":
+        """A checked copy of this config at another budget.
+
+        Args:
+            changes: names of `changeable_fields` and their values.
+
+        Raises:
+            ValueError: for what cannot change without new weights (with the reason), or a value that is not legal.
+        """
+        if not changes:
+            raise ValueError(f"Give at least one of {', '.join(f'`{name}`' for name in self.changeable_fields)}.")
+        for name in changes:
+            if name not in self.changeable_fields:
+                reason = f": {self.fixed_fields[name]}" if name in self.fixed_fields else ""
+                raise ValueError(
+                    f"`{name}` cannot change in a model of type {self.model_type!r}{reason}. What can: "
+                    f"{', '.join(self.changeable_fields)}."
+                )
+        changed = copy.deepcopy(self)
+        try:
+            for name, value in self.resolve_budget(**changes).items():
+                setattr(changed, name, value)
+            type(self).from_dict(changed.to_dict())  # runs the config's own checks
+        except StrictDataclassError as error:
+            raise ValueError(f"{changes} is no budget of a model of type {self.model_type!r}: {error}") from error
+        return changed
+
+
+def budget_argument_of(config: PreTrainedConfig) -> str | None:
+    """The name of the budget argument of a model's `forward`; `None` for any model without one."""
+    return getattr(config, "budget_argument", None)
+
+
+def default_budgets_of(config: PreTrainedConfig) -> list:
+    """The budgets to try on a model when none are given; `[None]` for a model without any."""
+    return config.default_budgets() if isinstance(config, TokenBudgetMixin) else [None]
+
+
+def budget_kwargs(config: PreTrainedConfig, budget: Any) -> dict[str, Any]:
+    """`budget` as keyword arguments of `forward`; none for `None`.
+
+    Raises:
+        ValueError: for a budget of a model that has none to choose.
+    """
+    if budget is None:
+        return {}
+    argument = budget_argument_of(config)
+    if argument is None:
+        raise ValueError(
+            f"`budgets` must be None for a model of type {config.model_type!r}, which has no budget to choose; got "
+            f"{budget!r}."
+        )
+    return {argument: budget}
+
+
+@contextmanager
+def token_budget(config: PreTrainedConfig, budget: Any) -> Iterator[None]:
+    """Lets a model run at another budget by way of its config, for callers that pass no arguments to it.
+
+    Args:
+        config (`PreTrainedConfig`): of a model of any family. It is changed until the end of the `with` block: do not
+            share it between threads.
+        budget: a value of its budget argument; `None` leaves the model as it is.
+
+    Raises:
+        ValueError: for a budget on a model that has none to choose, or a value that is none.
+    """
+    fields = budget_kwargs(config, budget)
+    before = {name: getattr(config, name) for name in fields}
+    try:
+        for name, value in fields.items():
+            setattr(config, name, value)
+    except StrictDataclassError as error:
+        raise ValueError(f"`budgets` holds {budget!r}, which is no {name} of {config.model_type!r}.") from error
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(config, name, value)
+
+
+def count_tokens(
+    outputs: ModelOutput, config: PreTrainedConfig, image_size: tuple[int, int], **budget
+) -> list[int] | None:
+    """How many tokens each image of a batch cost, prefix tokens and padding not counted.
+
+    Args:
+        outputs (`ModelOutput`): of the model, with or without a head.
+        config (`PreTrainedConfig`): of the model.
+        image_size (`(height, width)`): of `pixel_values`, in pixels.
+        budget: what the call named, if anything.
+
+    Returns:
+        One count per image where they differ, else a list of one; `None` where neither output nor config says.
+    """
+    mask = getattr(outputs, "token_mask", None)
+    if mask is not None:
+        return mask.sum(dim=1).tolist()
+    if isinstance(config, TokenBudgetMixin):
+        return [config.num_tokens_for(image_size, **budget)]
+    hidden = getattr(outputs, "last_hidden_state", None)
+    if hidden is None:
+        return None
+    if hidden.ndim == 4:  # a convolutional network: (batch, hidden, rows, columns)
+        return [hidden.shape[2] * hidden.shape[3]]
+    return [hidden.shape[1] - getattr(config, "num_prefix_tokens", 0)]
+
+
+def format_budget(budget: int | Sequence | None) -> str:
+    """8 -> "8", (4, 8) -> "4x8", None -> ""."""
+    if budget is None:
+        return ""
+    return "x".join(map(str, budget)) if isinstance(budget, list | tuple) else str(budget)
+
+
+def plain_size(size: int | Sequence[int]) -> int | list[int]:
+    """A size as JSON writes it: an int where both sides are equal."""
+    if isinstance(size, int):
+        return size
+    height, width = size
+    return height if height == width else [height, width]
+
+
+__all__ = [
+    "TokenBudgetMixin",
+    "budget_argument_of",
+    "budget_kwargs",
+    "count_tokens",
+    "default_budgets_of",
+    "format_budget",
+    "plain_size",
+    "token_budget",
+]
