@@ -73,7 +73,7 @@ ODD_FILES = {
     "CMYK": (encoded(Image.new("CMYK", (1, 1), (0, 255, 255, 0)), "TIFF"), np.uint8([[[255, 0, 0]]])),
     "transparent": (encoded(Image.new("RGBA", (1, 1), (9, 8, 7, 0)), "PNG"), np.uint8([[[9, 8, 7]]])),
     "black and white": (encoded(Image.new("1", (1, 1), 1), "PNG"), np.uint8([[[255, 255, 255]]])),
-    "Lab": (encoded(Image.new("LAB", (1, 1), (0, 128, 128)), "TIFF"), np.uint8([[[0, 0, 0]]])),
+    "Lab": (encoded(Image.new("LAB", (1, 1), (0, 128, 128)), "TIFF"), np.uint8([[[1, 0, 1]]])),
     "first frame": (gif([Image.new("RGB", (1, 1), c) for c in ("red", "blue")]), np.uint8([[[255, 0, 0]]])),
     "AVIF": (encoded(Image.new("RGB", (8, 8), (200, 10, 30)), "AVIF"), np.full((8, 8, 3), (200, 10, 30), np.uint8)),
 }

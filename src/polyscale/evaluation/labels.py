@@ -60,8 +60,8 @@ def match_labels(
         ours = keys  # digits as names on both sides
     if theirs is None and ours is not None and count != len(id2label) and not mapped:
         raise ValueError(
-            f"The data has {count} classes ({_listed(keys)}) and the model {len(id2label)} without names: nobody knows "
-            "which is which. Name their counterparts with `label_map`."
+            f"The data has {count} classes ({_listed(keys)}) and the model {len(id2label)} without names: nobody "
+            "knows which is which. Name their counterparts with `label_map`."
         )
     if theirs is None or ours is None:
         found = {key: int(key) if key.isdecimal() and ours is None else label for label, key in enumerate(keys)}

@@ -85,7 +85,7 @@ class LegalSizeMixin:
             )
         if self.fit == "pad" and crop_pct is not None:
             raise ValueError(
-                "`crop_pct` cannot be followed: the image processor has `fit='pad'`, which crops nothing."
+                "`crop_pct` cannot be followed: the image processor has `fit='pad'` and crops nothing."
             )
         if self.fit == "pad":
             return {"size": dict(zip(("height", "width"), image_size, strict=True)), "do_resize": True}
