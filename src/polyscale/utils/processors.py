@@ -78,6 +78,8 @@ def plain_options_for_size(
 
 def seen_region(image: Image.Image, processor: BaseImageProcessor) -> Image.Image:
     """The part of an image that a processor hands to the model, at the image's own resolution."""
+    if hasattr(type(processor), "seen_region"):
+        return processor.seen_region(image)
     if not _crops(processor):
         return image
     crop = _side_lengths(processor.crop_size)

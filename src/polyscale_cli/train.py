@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from .arguments import parse_fields, parse_numbers, parse_size, split_list
+from .printing import reporting
 
 
 def train(
@@ -100,17 +101,14 @@ def train(
     if patch_size_probs is not None:
         options["train_patch_size_probs"] = parse_numbers(patch_size_probs)
 
-    from ..training import make_recipe
-    from ..training import train as run
+    with reporting("train"):
+        from polyscale.training import make_recipe
+        from polyscale.training import train as run
 
-    try:
         metrics = run(dataset, output_dir, make_recipe(recipe, options, **choices), resume=resume)
-    except (OSError, ValueError) as error:
-        typer.echo(f"polyscale train: {error}", err=True)
-        raise typer.Exit(2) from error
-    typer.echo(f"Wrote {output_dir}")
-    for name, value in metrics.items():
-        typer.echo(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}")
+        typer.echo(f"Wrote {output_dir}")
+        for name, value in metrics.items():
+            typer.echo(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}")
 
 
 __all__ = ["train"]
