@@ -1,6 +1,7 @@
 """Checks of what users give: choices, sizes, pixel values, images. Sizes are (height, width) in pixels."""
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
 from operator import index
 
 import numpy as np
@@ -11,6 +12,14 @@ def check_choice(name: str, value: object, choices: tuple) -> None:
     """Raises ValueError naming `name`, its legal values and what came, if `value` is not one of `choices`."""
     if value not in choices:
         raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+
+
+def closest_name(name: str, names: Iterable[str]) -> str | None:
+    """The one of `names` of which `name` is likely a misspelling; `None` where none is near, or it is one of them."""
+    by_letters = {known.lower().replace("_", ""): known for known in names}
+    letters = name.lower().replace("_", "").replace("-", "")
+    nearest = difflib.get_close_matches(letters, by_letters, n=1, cutoff=0.8)
+    return by_letters[nearest[0]] if nearest and by_letters[nearest[0]] != name else None
 
 
 def to_pair(value: int | Sequence[int], name: str = "size") -> tuple[int, int]:
@@ -74,4 +83,4 @@ class FiniteImagesMixin:
         return image
 
 
-__all__ = ["FiniteImagesMixin", "check_choice", "check_pixel_values", "to_pair"]
+__all__ = ["FiniteImagesMixin", "check_choice", "check_pixel_values", "closest_name", "to_pair"]
