@@ -27,19 +27,15 @@ from polyscale.classification import classify_images, load_classifier
 from polyscale.figures import (
     MAX_PICTURES,
     draw_classification,
-    draw_flexivit,
-    draw_kernels,
-    draw_patch_grid,
-    draw_quadtrees,
-    draw_s2,
     features_to_rgb,
-    flexivit_features,
+    image_drawer,
     make_grid,
-    picture_drawer,
-    quadtree_picture,
     seen_region,
     show,
 )
+from polyscale.models.flexivit.plot_flexivit import draw_flexivit, draw_kernels, draw_patch_grid, flexivit_features
+from polyscale.models.quadtree_vit.plot_quadtree_vit import draw_quadtrees, quadtree_picture
+from polyscale.models.s2_vision.plot_s2_vision import draw_s2
 
 from .tiny_checkpoints import save_tiny_flexivit
 
@@ -222,7 +218,7 @@ def test_a_model_without_patches_to_choose_is_drawn_as_the_picture(processor, ph
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=32, patch_size=8
     )
     _, [[axis]] = make_grid(1, 1)
-    picture_drawer(ViTForImageClassification(config), processor)(axis, photograph, None)
+    image_drawer(ViTForImageClassification(config), processor)(axis, photograph, None)
     assert (len(axis.images), len(axis.collections)) == (1, 0)
 
 

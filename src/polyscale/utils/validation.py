@@ -29,9 +29,13 @@ def to_pair(value: int | Sequence[int], name: str = "size") -> tuple[int, int]:
         ValueError: if `value` is neither, or an entry is below 1.
     """
     pair = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value, value)
-    if len(pair) != 2 or any(isinstance(entry, bool) or not hasattr(entry, "__index__") for entry in pair):
-        raise ValueError(f"`{name}` must be an int or a pair (height, width) of ints, got {value!r}.")
-    height, width = (index(entry) for entry in pair)  # makes a symbolic size of a tracer a constant
+    try:
+        height, width = pair
+        if isinstance(height, bool) or isinstance(width, bool):
+            raise TypeError
+        height, width = index(height), index(width)  # makes a symbolic size of a tracer a constant
+    except (TypeError, ValueError):
+        raise ValueError(f"`{name}` must be an int or a pair (height, width) of ints, got {value!r}.") from None
     if height < 1 or width < 1:
         raise ValueError(f"`{name}` must be at least 1 pixel in height and width, got {value!r}.")
     return height, width

@@ -155,6 +155,12 @@ class FlexiViTConfig(EncoderConfig):
         """(rows, columns) of the tokens: those of the patches. Arguments and errors: `patch_grid_for`."""
         return self.patch_grid_for(image_size, patch_size)
 
+    def num_tokens_for(
+        self, image_size: int | Sequence[int] | None = None, patch_size: int | Sequence[int] | None = None
+    ) -> int:
+        """How many tokens an image costs, prefix tokens not counted. Arguments and errors: `patch_grid_for`."""
+        return math.prod(self.patch_grid_for(image_size, patch_size))
+
     def default_budgets(self) -> list[int | list[int]]:
         """The patch sizes it was trained with, smallest first, else its own one."""
         sizes = self.train_patch_sizes or [self.resolve_patch_size()]
