@@ -15,6 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
+from .call_checks import CheckedModelMixin
 from .encoder_config import EncoderConfig
 
 
@@ -269,7 +270,7 @@ def is_observed(model: PreTrainedModel, modules: Iterable[nn.Module], kwargs: di
     return is_recorded or any(module._forward_hooks or module._forward_pre_hooks for module in modules)
 
 
-class EncoderPreTrainedModel(PreTrainedModel):
+class EncoderPreTrainedModel(CheckedModelMixin, PreTrainedModel):
     """Flags and weight initialisation of models on this encoder; `hidden_states` and `attentions` are recorded."""
 
     main_input_name = "pixel_values"

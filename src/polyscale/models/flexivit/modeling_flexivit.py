@@ -16,6 +16,7 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from ...layers.call_checks import check_words, classification_loss
 from ...layers.encoder import ClassifierHead, EncoderPreTrainedModel, PrefixTokens, TokenPooler, make_encoder_layers
 from ...layers.resizing import interpolate_resize_patch_embed, pi_resize_patch_embed, resize_abs_pos_embed
 from ...utils.validation import check_pixel_values, to_pair
@@ -178,6 +179,7 @@ class FlexiViTModel(FlexiViTPreTrainedModel):
         Raises:
             ValueError: for a wrong shape of `pixel_values`, or a patch size below 1 or larger than the picture.
         """
+        check_words(self, kwargs)
         hidden_states, _ = self.embeddings(pixel_values, patch_size)
         hidden_states = self.pre_layernorm(hidden_states)
         for layer in self.layers:
@@ -214,10 +216,11 @@ class FlexiViTForImageClassification(FlexiViTPreTrainedModel):
         Returns:
             `logits` (batch, num_labels), and `loss` when `labels` are given.
         """
+        check_words(self, kwargs)
         prefix_only = self.reads_prefix_only(self.flexivit, **kwargs)
         outputs = self.flexivit(pixel_values, patch_size=patch_size, prefix_only=prefix_only, **kwargs)
         logits = self.head(outputs.pooler_output, outputs.last_hidden_state)
-        loss = self.loss_function(labels, logits, self.config, **kwargs) if labels is not None else None
+        loss = classification_loss(self, labels, logits, self.config, kwargs)
         return ImageClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
@@ -249,6 +252,7 @@ class FlexiViTBackbone(BackboneMixin, FlexiViTPreTrainedModel):
             `feature_maps`: one (batch, hidden, rows, columns) a stage; with `config.reshape_hidden_states=False`
             (batch, tokens, hidden), prefix tokens included.
         """
+        check_words(self, kwargs)
         check_pixel_values(pixel_values, self.config.num_channels)
         patch_size = self.flexivit.embeddings.resolve_patch_size(patch_size)
         outputs = self.flexivit(pixel_values, patch_size=patch_size, **kwargs)

@@ -18,6 +18,7 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from ...layers.call_checks import check_words, classification_loss
 from ...layers.encoder import ClassifierHead, EncoderPreTrainedModel, TokenPooler, make_encoder_layers
 from .configuration_quadtree_vit import QuadtreeViTConfig
 from .scoring_quadtree_vit import PatchScorer
@@ -151,6 +152,7 @@ class QuadtreeViTModel(QuadtreeViTPreTrainedModel):
             ValueError: for a wrong shape of `pixel_values`, an image size or a budget that no quadtree has (it names
                 the nearest legal ones), or scores of a wrong shape.
         """
+        check_words(self, kwargs)
         tokens = self.embeddings(pixel_values, num_tokens, split_threshold, patch_scores)
         attention_mask = self.attention_mask_for(tokens)
         hidden_states = self.pre_layernorm(tokens.embeddings)
@@ -197,6 +199,7 @@ class QuadtreeViTForImageClassification(QuadtreeViTPreTrainedModel):
             patch_scores: see there.
             output_split_scores: see there.
         """
+        check_words(self, kwargs)
         outputs = self.quadtree_vit(
             pixel_values,
             num_tokens=num_tokens,
@@ -206,7 +209,7 @@ class QuadtreeViTForImageClassification(QuadtreeViTPreTrainedModel):
             **kwargs,
         )
         logits = self.head(outputs.pooler_output, outputs.last_hidden_state)
-        loss = self.loss_function(labels, logits, self.config, **kwargs) if labels is not None else None
+        loss = classification_loss(self, labels, logits, self.config, kwargs)
         return QuadtreeViTClassifierOutput(
             loss=loss,
             logits=logits,
@@ -249,6 +252,7 @@ class QuadtreeViTBackbone(BackboneMixin, QuadtreeViTPreTrainedModel):
             `feature_maps`: one (batch, hidden, height / min_patch_size, width / min_patch_size) a stage; with
             `config.reshape_hidden_states=False` (batch, tokens, hidden), prefix tokens included.
         """
+        check_words(self, kwargs)
         outputs = self.quadtree_vit(
             pixel_values, num_tokens=num_tokens, split_threshold=split_threshold, patch_scores=patch_scores, **kwargs
         )

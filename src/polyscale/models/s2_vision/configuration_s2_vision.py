@@ -7,7 +7,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import SubConfigSpec
 
-from ...layers.config_checks import CheckedConfigMixin, checked_config, non_negative, positive, size
+from ...layers.config_checks import CheckedConfigMixin, checked_config, non_negative, pixel_size, positive
 from ...layers.token_budget import TokenBudgetMixin
 from ...utils.validation import to_pair
 from ...utils.vision_configs import (
@@ -91,7 +91,7 @@ class S2VisionConfig(CheckedConfigMixin, TokenBudgetMixin, BackboneConfigMixin, 
     vision_config: dict | PreTrainedConfig | None = None
     scales: list | tuple | None = None
     img_sizes: list | tuple | None = None
-    max_split_size: int | list[int] | tuple[int, int] | None = size(None)
+    max_split_size: int | list[int] | tuple[int, int] | None = pixel_size(None)
     resize_output_to_idx: int = 0
     num_prefix_tokens: int | None = non_negative(None)
     output_shape: Literal["bnc", "bchw"] | None = None

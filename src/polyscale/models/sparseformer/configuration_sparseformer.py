@@ -13,9 +13,9 @@ from ...layers.config_checks import (
     at_least,
     checked_config,
     non_negative,
+    pixel_size,
     positive,
     rate,
-    size,
 )
 from ...layers.token_budget import TokenBudgetMixin
 from ...utils.validation import check_choice
@@ -169,7 +169,7 @@ class SparseFormerConfig(CheckedConfigMixin, TokenBudgetMixin, PreTrainedConfig)
     base_model_fsdp_plan = {"layers.*": "free_full_weight"}
 
     num_channels: int = positive(3)
-    image_size: int | list[int] | tuple[int, int] = size(224)
+    image_size: int | list[int] | tuple[int, int] = pixel_size(224)
     feature_width: int = positive(96)
     num_latent_tokens: int = positive(49)
     shared_token_embedding: bool = False

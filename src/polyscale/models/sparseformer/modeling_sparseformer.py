@@ -17,6 +17,7 @@ from transformers.utils import ModelOutput, TransformersKwargs, logging
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from ...layers.call_checks import CheckedModelMixin, check_words, classification_loss
 from ...layers.encoder import is_observed
 from ...utils.validation import check_pixel_values
 from .configuration_sparseformer import SparseFormerConfig
@@ -96,7 +97,7 @@ class SparseFormerClassifierOutput(ImageClassifierOutput):
         return cls(loss=loss, logits=logits, **others)
 
 
-class SparseFormerPreTrainedModel(PreTrainedModel):
+class SparseFormerPreTrainedModel(CheckedModelMixin, PreTrainedModel):
     config: SparseFormerConfig
     base_model_prefix = "sparseformer"
     main_input_name = "pixel_values"
@@ -266,6 +267,7 @@ class SparseFormerModel(SparseFormerPreTrainedModel):
         Raises:
             ValueError: for a wrong shape of `pixel_values`.
         """
+        check_words(self, kwargs)
         features = self.encode(pixel_values)
         tokens, rois = self.embeddings(features.shape[0])
         if not self.config.restrict_grad_norm:
@@ -314,10 +316,11 @@ class SparseFormerForImageClassification(SparseFormerPreTrainedModel):
         Returns:
             `SparseFormerClassifierOutput`.
         """
+        check_words(self, kwargs)
         pooled_only = self.reads_pooled_only(self.sparseformer, **kwargs)
         outputs = self.sparseformer(pixel_values, loss_scale=loss_scale, pooled_only=pooled_only, **kwargs)
         logits = self.classifier(outputs.pooler_output)
-        loss = self.loss_function(labels, logits, self.config, **kwargs) if labels is not None else None
+        loss = classification_loss(self, labels, logits, self.config, kwargs)
         return SparseFormerClassifierOutput.from_model(outputs, logits=logits, loss=loss)
 
 
@@ -346,6 +349,7 @@ class SparseFormerModelWithProjection(SparseFormerPreTrainedModel):
             `SparseFormerEmbeddingOutput`; `image_embeds` compare with text embeddings after both are divided by their
             norm.
         """
+        check_words(self, kwargs, self.sparseformer)
         outputs = self.sparseformer(pixel_values, loss_scale=loss_scale, **kwargs)
         return SparseFormerEmbeddingOutput(image_embeds=self.projection(outputs.pooler_output), **outputs)
 
