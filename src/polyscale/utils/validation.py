@@ -6,6 +6,9 @@ from operator import index
 
 import numpy as np
 import torch
+from PIL import Image
+
+from .images import to_rgb, upright_8_bit
 
 
 def check_choice(name: str, value: object, choices: tuple) -> None:
@@ -86,14 +89,18 @@ def _check_pixels(pixel_values: torch.Tensor | None, axes: tuple[str, ...], num_
 
 
 class FiniteImagesMixin:
-    """Refuses images that hold NaN or infinity. Goes in front of transformers' torchvision or PIL backend.
+    """Reads PIL images as every tool of this library does (`to_rgb`), and refuses images that hold NaN or infinity.
+
+    Goes in front of transformers' torchvision or PIL backend.
 
     Raises:
         ValueError: from the call of the processor, before anything is resized.
     """
 
-    def process_image(self, *args, **kwargs) -> np.ndarray | torch.Tensor:
-        image = super().process_image(*args, **kwargs)
+    def process_image(self, image, do_convert_rgb: bool | None = None, **kwargs) -> np.ndarray | torch.Tensor:
+        if isinstance(image, Image.Image):
+            image = to_rgb(image) if do_convert_rgb else upright_8_bit(image)
+        image = super().process_image(image, do_convert_rgb=do_convert_rgb, **kwargs)
         is_tensor = isinstance(image, torch.Tensor)
         if is_tensor and image.is_floating_point() and image.device.type == "cpu":
             finite = bool(torch.isfinite(image).all())
