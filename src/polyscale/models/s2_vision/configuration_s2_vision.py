@@ -310,7 +310,7 @@ class S2VisionConfig(CheckedConfigMixin, TokenBudgetMixin, BackboneConfigMixin, 
         """What scale 1 means for a picture of `size`: a picture of its aspect ratio that just covers a tile at
         the smallest scale of at most 1.
         """
-        numbers = [scale for scale in scales if isinstance(scale, int | float) and scale > 0]
+        numbers = [scale for scale in scales if isinstance(scale, (int, float)) and scale > 0]
         smallest = min([1, *numbers])
         factor = max(tile / side for tile, side in zip(self.tile_size, size, strict=True)) / smallest
         return tuple(max(1, round(side * factor)) for side in size)

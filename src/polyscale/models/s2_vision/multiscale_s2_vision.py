@@ -83,7 +83,7 @@ def scale_list(values: Sequence, name: str) -> list:
 
 
 def _scaled_size(input_size: Sequence[int], scale: float) -> tuple[int, int]:
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < math.inf:
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < math.inf:
         raise ValueError(f"`scales` must hold positive numbers, got {scale!r}.")
     height, width = (int(side * scale) for side in input_size)
     if height < 1 or width < 1:
@@ -362,7 +362,7 @@ def features_of(output: object, output_shape: str) -> torch.Tensor:
                 "its head, or a function that returns "
                 "the features (`lambda x: model(x, output_hidden_states=True).hidden_states[-1]`)."
             )
-        elif isinstance(output, tuple | list) and output and isinstance(output[0], torch.Tensor):
+        elif isinstance(output, (tuple, list)) and output and isinstance(output[0], torch.Tensor):
             output = output[0]
         else:
             raise ValueError(
