@@ -55,8 +55,10 @@ class EncoderConfig(TokenBudgetMixin, BackboneConfigMixin, PreTrainedConfig):
         num_register_tokens: register tokens, after CLS and distillation token.
         prefix_positions: which prefix tokens have a position of their own: "none" (timm's `no_embed_class`), "cls"
             (registers have none: DINOv2) or "all".
-        num_channels: channels of a picture.
+        num_channels: channels of an image.
         image_size: (height, width) in pixels, or int: the size the positions were made for.
+        keep_all_tokens: whether a classifier computes every token of the last layer, those that its head does not pool
+            too. Without it they are computed where `output_hidden_states` or `output_attentions` asks for them.
 
     Raises:
         ValueError: for an unknown choice, or parts that do not fit together.
@@ -88,6 +90,7 @@ class EncoderConfig(TokenBudgetMixin, BackboneConfigMixin, PreTrainedConfig):
     prefix_positions: str = "none"
     num_channels: int = 3
     image_size: int | list[int] | tuple[int, int] = 224
+    keep_all_tokens: bool = False
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
     apply_layernorm: bool = True
@@ -169,6 +172,13 @@ class EncoderConfig(TokenBudgetMixin, BackboneConfigMixin, PreTrainedConfig):
         if self.prefix_positions == "cls":
             return int(self.use_cls_token) + int(self.use_distillation_token)
         return 0
+
+    @property
+    def num_pooled_tokens(self) -> int | None:
+        """How many tokens, the first ones, pooling and head read; `None` where pooling reads all."""
+        if self.pooling in ("mean", "cls_mean"):
+            return None
+        return 2 if self.use_distillation_head else 1
 
     @property
     def pooled_size(self) -> int:

@@ -26,7 +26,9 @@ class FlexiViTConfig(EncoderConfig):
     Args:
         base_patch_size: size of the stored patch kernel.
         patch_size: patch size of a call that names none; `base_patch_size` when None.
-        train_patch_sizes: sizes to draw from in training when the call names none; None means no drawing.
+        train_patch_sizes: sizes to draw from in training when the call names none; None means no drawing. A compiled
+            model draws between graphs: with `fullgraph=True`, name the size in the call, or train with
+            `polyscale.training.PatchSizeCallback`.
         train_patch_size_probs: a probability for each of `train_patch_sizes`; uniform when None.
         resize_method: "pi" (pseudo-inverse resize) or "interpolate" (plain resize) of the kernel.
         kernel_interpolation: "bilinear" or "bicubic", of the image resize that the kernel resize follows.
