@@ -22,12 +22,10 @@ from polyscale.assets import sample_photographs
 from polyscale.checkpoints import available_checkpoints
 from polyscale.classification import (
     classify_images,
-    default_budgets,
-    format_budget,
     load_classifier,
     num_prefix_tokens,
-    token_budget,
 )
+from polyscale.layers.token_budget import default_budgets_of, format_budget, token_budget
 from polyscale.utils.images import find_images, open_image
 
 from .tiny_checkpoints import CIFAR10_LABELS, save_tiny_flexivit
@@ -114,23 +112,23 @@ def test_open_image_refuses_decompression_bombs(tmp_path, side):
 
 def test_default_budgets_are_the_trained_patch_sizes_or_the_own_one(checkpoint):
     config = load_classifier(checkpoint).model.config
-    assert default_budgets(config) == [4, 8, 16]
+    assert default_budgets_of(config) == [4, 8, 16]
     config.train_patch_sizes = None
-    assert default_budgets(config) == [8]
+    assert default_budgets_of(config) == [8]
     config.patch_size = (4, 8)
-    assert default_budgets(config) == [[4, 8]]
-    assert default_budgets(ViTConfig()) == [None]
+    assert default_budgets_of(config) == [[4, 8]]
+    assert default_budgets_of(ViTConfig()) == [None]
 
 
 def test_token_budget_is_put_back_even_after_an_error(checkpoint):
     model = load_classifier(checkpoint).model
-    with token_budget(model, 4):
+    with token_budget(model.config, 4):
         assert model.base_model.config.patch_size == 4
     assert model.config.patch_size is None
-    with pytest.raises(ValueError, match="must not be larger"), token_budget(model, 40):
+    with pytest.raises(ValueError, match="must not be larger"), token_budget(model.config, 40):
         model(torch.zeros(1, 3, 32, 32))
     assert model.config.patch_size is None
-    with pytest.raises(ValueError, match="no patch_size of 'flexivit'"), token_budget(model, "four"):
+    with pytest.raises(ValueError, match="no patch_size of 'flexivit'"), token_budget(model.config, "four"):
         pass
 
 

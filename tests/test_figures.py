@@ -27,19 +27,15 @@ from polyscale.classification import classify_images, load_classifier
 from polyscale.figures import (
     MAX_PICTURES,
     draw_classification,
-    draw_flexivit,
-    draw_kernels,
-    draw_patch_grid,
-    draw_quadtrees,
-    draw_s2,
     features_to_rgb,
-    flexivit_features,
+    image_drawer,
     make_grid,
-    picture_drawer,
-    quadtree_picture,
     seen_region,
     show,
 )
+from polyscale.models.flexivit.plot_flexivit import draw_flexivit, draw_kernels, draw_patch_grid, flexivit_features
+from polyscale.models.quadtree_vit.plot_quadtree_vit import draw_quadtrees, quadtree_picture
+from polyscale.models.s2_vision.plot_s2_vision import draw_s2
 
 from .tiny_checkpoints import save_tiny_flexivit
 
@@ -126,7 +122,7 @@ def test_what_an_uneven_patch_size_drops_is_dimmed(photograph):
     assert dimmed(axis) == [(24, 0, 32, 32), (0, 24, 24, 32)]
 
     _, [[padded]] = make_grid(1, 1)
-    draw_patch_grid(padded, photograph, (32, 32), 12, uneven="pad")
+    draw_patch_grid(padded, photograph, (32, 32), 12, remainder="pad")
     assert lines(padded) == ([0, 12, 24], [0, 12, 24])
     assert len(padded.patches) == 0
 
@@ -222,7 +218,7 @@ def test_a_model_without_patches_to_choose_is_drawn_as_the_picture(processor, ph
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=32, patch_size=8
     )
     _, [[axis]] = make_grid(1, 1)
-    picture_drawer(ViTForImageClassification(config), processor)(axis, photograph, None)
+    image_drawer(ViTForImageClassification(config), processor)(axis, photograph, None)
     assert (len(axis.images), len(axis.collections)) == (1, 0)
 
 

@@ -208,7 +208,7 @@ REFUSED = [
     ("s2", {"num_tokens": 10}, "its tokens are those of the wrapped model at one scale"),
     ("s2", {"scales": [1, 2], "img_sizes": [32, 64]}, "not both"),
     ("sparseformer", {"num_tokens": 4}, "its tokens are weights"),
-    ("flexivit", {"split_threshold": 1.0}, "cannot change in a tower of type 'flexivit'"),
+    ("flexivit", {"split_threshold": 1.0}, "cannot change in a model of type 'flexivit'"),
     ("flexivit", {"patch_size": 8, "num_tokens": 4}, "not both"),
     ("flexivit", {"patch_size": 99}, "larger than the image"),
     ("flexivit", {}, "Give at least one of `patch_size`"),

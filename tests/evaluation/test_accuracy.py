@@ -5,13 +5,13 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PILImage
-from polyscale.budgets import budget_argument, count_tokens
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 from typer.testing import CliRunner
 
 from polyscale import FlexiViTConfig, FlexiViTForImageClassification, FlexiViTImageProcessor
 from polyscale.cli import app
 from polyscale.evaluation import evaluate_budgets, load_classifier, plot_results
+from polyscale.layers.token_budget import budget_argument_of, count_tokens
 
 
 NAMES = ["a", "b", "c"]
@@ -130,11 +130,11 @@ def test_bad_input(split, checkpoint):
         evaluate_budgets(model, processor, other)
 
 
-def test_count_tokens_and_budget_argument(checkpoint):
+def test_count_tokens_and_budget_argument_of(checkpoint):
     model, _ = load_classifier(checkpoint)
-    assert budget_argument(model.config) == "patch_size"
-    assert budget_argument(ViTConfig()) is None
-    assert count_tokens(model, torch.zeros(2, 3, 16, 16), patch_size=8) == 4
+    assert budget_argument_of(model.config) == "patch_size"
+    assert budget_argument_of(ViTConfig()) is None
+    assert count_tokens(None, model.config, (16, 16), patch_size=8) == [4]
 
 
 def test_the_command_prints_and_writes(split, checkpoint, tmp_path):

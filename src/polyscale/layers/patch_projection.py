@@ -13,25 +13,17 @@ from .resizing import KernelResize, resize_patches
 
 
 class PatchProjection(nn.Conv2d):
-    """A convolution whose stride is its kernel size, at any patch size.
+    """Cuts images into patches and embeds them, at any patch size.
+
+    The arguments are those of `nn.Conv2d`, which adapters make more of by the class of what they wrap.
 
     Args:
-        num_channels (`int`): channels of an image.
-        hidden_size (`int`): width of a token.
-        kernel_size (`tuple[int, int]`): (height, width) of the stored kernel, in pixels.
-        bias (`bool`, *optional*, defaults to `True`): whether it has a bias.
+        args, kwargs: of `nn.Conv2d`, the stride equal to the kernel size.
         resize (`KernelResize`, *optional*): how the kernel is resized to another patch size.
     """
 
-    def __init__(
-        self,
-        num_channels: int,
-        hidden_size: int,
-        kernel_size: tuple[int, int],
-        bias: bool = True,
-        resize: KernelResize | None = None,
-    ):
-        super().__init__(num_channels, hidden_size, kernel_size, stride=kernel_size, bias=bias)
+    def __init__(self, *args, resize: KernelResize | None = None, **kwargs):
+        super().__init__(*args, **kwargs)
         self.resize = resize or KernelResize()
 
     def kernel_for(self, patch_size: tuple[int, int]) -> torch.Tensor:

@@ -36,11 +36,16 @@ class FlexiViTPatchEmbeddings(nn.Module):
 
     def __init__(self, config: FlexiViTConfig):
         super().__init__()
-        self.pads = config.uneven == "pad"
+        self.pads = config.remainder == "pad"
         self.kernel_size = to_pair(config.base_patch_size, "base_patch_size")
         self.resize = KernelResize(config.resize_method, config.kernel_interpolation, config.kernel_antialias)
         self.projection = PatchProjection(
-            config.num_channels, config.hidden_size, self.kernel_size, config.patch_bias, self.resize
+            config.num_channels,
+            config.hidden_size,
+            self.kernel_size,
+            stride=self.kernel_size,
+            bias=config.patch_bias,
+            resize=self.resize,
         )
 
     def forward(self, pixel_values: torch.Tensor, patch_size: tuple[int, int]) -> torch.Tensor:

@@ -81,8 +81,6 @@ def quadtree_picture(model, processor, image: Image.Image, num_tokens: int | Non
         image: the picture.
         num_tokens: the budget; the config's when None.
     """
-    from .models.quadtree_vit.plot_quadtree_vit import draw_quadtree
-
     pixel_values = preprocess(image, processor, model)
     tokens = model.base_model(pixel_values, num_tokens=num_tokens)
     return draw_quadtree(

@@ -57,7 +57,9 @@ class QuadtreeViTPatchEmbeddings(nn.Module):
         super().__init__()
         size = config.min_patch_size
         self.patch_shape = (config.num_channels, size, size)
-        self.projection = PatchProjection(config.num_channels, config.hidden_size, (size, size), config.patch_bias)
+        self.projection = PatchProjection(
+            config.num_channels, config.hidden_size, size, stride=size, bias=config.patch_bias
+        )
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
         """(batch, tokens, channels * size * size) -> (batch, tokens, hidden)"""
@@ -117,7 +119,8 @@ class PatchTokenizer(nn.Module):
             count = cells + self.config.num_prefix_tokens
             is_here = level[:, :count] == index
             coarse = self.cut(reduced, row[:, :count] * is_here, column[:, :count] * is_here)
-            patches[:, :count] = torch.where(is_here[..., None], coarse, patches[:, :count])
+            coarse = torch.where(is_here[..., None], coarse, patches[:, :count])
+            patches = torch.cat([coarse, patches[:, count:]], dim=1)  # no assignment: patches may carry a gradient
         return patches
 
     def sinusoidal_positions(self, centers: torch.Tensor, length: int) -> torch.Tensor:
@@ -158,16 +161,16 @@ class PatchTokenizer(nn.Module):
 
         Args:
             patches: (batch, num_prefix_tokens + num_tokens, pixels).
-            positions: (batch, num_prefix_tokens + num_tokens, hidden), overwritten.
+            positions: (batch, num_prefix_tokens + num_tokens, hidden).
         """
-        tokens = positions.add_(self.patch_embeddings(patches))
+        tokens = self.patch_embeddings(patches) + positions
         prefix = self.prefix_tokens(tokens.shape[0])
         if prefix is not None:
             num_placed = self.config.num_position_prefix_tokens
             if num_placed:
                 placed = prefix[:, :num_placed] + self.position_embeddings[:, :num_placed]
                 prefix = torch.cat([placed, prefix[:, num_placed:]], dim=1)
-            tokens[:, : prefix.shape[1]] = prefix
+            tokens = torch.cat([prefix, tokens[:, prefix.shape[1] :]], dim=1)
         return self.dropout(tokens)
 
     def embed(

@@ -88,6 +88,29 @@ class S2ImageProcessorMixin(FiniteImagesMixin):
         final = {"height": height, "width": width}
         return cls(**{**settings, "size": final, "crop_size": final, "fit": fit, **kwargs})
 
+    @property
+    def output_size(self) -> tuple[int, int] | None:
+        """(height, width) of the images made; `None` with Dynamic-S2 or `do_resize=False`."""
+        if self.tile_size is not None or not self.do_resize:
+            return None
+        return self.crop_size.height, self.crop_size.width
+
+    def options_for_size(self, image_size: tuple[int, int], crop_pct: float | None = None) -> dict:
+        """Arguments of a call that bring images to (height, width) = `image_size`.
+
+        Raises:
+            ValueError: with Dynamic-S2, whose tiles follow each image's shape; for a `crop_pct`, which `fit` replaces.
+        """
+        if self.tile_size is not None:
+            raise ValueError(
+                f"The image processor cuts images into tiles of {self.tile_size} pixels by their shape (Dynamic-S2): "
+                f"the size {image_size} cannot be asked for."
+            )
+        if crop_pct is not None:
+            raise ValueError(f"`crop_pct` cannot be followed: the image processor crops as `fit={self.fit!r}` says.")
+        final = dict(zip(("height", "width"), image_size, strict=True))
+        return {"size": final, "crop_size": final, "do_resize": True}
+
     def tile_grid_for(self, image_size: Sequence[int]) -> tuple[int, int]:
         """(rows, columns) of tiles in the last scale of a picture of (height, width) pixels, with Dynamic-S2."""
         if self.tile_size is None:

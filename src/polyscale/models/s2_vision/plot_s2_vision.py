@@ -90,8 +90,6 @@ def draw_s2(model, processor, image: Image.Image, budgets: Sequence | None = Non
     Raises:
         ValueError: for budgets.
     """
-    from .models.s2_vision.plot_s2_vision import draw_tiles, scale_features
-
     if budgets is not None:
         raise ValueError(f"`budgets` must be None: the scales of an S2 model belong to its checkpoint, got {budgets}.")
     pixel_values = preprocess(image, processor, model)

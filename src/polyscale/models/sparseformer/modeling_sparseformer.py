@@ -17,7 +17,7 @@ from transformers.utils import ModelOutput, TransformersKwargs, logging
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from ...layers.encoder import is_observed
+from ...layers.pooled_only import pooled_only_suffices
 from ...utils.validation import check_pixel_values
 from .configuration_sparseformer import SparseFormerConfig
 from .geometry_sparseformer import initial_rois
@@ -201,16 +201,6 @@ class SparseFormerPreTrainedModel(PreTrainedModel):
         )
         return (model, info) if wants_info else model
 
-    def reads_pooled_only(self, model: "SparseFormerModel", **kwargs) -> bool:
-        """Whether a classifier may leave uncomputed what its head does not read of the last layer: nothing else that
-        layer gives is asked for, and there is no hook to see it.
-
-        Args:
-            model: the model without its head.
-            kwargs: of the classifier's forward.
-        """
-        return not is_observed(self, (model, model.layernorm, *model.layers[-1].modules()), kwargs)
-
     def set_loss_scale(self, loss_scale: float) -> None:
         """Tells the clamp of sampling gradients the factor on the loss, a `GradScaler`'s, before each forward."""
         for module in self.modules():
@@ -314,7 +304,7 @@ class SparseFormerForImageClassification(SparseFormerPreTrainedModel):
         Returns:
             `SparseFormerClassifierOutput`.
         """
-        pooled_only = self.reads_pooled_only(self.sparseformer, **kwargs)
+        pooled_only = pooled_only_suffices(self, kwargs)
         outputs = self.sparseformer(pixel_values, loss_scale=loss_scale, pooled_only=pooled_only, **kwargs)
         logits = self.classifier(outputs.pooler_output)
         loss = self.loss_function(labels, logits, self.config, **kwargs) if labels is not None else None

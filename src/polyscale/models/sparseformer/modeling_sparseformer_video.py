@@ -11,6 +11,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
+from ...layers.pooled_only import pooled_only_suffices
 from .configuration_sparseformer_video import SparseFormerVideoConfig
 from .modeling_sparseformer import (
     SparseFormerClassifierOutput,
@@ -109,7 +110,7 @@ class SparseFormerForVideoClassification(SparseFormerVideoPreTrainedModel):
         Returns:
             `SparseFormerClassifierOutput`.
         """
-        pooled_only = self.reads_pooled_only(self.sparseformer, **kwargs)
+        pooled_only = pooled_only_suffices(self, kwargs)
         outputs = self.sparseformer(pixel_values, loss_scale=loss_scale, pooled_only=pooled_only, **kwargs)
         logits = self.classifier(outputs.pooler_output)
         loss = self.loss_function(labels, logits, self.config, **kwargs) if labels is not None else None
