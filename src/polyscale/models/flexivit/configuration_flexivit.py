@@ -23,7 +23,8 @@ class FlexiViTConfig(EncoderConfig):
         patch_size (`int` or `(height, width)`, *optional*): patch size of a call that names none; `base_patch_size`
             when `None`.
         train_patch_sizes (`list`, *optional*): sizes to draw from in training when the call names none; `None` means
-            no drawing.
+            no drawing. A compiled model draws between graphs: with `fullgraph=True`, name the size in the call or
+            train with `polyscale.training.PatchSizeCallback`.
         train_patch_size_probs (`list[float]`, *optional*): a probability for each of `train_patch_sizes`; uniform when
             `None`.
         resize_method (`str`, *optional*, defaults to `"pi"`): `"pi"` (pseudo-inverse resize) or `"interpolate"` (plain

@@ -113,6 +113,7 @@ class QuadtreeViTConfig(EncoderConfig):
     patch_bias: bool = True
 
     def __post_init__(self, **kwargs):
+        count_levels(self.min_patch_size, self.max_patch_size)
         coarsest, finest = self.num_tokens_range(self.image_size)
         if self.num_tokens is None and self.split_threshold is None:
             self.num_tokens = check_token_budget(max(int(finest * DEFAULT_BUDGET), coarsest), coarsest, finest, True)

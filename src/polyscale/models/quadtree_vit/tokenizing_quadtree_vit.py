@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ...layers.encoder import PrefixTokens
+from ...layers.patch_projection import PatchProjection
 from ...layers.resizing import resize_abs_pos_embed
 from ...utils.validation import check_pixel_values
 from .configuration_quadtree_vit import QuadtreeViTConfig
@@ -55,12 +56,15 @@ class QuadtreeViTPatchEmbeddings(nn.Module):
     def __init__(self, config: QuadtreeViTConfig):
         super().__init__()
         size = config.min_patch_size
-        self.projection = nn.Conv2d(config.num_channels, config.hidden_size, size, stride=size, bias=config.patch_bias)
+        self.patch_shape = (config.num_channels, size, size)
+        self.projection = PatchProjection(
+            config.num_channels, config.hidden_size, size, stride=size, bias=config.patch_bias
+        )
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
         """(batch, tokens, channels * size * size) -> (batch, tokens, hidden)"""
-        kernel = self.projection.weight.flatten(1)
-        return F.linear(patches.to(kernel.dtype), kernel, self.projection.bias)
+        tokens = self.projection(patches.reshape(-1, *self.patch_shape))  # (batch * tokens, hidden, 1, 1)
+        return tokens.flatten(1).unflatten(0, patches.shape[:2])
 
 
 class PatchTokenizer(nn.Module):

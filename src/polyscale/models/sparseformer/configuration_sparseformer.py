@@ -145,6 +145,9 @@ class SparseFormerConfig(CheckedConfigMixin, TokenBudgetMixin, PreTrainedConfig)
         projection_bias (`bool`, *optional*, defaults to `False`): whether that projection has a bias.
         initializer_range (`float`, *optional*, defaults to 0.02): standard deviation of the initial weights of linear
             layers.
+        keep_all_tokens (`bool`, *optional*, defaults to `False`): whether a classifier computes every token of the
+            last layer, also those that its head does not read. Without it they are computed where
+            `output_hidden_states` or `output_attentions` asks for them.
 
     Raises:
         ValueError: for an unknown name or choice, or operation lists that cannot run.
@@ -197,6 +200,7 @@ class SparseFormerConfig(CheckedConfigMixin, TokenBudgetMixin, PreTrainedConfig)
     projection_dim: int = positive(512)
     projection_bias: bool = False
     initializer_range: float | int = non_negative(0.02)
+    keep_all_tokens: bool = False
 
     def __post_init__(self, **kwargs):
         tiny = PRESETS["sparseformer_v1_tiny"]
