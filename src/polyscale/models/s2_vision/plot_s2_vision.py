@@ -8,7 +8,8 @@ from PIL import Image, ImageDraw
 
 from ...figures import features_to_rgb, make_grid, preprocess, seen_region
 from .modeling_s2_vision import S2VisionWrapper
-from .multiscale_s2_vision import TilePlan, multiscale_forward
+from .multiscale_s2_vision import multiscale_forward
+from .tiling_s2_vision import TilePlan
 
 
 if TYPE_CHECKING:
