@@ -214,7 +214,7 @@ class TokenPooler(nn.Module):
             self.dense = nn.Linear(config.hidden_size, config.pooled_size)
             self.activation = ACT2FN[config.pooler_act]
         self.layernorm = (
-            nn.LayerNorm(config.pooled_size, eps=config.layer_norm_eps) if config.pooled_norm else nn.Identity()
+            nn.LayerNorm(config.pooled_size, eps=config.layer_norm_eps) if config.fc_norm else nn.Identity()
         )
 
     def _mean(self, hidden_states: torch.Tensor, token_mask: torch.Tensor | None) -> torch.Tensor:

@@ -1,19 +1,39 @@
-"""Image files: finding them, and opening them as upright RGB images."""
+"""Image files: finding them, and the one way from a file or a PIL image to upright RGB pixels of 8 bits."""
 
+import io
 import os
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from PIL import Image, ImageOps
+import numpy as np
+from PIL import Image, ImageCms, ImageOps
 
 
 IMAGE_SUFFIXES = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
-# Pillow can also read formats that start other programs (EPS); pictures of unknown origin do not get to choose those.
+# Pillow can also read formats that start other programs (EPS); images of unknown origin do not get to choose those.
 _PILLOW_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "MPO", "PNG", "PPM", "TIFF", "WEBP")
 
 
+class UnreadableImageError(ValueError):
+    """An image that cannot be used. The message is "name: reason".
+
+    Attributes:
+        name (`str`): the file, or what the caller called the image.
+        reason (`str`): what is wrong with it.
+    """
+
+    def __init__(self, name: str | os.PathLike, reason: str):
+        self.name, self.reason = os.fspath(name), reason
+        super().__init__(f"{self.name}: {reason}")
+
+    def __reduce__(self):
+        return type(self), (self.name, self.reason)
+
+
 def find_images(path: str | os.PathLike) -> list[Path]:
-    """The file itself, or the picture files in a folder and below, sorted.
+    """The file itself, or the image files in a folder and below, sorted.
 
     Raises:
         ValueError: for a folder that holds none.
@@ -23,36 +43,114 @@ def find_images(path: str | os.PathLike) -> list[Path]:
         return [path]
     files = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
     if not files:
-        raise ValueError(f"a folder without picture files ({', '.join(IMAGE_SUFFIXES)})")
+        raise UnreadableImageError(path, f"a folder without image files ({', '.join(IMAGE_SUFFIXES)})")
     return files
 
 
-def open_image(path: str | os.PathLike) -> Image.Image:
-    """A picture file as an upright RGB image.
+def upright_8_bit(image: Image.Image, name: str = "image") -> Image.Image:
+    """A PIL image turned upright as its EXIF data says, with 8 bits a channel; its mode is else kept.
+
+    16 bits are reduced to their upper 8, as Pillow itself does with colours of 16 bits. Of an animation the frame
+    that the image stands at is taken: the first, where it was just opened.
+
+    Args:
+        image (`PIL.Image.Image`): of any mode.
+        name (`str`, *optional*, defaults to `"image"`): what an error calls it.
 
     Raises:
-        ValueError: if the file is missing or no picture, is damaged, has more pixels than Pillow thinks safe
+        UnreadableImageError: for a damaged image, and for pixels whose range nobody knows (32-bit integers and
+            floats).
+    """
+    try:
+        image.load()
+        # a PGM file of more than 8 bits is opened as 32 bits, but scaled to 16
+        is_16_bit = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")
+        upright = ImageOps.exif_transpose(image)
+        if is_16_bit:
+            return Image.fromarray((np.asarray(upright).astype(np.uint32) >> 8).astype(np.uint8))
+    except Exception as error:  # a decoder may raise anything on a damaged file
+        raise UnreadableImageError(name, f"not a readable image ({type(error).__name__}: {error})") from error
+    if upright.mode in ("I", "F"):
+        kind = "integers" if upright.mode == "I" else "floats"
+        raise UnreadableImageError(
+            name, f"pixels are 32-bit {kind} (mode {upright.mode!r}), whose range is unknown; convert it to 8 bits"
+        )
+    return upright
+
+
+def to_rgb(image: Image.Image, name: str = "image") -> Image.Image:
+    """A PIL image of any mode as an upright RGB image of 8 bits a channel; transparency is dropped.
+
+    Every tool of this library and every image processor goes through here, so that all see the same pixels.
+    Arguments and errors: `upright_8_bit`.
+    """
+    image = upright_8_bit(image, name)
+    if image.mode == "LAB":  # the one mode that `convert` has no way from
+        profiles = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        return ImageCms.profileToProfile(image, *profiles, outputMode="RGB")
+    if image.mode == "La":  # greys multiplied by their transparency
+        image = image.convert("LA")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def open_image(source: str | os.PathLike | bytes, name: str | None = None) -> Image.Image:
+    """An image file, or its bytes, as an upright RGB image (`to_rgb`).
+
+    Args:
+        source (`str`, `os.PathLike` or `bytes`): the file, or what is in it.
+        name (`str`, *optional*): what an error calls it; the file by default.
+
+    Raises:
+        UnreadableImageError: if the file is missing or no image, is damaged, has more pixels than Pillow thinks safe
             (`PIL.Image.MAX_IMAGE_PIXELS`), or has pixels of 32 bits, whose range nobody knows.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError("no such file" if not path.exists() else "not a file")
+    if isinstance(source, bytes):
+        name, file = name or "image", io.BytesIO(source)
+    else:
+        name, file = name or os.fspath(source), Path(source)
+        if not file.is_file():
+            raise UnreadableImageError(name, "not a file" if file.exists() else "no such file")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             Image.init()
-            with Image.open(path, formats=[name for name in _PILLOW_FORMATS if name in Image.OPEN]) as image:
-                image = ImageOps.exif_transpose(image)
-                image.load()
+            with Image.open(file, formats=[format for format in _PILLOW_FORMATS if format in Image.OPEN]) as image:
+                return to_rgb(image, name)
+    except UnreadableImageError:
+        raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ValueError(f"too many pixels, perhaps a decompression bomb ({error})") from error
-    except Exception as error:  # a decoder may raise anything on a damaged file
-        raise ValueError(f"not a readable picture ({type(error).__name__}: {error})") from error
-    if image.mode.startswith("I;16"):
-        image = image.point(lambda value: value / 256, "L")
-    if image.mode in ("I", "F"):
-        raise ValueError(f"pixels of 32 bits (mode {image.mode!r}); convert the picture to 8 bits a channel")
-    return image.convert("RGB")
+        raise UnreadableImageError(name, f"too many pixels, perhaps a decompression bomb ({error})") from error
+    except Exception as error:
+        raise UnreadableImageError(name, f"not a readable image ({type(error).__name__}: {error})") from error
 
 
-__all__ = ["IMAGE_SUFFIXES", "find_images", "open_image"]
+def read_image(value: Any, name: str | None = None) -> Image.Image:
+    """Whatever stands for an image in a data set or a call, as an upright RGB image.
+
+    Args:
+        value (`str`, `os.PathLike`, `bytes`, `PIL.Image.Image` or `dict`): a file, its bytes, an opened image, or
+            what a `datasets.Image(decode=False)` column holds: a dict with "bytes" or "path".
+        name (`str`, *optional*): what an error calls it; the file by default.
+
+    Raises:
+        UnreadableImageError: as `open_image`, and for a missing value.
+    """
+    if isinstance(value, Image.Image):
+        return to_rgb(value, name or getattr(value, "filename", "") or "image")
+    if isinstance(value, Mapping):
+        path = value.get("path")
+        return read_image(path if value.get("bytes") is None else value["bytes"], name or path)
+    if isinstance(value, str | os.PathLike | bytes):
+        return open_image(value, name)
+    raise UnreadableImageError(name or "image", f"expected a file, bytes or a PIL image, got {type(value).__name__}")
+
+
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "UnreadableImageError",
+    "find_images",
+    "open_image",
+    "read_image",
+    "to_rgb",
+    "upright_8_bit",
+]

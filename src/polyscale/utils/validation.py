@@ -1,16 +1,28 @@
 """Checks of what users give: choices, sizes, pixel values, images. Sizes are (height, width) in pixels."""
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
 from operator import index
 
 import numpy as np
 import torch
+from PIL import Image
+
+from .images import to_rgb, upright_8_bit
 
 
 def check_choice(name: str, value: object, choices: tuple) -> None:
     """Raises ValueError naming `name`, its legal values and what came, if `value` is not one of `choices`."""
     if value not in choices:
         raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+
+
+def closest_name(name: str, names: Iterable[str]) -> str | None:
+    """The one of `names` of which `name` is likely a misspelling; `None` where none is near, or it is one of them."""
+    by_letters = {known.lower().replace("_", ""): known for known in names}
+    letters = name.lower().replace("_", "").replace("-", "")
+    nearest = difflib.get_close_matches(letters, by_letters, n=1, cutoff=0.8)
+    return by_letters[nearest[0]] if nearest and by_letters[nearest[0]] != name else None
 
 
 def to_pair(value: int | Sequence[int], name: str = "size") -> tuple[int, int]:
@@ -55,14 +67,18 @@ def check_pixel_values(pixel_values, num_channels: int) -> None:
 
 
 class FiniteImagesMixin:
-    """Refuses pictures that hold NaN or infinity. Goes in front of transformers' torchvision or PIL backend.
+    """Reads PIL images as every tool of this library does (`to_rgb`), and refuses images that hold NaN or infinity.
+
+    Goes in front of transformers' torchvision or PIL backend.
 
     Raises:
         ValueError: from the call of the processor, before anything is resized.
     """
 
-    def process_image(self, *args, **kwargs) -> np.ndarray | torch.Tensor:
-        image = super().process_image(*args, **kwargs)
+    def process_image(self, image, do_convert_rgb: bool | None = None, **kwargs) -> np.ndarray | torch.Tensor:
+        if isinstance(image, Image.Image):
+            image = to_rgb(image) if do_convert_rgb else upright_8_bit(image)
+        image = super().process_image(image, do_convert_rgb=do_convert_rgb, **kwargs)
         is_tensor = isinstance(image, torch.Tensor)
         if is_tensor and image.is_floating_point() and image.device.type == "cpu":
             finite = bool(torch.isfinite(image).all())
@@ -78,4 +94,4 @@ class FiniteImagesMixin:
         return image
 
 
-__all__ = ["FiniteImagesMixin", "check_choice", "check_pixel_values", "to_pair"]
+__all__ = ["FiniteImagesMixin", "check_choice", "check_pixel_values", "closest_name", "to_pair"]

@@ -55,8 +55,8 @@ def test_interpolated_kernels_are_another_choice(make_model, images):
 
 
 def test_token_count_is_what_was_promised(make_model):
-    for uneven in ("crop", "pad"):
-        model = make_model(uneven=uneven, num_register_tokens=2, prefix_positions="cls")
+    for remainder in ("crop", "pad"):
+        model = make_model(remainder=remainder, num_register_tokens=2, prefix_positions="cls")
         for image_size in ((32, 32), (30, 44)):
             for patch_size in (4, 7, (6, 9)):
                 output = model(torch.randn(1, 3, *image_size), patch_size=patch_size)
@@ -89,14 +89,14 @@ def test_prefix_tokens_get_the_positions_they_have(make_model, images, prefix_po
 def test_crop_drops_the_rest_and_pad_adds_zeros(make_model):
     images = torch.randn(2, 3, 30, 35)
     with torch.no_grad():
-        crop = make_model(uneven="crop")(images, patch_size=8).last_hidden_state
+        crop = make_model(remainder="crop")(images, patch_size=8).last_hidden_state
         assert torch.equal(crop, make_model()(images[:, :, :24, :32].contiguous(), patch_size=8).last_hidden_state)
-        pad = make_model(uneven="pad")(images, patch_size=8).last_hidden_state
+        pad = make_model(remainder="pad")(images, patch_size=8).last_hidden_state
         padded = torch.zeros(2, 3, 32, 40)
         padded[:, :, :30, :35] = images
         torch.testing.assert_close(pad, make_model()(padded, patch_size=8).last_hidden_state)
     with pytest.raises(ValueError, match="does not divide"):
-        make_model(uneven="error")(images, patch_size=8)
+        make_model(remainder="error")(images, patch_size=8)
 
 
 def prepared_model(model, patch_size):

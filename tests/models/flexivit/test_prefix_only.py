@@ -29,7 +29,7 @@ def logits_and_gradients(model, pixel_values, **kwargs):
         {},
         {"pooling": "pooler", "num_register_tokens": 2},
         {"use_distillation_token": True, "use_distillation_head": True},
-        {"pre_norm": True, "final_norm": False, "pooled_norm": True, "layer_scale_init_value": 0.5},
+        {"pre_norm": True, "final_norm": False, "fc_norm": True, "layer_scale_init_value": 0.5},
         {"pooling": "mean"},
         {"pooling": "cls_mean", "mlp_type": "swiglu"},
     ],

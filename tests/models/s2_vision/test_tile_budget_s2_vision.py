@@ -204,7 +204,7 @@ def test_compiled_and_exported():
     ("fields", "message"),
     [
         ({"num_tiles": 14}, "between 0 and 13"),
-        ({"num_tiles": -1}, "between 0 and 13"),
+        ({"num_tiles": -1}, "at least 0"),
         ({"tile_fill": "map"}, "'coarse', 'first_scale'"),
         ({"num_tiles": 2, "dynamic": True, "resize_output_to_idx": -1}, "use `max_tiles`"),
     ],

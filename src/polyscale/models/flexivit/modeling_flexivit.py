@@ -43,7 +43,7 @@ class FlexiViTPatchEmbeddings(nn.Module):
 
     def forward(self, pixel_values: torch.Tensor, patch_size: tuple[int, int]) -> torch.Tensor:
         """(batch, channels, height, width) -> (batch, rows * columns, hidden)"""
-        if self.config.uneven == "pad":
+        if self.config.remainder == "pad":
             height, width = pixel_values.shape[-2:]
             pixel_values = F.pad(pixel_values, (0, -width % patch_size[1], 0, -height % patch_size[0]))
         patches = F.conv2d(

@@ -22,7 +22,7 @@ def draw_patch_grid(
     image: Image.Image,
     image_size: tuple[int, int],
     patch_size: int | Sequence[int],
-    uneven: str = "crop",
+    remainder: str = "crop",
 ) -> None:
     """Draws a picture with the patches that a FlexiViT cuts it into; what it drops is dimmed.
 
@@ -31,14 +31,14 @@ def draw_patch_grid(
         image: the picture, at any resolution.
         image_size: (height, width) of the model's input, in pixels.
         patch_size: in pixels of the model's input.
-        uneven: the `uneven` of the model's config.
+        remainder: the `remainder` of the model's config.
     """
     height, width = image_size
     patch_height, patch_width = to_pair(patch_size, "patch_size")
     draw_picture(axis, image, extent=(0, width, height, 0), interpolation="lanczos", aspect="equal")
     line = {"color": "white", "linewidth": 0.7, "alpha": 0.85}
-    bottom = height // patch_height * patch_height if uneven == "crop" else height
-    right = width // patch_width * patch_width if uneven == "crop" else width
+    bottom = height // patch_height * patch_height if remainder == "crop" else height
+    right = width // patch_width * patch_width if remainder == "crop" else width
     axis.vlines(np.arange(0, right + 1, patch_width), 0, bottom, **line)
     axis.hlines(np.arange(0, bottom + 1, patch_height), 0, right, **line)
     if right < width:
@@ -81,7 +81,7 @@ def draw_flexivit(model, processor, image: Image.Image, patch_sizes: Sequence | 
     figure, axes = make_grid(2, len(patch_sizes), cell=(2.1, 2.2))
     for column, (patch_size, colour) in enumerate(zip(patch_sizes, colours, strict=True)):
         above, below = axes[:, column]
-        draw_patch_grid(above, region, image_size, patch_size, model.config.uneven)
+        draw_patch_grid(above, region, image_size, patch_size, model.config.remainder)
         tokens = model.config.num_tokens_for(image_size, patch_size)
         above.set_title(f"patch size {format_budget(patch_size)}\n{tokens} tokens", fontsize=9)
         below.imshow(colour, interpolation="nearest")
@@ -94,7 +94,7 @@ def draw_patches(axis: "Axes", model, processor, image: Image.Image, patch_size)
     """Draws an image with the patches that a FlexiViT cuts it into at a patch size, on an axis of a figure."""
     image_size = tuple(preprocess(image, processor, model).shape[-2:])
     patch_size = model.config.resolve_patch_size(patch_size)
-    draw_patch_grid(axis, seen_region(image, processor), image_size, patch_size, model.config.uneven)
+    draw_patch_grid(axis, seen_region(image, processor), image_size, patch_size, model.config.remainder)
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ from transformers.image_processing_base import BatchFeature
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling, SizeDict
 from transformers.processing_utils import ImagesKwargs
 
+from ...utils.processors import plain_options_for_size
 from ...utils.validation import FiniteImagesMixin, check_choice
 from .selection_quadtree_vit import check_multiple
 
@@ -62,6 +63,33 @@ class LegalSizeMixin:
             kwargs["crop_size"] = dict(size)
         super().__init__(**kwargs)
         check_choice("fit", self.fit, FITS)
+
+    @property
+    def output_size(self) -> tuple[int, int] | None:
+        """(height, width) of the images made; `None` where that depends on the image."""
+        if not self.do_resize or self.fit == "aspect":
+            return None
+        size = self.crop_size if self.do_center_crop and self.fit == "squash" else self.size
+        return (size.height, size.width) if size.height and size.width else None
+
+    def options_for_size(self, image_size: tuple[int, int], crop_pct: float | None = None) -> dict:
+        """Arguments of a call that bring images to (height, width) = `image_size`.
+
+        Raises:
+            ValueError: with `fit="aspect"`, whose sizes follow each image's shape; for a crop with `fit="pad"`.
+        """
+        if self.fit == "aspect":
+            raise ValueError(
+                f"The image processor has `fit='aspect'`, which sizes each image by its shape: {image_size} cannot "
+                "be asked for. Set `fit='squash'` or `fit='pad'` in its preprocessor_config.json."
+            )
+        if self.fit == "pad" and crop_pct is not None:
+            raise ValueError(
+                "`crop_pct` cannot be followed: the image processor has `fit='pad'` and crops nothing."
+            )
+        if self.fit == "pad":
+            return {"size": dict(zip(("height", "width"), image_size, strict=True)), "do_resize": True}
+        return plain_options_for_size(self, image_size, crop_pct)
 
     def _preprocess(
         self,

@@ -1,15 +1,15 @@
 """S2 configuration."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
-from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import SubConfigSpec
 
+from ...layers.config_checks import CheckedConfigMixin, checked_config, non_negative, positive, size
 from ...layers.token_budget import TokenBudgetMixin, budget_argument_of
-from ...utils.validation import check_choice, to_pair
+from ...utils.validation import to_pair
 from ...utils.vision_configs import (
     base_feature_grid,
     base_image_size,
@@ -21,55 +21,52 @@ from ...utils.vision_configs import (
     check_base,
 )
 from .dynamic_tiling_s2_vision import dynamic_tile_grid
-from .multiscale_s2_vision import OUTPUT_SHAPES
-from .tiling_s2_vision import (
-    UNEVEN,
-    TilePlan,
-    check_chunks,
-    check_num_tiles,
-    check_scale_index,
-    plan_tiles,
-    scale_list,
-)
+from .tiling_s2_vision import TilePlan, check_num_tiles, check_scale_index, plan_tiles, scale_list
 
 
-POOLINGS = ("pooler", "mean")
-TILE_FILLS = ("coarse", "first_scale")
-
-
-@strict
-class S2VisionConfig(TokenBudgetMixin, BackboneConfigMixin, PreTrainedConfig):
+@checked_config
+class S2VisionConfig(CheckedConfigMixin, TokenBudgetMixin, BackboneConfigMixin, PreTrainedConfig):
     """Configuration of S2: a vision model applied at several scales, its features concatenated on channels.
 
     Exactly one of `scales` and `img_sizes` is given. All sizes are in pixels, (height, width) or an int for both.
 
     Args:
-        vision_config: configuration of the model that is wrapped, of any type registered with `AutoModel`; CLIP's
-            vision part by default.
-        scales: the scales, as multiples of the tile's size. Where some are below 1, the smallest is the tile: `[0.5,
-            1]` is `[1, 2]`. They do not depend on the size of an image; an image that is not square keeps its
-            aspect ratio, its short side scaled.
-        img_sizes: in place of `scales`, the size at each scale; an image of another aspect ratio is squashed.
-        max_split_size: size of the tiles that the model sees; its own `image_size` by default.
-        resize_output_to_idx: the scale (its place in the list) whose feature grid the output has.
-        num_prefix_tokens: tokens in front of the model's output without a place in the image (CLS, registers);
-            known for the usual models.
-        output_shape: "bnc" (tokens) or "bchw" (maps, from ConvNets); known for the usual models.
-        uneven: what becomes of a size that is no multiple of the tile: "resize" or "pad", as in `multiscale_forward`.
-        split_forward: whether tiles go through the model one place at a time: the memory of about one scale.
-        tiles_per_forward: how many tiles go through the model at a time; all when None.
-        antialias: whether images are shrunk to the lower scales with antialias; the published code does not, which is
-            what `None` means. `swap_vision_tower` turns `None` into True: a LLaVA model has seen images shrunk by an
-            image processor, which does.
-        num_tiles: how many tiles of the scales above the smallest go through the model, those that show most detail;
-            all when `None`.
-        tile_fill: what stands in for the other tiles: "coarse" (the same tile at a cheaper budget of the wrapped
-            model) or "first_scale" (the features of the smallest scale, enlarged). When `None`: "coarse" where the
-            wrapped model has a cheaper budget.
-        pooling: what the classifier reads: "pooler" (`pooler_output`) or "mean" (over the patch tokens).
-        dynamic: Dynamic-S2 (NVILA, arXiv 2412.04468): the last scale has as many tiles as fit the image's aspect
-            ratio.
-        max_tiles: with `dynamic`, the most tiles in the last scale; the fewest are those of the last scale's square.
+        vision_config (`PreTrainedConfig` or `dict`, *optional*): of the model that is wrapped, of any type registered
+            with `AutoModel`; CLIP's vision part when `None`.
+        scales (`list[float]`, *optional*): the scales, as multiples of the tile's size. Where some are below 1, the
+            smallest is the tile: `[0.5, 1]` is `[1, 2]`. They do not depend on the size of an image; an image that is
+            not square keeps its aspect ratio, its short side scaled.
+        img_sizes (`list`, *optional*): in place of `scales`, the size at each scale; an image of another aspect ratio
+            is squashed.
+        max_split_size (`int` or `(height, width)`, *optional*): size of the tiles that the model sees; its own
+            `image_size` when `None`.
+        resize_output_to_idx (`int`, *optional*, defaults to 0): the scale (its place in the list) whose feature grid
+            the output has.
+        num_prefix_tokens (`int`, *optional*): tokens in front of the model's output without a place in the image (CLS,
+            registers); known for the usual models.
+        output_shape (`str`, *optional*): `"bnc"` (tokens) or `"bchw"` (maps, from ConvNets); known for the usual
+            models.
+        uneven (`str`, *optional*, defaults to `"resize"`): what becomes of a size that is no multiple of the tile:
+            `"resize"` or `"pad"`, as in `multiscale_forward`.
+        split_forward (`bool`, *optional*, defaults to `False`): whether tiles go through the model one place at a
+            time: the memory of about one scale.
+        tiles_per_forward (`int`, *optional*): how many tiles go through the model at a time; all when `None`.
+        antialias (`bool`, *optional*): whether images are shrunk to the lower scales with antialias; the published
+            code does not, which is what `None` means. `swap_vision_tower` makes `None` True: a LLaVA model is used to
+            images shrunk by an image processor, with antialias.
+        num_tiles (`int`, *optional*): how many tiles of the scales above the smallest go through the model, those that
+            show most detail; all when `None`.
+        tile_fill (`str`, *optional*): what stands in for the other tiles: `"coarse"` (the same tile at a cheaper
+            budget of the wrapped model) or `"first_scale"` (the features of the smallest scale, enlarged); `"coarse"`
+            where the wrapped model has a cheaper budget when `None`.
+        pooling (`str`, *optional*, defaults to `"pooler"`): what a head reads: `"pooler"` (`pooler_output`) or
+            `"mean"` (over the patch tokens).
+        dynamic (`bool`, *optional*, defaults to `False`): Dynamic-S2 (NVILA, arXiv 2412.04468): the last scale has as
+            many tiles as fit the image's aspect ratio.
+        max_tiles (`int`, *optional*, defaults to 12): with `dynamic`, the most tiles in the last scale; the fewest are
+            those of the last scale's square.
+        initializer_range (`float`, *optional*, defaults to 0.02): standard deviation of the classifier's initial
+            weights.
 
     Raises:
         ValueError: for both or neither of `scales` and `img_sizes`, an unknown choice or index, or a model that S2
@@ -97,20 +94,20 @@ class S2VisionConfig(TokenBudgetMixin, BackboneConfigMixin, PreTrainedConfig):
     vision_config: dict | PreTrainedConfig | None = None
     scales: list | tuple | None = None
     img_sizes: list | tuple | None = None
-    max_split_size: int | list[int] | tuple[int, int] | None = None
+    max_split_size: int | list[int] | tuple[int, int] | None = size(None)
     resize_output_to_idx: int = 0
-    num_prefix_tokens: int | None = None
-    output_shape: str | None = None
-    uneven: str = "resize"
+    num_prefix_tokens: int | None = non_negative(None)
+    output_shape: Literal["bnc", "bchw"] | None = None
+    uneven: Literal["resize", "pad"] = "resize"
     split_forward: bool = False
-    tiles_per_forward: int | None = None
+    tiles_per_forward: int | None = positive(None)
     antialias: bool | None = None
-    num_tiles: int | None = None
-    tile_fill: str | None = None
-    pooling: str = "pooler"
+    num_tiles: int | None = non_negative(None)
+    tile_fill: Literal["coarse", "first_scale"] | None = None
+    pooling: Literal["pooler", "mean"] = "pooler"
     dynamic: bool = False
-    max_tiles: int = 12
-    initializer_range: float = 0.02
+    max_tiles: int = positive(12)
+    initializer_range: float | int = non_negative(0.02)
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
     reshape_hidden_states: bool = True
@@ -127,31 +124,24 @@ class S2VisionConfig(TokenBudgetMixin, BackboneConfigMixin, PreTrainedConfig):
             self.num_prefix_tokens = base_num_prefix_tokens(self.vision_config)
         if self.output_shape is None:
             self.output_shape = base_output_shape(self.vision_config)
-        self._check()
         self.stage_names = ["stem"] + [f"stage{index}" for index in range(1, self.num_hidden_layers + 1)]
         self.set_output_features_output_indices(out_indices=out_indices, out_features=out_features)
 
-    def _check(self) -> None:
-        check_choice("output_shape", self.output_shape, OUTPUT_SHAPES)
-        check_choice("uneven", self.uneven, UNEVEN)
-        check_choice("pooling", self.pooling, POOLINGS)
-        check_chunks(self.tiles_per_forward)
-        if self.num_prefix_tokens < 0 or (self.output_shape == "bchw" and self.num_prefix_tokens):
+    def validate_scales(self) -> None:
+        """Rules between fields; transformers runs this when a config is made and saved."""
+        if self.output_shape == "bchw" and self.num_prefix_tokens:
             raise ValueError(
-                "`num_prefix_tokens` must be at least 0, and 0 with `output_shape='bchw'`, got "
-                f"{self.num_prefix_tokens}."
+                f"`num_prefix_tokens` must be 0 with `output_shape='bchw'`, got {self.num_prefix_tokens}."
             )
         plan = self.plan_for(self.tile_size)
         check_scale_index(self.resize_output_to_idx, len(plan.sizes))
-        if self.tile_fill is not None:
-            check_choice("tile_fill", self.tile_fill, TILE_FILLS)
-            if self.tile_fill == "coarse" and self._cheaper_budget() is None:
-                raise ValueError(
-                    f"`tile_fill='coarse'` needs a model with a cheaper budget inside, got one of type "
-                    f"{self.vision_config.model_type!r}: use 'first_scale'."
-                )
         if self.num_tiles is not None:
             check_num_tiles(self.num_tiles, sum(plan.num_tiles(scale) for scale in plan.higher_scales))
+        if self.tile_fill == "coarse" and self.coarse_budget({}) is None:
+            raise ValueError(
+                f"`tile_fill='coarse'` needs a model with a cheaper budget inside, got one of type "
+                f"{self.vision_config.model_type!r}: use 'first_scale'."
+            )
         if self.dynamic:
             self._check_dynamic()
 
@@ -234,7 +224,7 @@ class S2VisionConfig(TokenBudgetMixin, BackboneConfigMixin, PreTrainedConfig):
 
     @property
     def patch_size(self) -> int | None:
-        """Pixels of an image of `image_size` a token: what `LlavaProcessor` counts with. With `dynamic`, of the
+        """Pixels per token, in an image of `image_size`: what `LlavaProcessor` counts with. With `dynamic`, of the
         last scale.
         """
         if self.features_per_tile is None:
@@ -275,21 +265,14 @@ class S2VisionConfig(TokenBudgetMixin, BackboneConfigMixin, PreTrainedConfig):
         plan = self.plan_for(self.image_size if image_size is None else image_size, scales, img_sizes)
         return plan.feature_grid(self.resize_output_to_idx % self.num_scales, self.features_per_tile)
 
-    def _cheaper_budget(self) -> dict[str, Any] | None:
-        """A budget of the wrapped model that costs about a quarter of its own; `None` where it has none."""
-        cheaper = getattr(self.vision_config, "cheaper_budget", None)
-        return None if cheaper is None else cheaper(self.tile_size)
-
     def coarse_budget(self, options: Mapping[str, Any]) -> dict[str, Any] | None:
         """Arguments of the wrapped model for tiles outside of the budget; `None` where the first scale fills them.
 
         Args:
             options: the arguments of the call; a budget among them is what the cheaper one is cheaper than.
         """
-        if self.tile_fill == "first_scale":
-            return None
         cheaper = getattr(self.vision_config, "cheaper_budget", None)
-        if cheaper is None:
+        if cheaper is None or self.tile_fill == "first_scale":
             return None
         argument = budget_argument_of(self.vision_config)
         return cheaper(self.tile_size, **{name: options[name] for name in (argument,) if name in options})

@@ -20,10 +20,10 @@ LINE = (255, 64, 0)
 
 
 def draw_tiles(image: Image.Image, plan: TilePlan, scale: int, max_side: int = 480) -> Image.Image:
-    """A picture at one scale, with the borders of its tiles.
+    """An image at one scale, with the borders of its tiles.
 
     Args:
-        image: the picture, of any size.
+        image: the image, of any size.
         plan: its tiles: `config.plan_for((height, width))`.
         scale: the scale, by its place.
         max_side: longest side of the drawing in pixels.
@@ -80,12 +80,12 @@ def scale_features(model: S2VisionWrapper, pixel_values: torch.Tensor) -> list[t
 
 
 def draw_s2(model, processor, image: Image.Image, budgets: Sequence | None = None) -> "Figure":
-    """A picture at every scale of an S2 model: above with its tiles, below the features as colours.
+    """An image at every scale of an S2 model: above with its tiles, below the features as colours.
 
     Args:
         model: an S2 model.
         processor: its image processor.
-        image: the picture.
+        image: the image.
         budgets: None; the scales belong to the checkpoint.
 
     Raises:
