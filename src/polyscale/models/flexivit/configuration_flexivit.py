@@ -167,6 +167,17 @@ class FlexiViTConfig(EncoderConfig):
         sizes = self.train_patch_sizes or [self.resolve_patch_size()]
         return [plain_size(size) for size in sorted(sizes, key=lambda size: math.prod(to_pair(size, "patch_size")))]
 
+    def cheaper_budget(
+        self, image_size: int | Sequence[int] | None = None, patch_size: int | Sequence[int] | None = None
+    ) -> dict[str, Any] | None:
+        """Twice the patch size, for a quarter of the tokens; `None` where such patches are larger than the image.
+
+        Arguments and errors: `patch_grid_for`.
+        """
+        height, width = to_pair(self.image_size if image_size is None else image_size, "image_size")
+        doubled = tuple(2 * side for side in self.resolve_patch_size(patch_size))
+        return {"patch_size": doubled} if doubled[0] <= height and doubled[1] <= width else None
+
     def resolve_budget(self, **changes) -> dict[str, Any]:
         """The fields; `num_tokens` becomes the `patch_size` whose token count is nearest."""
         fields = dict(changes)

@@ -139,6 +139,13 @@ class FlexiViTPreTrainedModel(EncoderPreTrainedModel):
         if isinstance(module, FlexiViTEmbeddings):
             init.trunc_normal_(module.position_embeddings, mean=0.0, std=self.config.initializer_range)
 
+    def draw_budget(self) -> dict[str, int | Sequence[int]]:
+        """The budget of one training step for callers that need several forwards of the same one; none elsewhere."""
+        embeddings = self.base_model.embeddings
+        if not self.training or self.config.train_patch_sizes is None:
+            return {}
+        return {"patch_size": embeddings.resolve_patch_size(None)}
+
     def num_tokens_for(
         self, image_size: int | Sequence[int] | None = None, patch_size: int | Sequence[int] | None = None
     ) -> int:

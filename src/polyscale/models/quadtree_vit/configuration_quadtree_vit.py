@@ -199,6 +199,15 @@ class QuadtreeViTConfig(EncoderConfig):
         self.patch_grid_for((height, width))
         return height // self.min_patch_size, width // self.min_patch_size
 
+    def cheaper_budget(
+        self, image_size: int | Sequence[int] | None = None, num_tokens: int | None = None
+    ) -> dict[str, Any] | None:
+        """About a quarter of the tokens; `None` where there is no such budget. Arguments: `num_tokens_for`."""
+        coarsest, finest = self.num_tokens_range(image_size)
+        usual = self.max_num_tokens_for(image_size, num_tokens)
+        cheaper = check_token_budget(max(usual // 4, coarsest), coarsest, finest, True)
+        return {"num_tokens": cheaper} if cheaper < usual else None
+
     def resolve_budget(self, **changes) -> dict[str, Any]:
         """The fields; `num_tokens` alone ends a threshold."""
         if "image_size" in changes:

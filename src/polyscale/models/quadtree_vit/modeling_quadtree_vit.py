@@ -138,6 +138,30 @@ class QuadtreeViTModel(QuadtreeViTPreTrainedModel):
             encoder_hidden_states=tokens.embeddings,
         )
 
+    def tokens_to_grid(
+        self, tokens: torch.Tensor, outputs: QuadtreeViTModelOutput, image_size: tuple[int, int]
+    ) -> torch.Tensor:
+        """Tokens of patches of several sizes as one token for each smallest patch, in raster order.
+
+        Args:
+            tokens (`torch.Tensor`): (batch, num_prefix_tokens + num_tokens, hidden), of any layer.
+            outputs (`QuadtreeViTModelOutput`): what the model said about the patches.
+            image_size (`(height, width)`): of the images, in pixels.
+
+        Returns:
+            `torch.Tensor`: (batch, num_prefix_tokens + smallest patches, hidden).
+        """
+        prefix, patches = tokens[:, : self.config.num_prefix_tokens], tokens[:, self.config.num_prefix_tokens :]
+        maps = reverse_quadtree(
+            patches,
+            outputs["patch_centers"],
+            outputs["patch_sizes"],
+            image_size,
+            self.config.min_patch_size,
+            outputs.get("token_mask"),
+        )
+        return torch.cat([prefix, maps.flatten(2).transpose(1, 2)], dim=1)
+
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
     def forward(
