@@ -155,11 +155,11 @@ def test_a_malicious_pickle_inside_a_folder_is_refused(vit, tmp_path):
 
 def test_convert_command(vit, tmp_path):
     out = tmp_path / "out"
-    result = run("convert", vit[0], out, "--to", "flexivit", "--set", "patch_size=[4, 8]", "--set", "uneven=pad")
+    result = run("convert", vit[0], out, "--to", "flexivit", "--set", "patch_size=[4, 8]", "--set", "remainder=pad")
     assert result.exit_code == 0, result.output
     assert str(out) in result.output
     config = polyscale.FlexiViTConfig.from_pretrained(out)
-    assert (config.resolve_patch_size(), config.uneven) == ((4, 8), "pad")
+    assert (config.resolve_patch_size(), config.remainder) == ((4, 8), "pad")
     result = run("convert", vit[0], out)
     assert result.exit_code == 2
     assert "exists already" in result.output

@@ -122,7 +122,7 @@ def test_what_an_uneven_patch_size_drops_is_dimmed(photograph):
     assert dimmed(axis) == [(24, 0, 32, 32), (0, 24, 24, 32)]
 
     _, [[padded]] = make_grid(1, 1)
-    draw_patch_grid(padded, photograph, (32, 32), 12, uneven="pad")
+    draw_patch_grid(padded, photograph, (32, 32), 12, remainder="pad")
     assert lines(padded) == ([0, 12, 24], [0, 12, 24])
     assert len(padded.patches) == 0
 

@@ -137,10 +137,14 @@ def _open(files: Sequence[Path], errors: list[dict]) -> Iterator[tuple[Path, Ima
 @torch.no_grad()
 def _try_budgets(classifier: ImageClassificationPipeline, image: Image.Image, budgets: Sequence) -> None:
     """One call per budget, so that illegal ones are refused before any work, and one-time costs are paid."""
-    _, inputs = next(process_images(classifier.image_processor, [image]))
+    _, inputs = next(process_images(classifier.image_processor, [image], _channels(classifier)))
     inputs = _on_device(inputs, classifier.model)
     for budget in budgets:
         classifier.model(**inputs, **budget_kwargs(classifier.model.config, budget))
+
+
+def _channels(classifier: ImageClassificationPipeline) -> int:
+    return getattr(classifier.model.config, "num_channels", 3)
 
 
 def _on_device(inputs: Mapping[str, torch.Tensor], model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -160,7 +164,8 @@ def _classify_batch(
     found: dict[int, list[dict]] = {index: [] for index in range(len(images))}
     errors: dict[int, dict] = {}
     try:
-        groups = list(process_images(classifier.image_processor, [image for _, image in images])) if images else []
+        opened = [image for _, image in images]
+        groups = list(process_images(classifier.image_processor, opened, _channels(classifier))) if images else []
     except ValueError as error:  # of one of them: each by itself
         if len(images) == 1:
             yield [], {"file": str(images[0][0]), "error": str(error)}

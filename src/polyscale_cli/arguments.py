@@ -20,6 +20,7 @@ LIST_OPTIONS = (
     "--patch-size-probs",
     "--patch-sizes",
     "--std",
+    "--tune-budgets",
 )
 _NUMBER = r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?"
 _VALUE = re.compile(rf"{_NUMBER}([x+,]{_NUMBER})*,?", re.IGNORECASE)
@@ -102,7 +103,7 @@ def parse_numbers(text: str | Sequence[str] | None) -> list[float] | None:
 
 
 def parse_fields(entries: list[str] | None, option: str = "--set") -> dict[str, Any]:
-    """["patch_size=16", "uneven=pad"] -> {"patch_size": 16, "uneven": "pad"}: JSON where it is JSON, else text."""
+    """["patch_size=16", "pooling=cls"] -> {"patch_size": 16, "pooling": "cls"}: JSON where it is JSON, else text."""
     fields: dict[str, Any] = {}
     for entry in entries or []:
         name, separator, value = entry.partition("=")

@@ -51,8 +51,9 @@ def reporting(command: str) -> Iterator[None]:
     except Exception as error:
         if os.environ.get("POLYSCALE_TRACEBACK") == "1" or type(error).__module__.startswith(("click", "typer")):
             raise
-        if isinstance(error, ValueError | OSError | ImportError):
-            raise fail(command, error) from error
+        code = getattr(error, "exit_code", None)  # errors that know how a command ends, such as a stopped training
+        if code is not None or isinstance(error, ValueError | OSError | ImportError):
+            raise fail(command, error, 2 if code is None else code) from error
         told = f"unexpected {type(error).__name__}: {error} (POLYSCALE_TRACEBACK=1 shows where)"
         raise fail(command, told) from error
 

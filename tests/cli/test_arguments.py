@@ -16,9 +16,9 @@ def test_lists_sizes_numbers_and_fields():
     assert split_list(None) is None
     assert [parse_size(text) for text in ("16", "10x15", "10X15")] == [16, (10, 15), (10, 15)]
     assert parse_numbers("0.5,.25 0.25") == [0.5, 0.25, 0.25]
-    assert parse_fields(["patch_size=[8, 4]", "uneven=pad", "text=a=b"]) == {
+    assert parse_fields(["patch_size=[8, 4]", "remainder=pad", "text=a=b"]) == {
         "patch_size": [8, 4],
-        "uneven": "pad",
+        "remainder": "pad",
         "text": "a=b",
     }
 

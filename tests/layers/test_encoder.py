@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from polyscale.layers.encoder import ClassifierHead, DropPath, EncoderLayer, PrefixTokens, TokenPooler
+from polyscale.layers.encoder import DropPath, EncoderClassificationHead, EncoderLayer, PrefixTokens, TokenPooler
 from polyscale.layers.encoder_config import EncoderConfig
 
 
@@ -77,10 +77,10 @@ def test_prefix_tokens_stand_in_order():
 
 
 @pytest.mark.parametrize("pooling", ["cls", "mean", "cls_mean", "pooler"])
-@pytest.mark.parametrize("pooled_norm", [False, True])
-def test_poolings_equal_plain_formulas(pooling, pooled_norm):
+@pytest.mark.parametrize("fc_norm", [False, True])
+def test_poolings_equal_plain_formulas(pooling, fc_norm):
     torch.manual_seed(0)
-    config = make_config(pooling=pooling, pooled_norm=pooled_norm, num_register_tokens=2, pooler_output_size=5)
+    config = make_config(pooling=pooling, fc_norm=fc_norm, num_register_tokens=2, pooler_output_size=5)
     pooler, tokens = TokenPooler(config), torch.randn(3, 1 + 2 + 6, 8)
     cls, mean = tokens[:, 0], tokens[:, 3:].sum(1) / 6
     expected = {
@@ -89,7 +89,7 @@ def test_poolings_equal_plain_formulas(pooling, pooled_norm):
         "cls_mean": torch.cat([cls, mean], dim=1),
         "pooler": torch.tanh(pooler.dense(cls)) if pooling == "pooler" else None,
     }[pooling]
-    if pooled_norm:
+    if fc_norm:
         deviation = (expected.var(dim=-1, unbiased=False, keepdim=True) + config.layer_norm_eps).sqrt()
         expected = (expected - expected.mean(dim=-1, keepdim=True)) / deviation
     assert config.pooled_size == expected.shape[-1]
@@ -104,7 +104,9 @@ def test_masked_mean_leaves_padding_out():
 
 
 def test_distilled_head_averages_both_classifiers():
-    head = ClassifierHead(make_config(use_distillation_token=True, use_distillation_head=True, num_labels=4))
+    head = EncoderClassificationHead(
+        make_config(use_distillation_token=True, use_distillation_head=True, num_labels=4)
+    )
     tokens = torch.randn(2, 7, 8)
     expected = 0.5 * head.classifier(tokens[:, 0]) + 0.5 * head.distillation_classifier(tokens[:, 1])
     torch.testing.assert_close(head(tokens[:, 0], tokens), expected)

@@ -106,7 +106,7 @@ def class_indices(split: Dataset, id2label: Mapping[int, str], label_map: Mappin
         ValueError: for labels that are missing or unknown, or classes that the model does not have.
     """
     feature = split.features["label"]
-    labels = split["label"]
+    labels = list(split.with_format(None)["label"])
     unknown = sum(label is None or label < 0 for label in labels)
     if unknown:
         raise ValueError(
@@ -119,10 +119,14 @@ def class_indices(split: Dataset, id2label: Mapping[int, str], label_map: Mappin
 
 
 def _batches(split: Dataset, batch_size: int) -> Iterator[list]:
-    files = split.cast_column("image", Image(decode=False)) if "image" in split.features else split
+    opens_itself = split.format["type"] == "custom"  # as `load_image_dataset` gives it
+    files = split if opens_itself else split.cast_column("image", Image(decode=False))
     for start in range(0, len(files), batch_size):
-        rows = files[start : start + batch_size]["image"]
-        yield [read_image(value, _row_name(value, start + index)) for index, value in enumerate(rows)]
+        cells = files[start : start + batch_size]["image"]
+        yield [
+            cell if isinstance(cell, np.ndarray) else read_image(cell, _row_name(cell, start + index))
+            for index, cell in enumerate(cells)
+        ]
 
 
 def _row_name(value: Any, row: int) -> str:
@@ -223,10 +227,10 @@ def _score_batch(
     scores: Sequence[_Scores],
 ) -> set[tuple[int, int]]:
     """Adds what a model says of a batch to `scores`, one for each call; returns the sizes of its images."""
-    sizes = set()
+    sizes, channels = set(), getattr(model.config, "num_channels", 3)
     logits = [np.empty((len(images), model.config.num_labels), dtype=np.float32) for _ in calls]
     counts = [[0] * len(images) for _ in calls]
-    for indices, inputs in process_images(processor, images, **options):
+    for indices, inputs in process_images(processor, images, channels, **options):
         inputs = {
             name: tensor.to(device=model.device, dtype=model.dtype if tensor.is_floating_point() else None)
             for name, tensor in inputs.items()
@@ -275,7 +279,7 @@ def _result(
 
 
 def _per_class(right: np.ndarray, split: Dataset) -> dict[str, dict]:
-    labels = np.asarray(split["label"])
+    labels = np.asarray(split.with_format(None)["label"])
     feature = split.features["label"]
     names = feature.names if isinstance(feature, ClassLabel) else None
     return {

@@ -7,9 +7,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-import numpy as np
 import torch
-from datasets import Dataset
 
 from ..layers.token_budget import choose_budgets, format_budget
 from ..loading import load_classifier
@@ -56,15 +54,6 @@ def library_versions() -> dict[str, str]:
     return versions
 
 
-def sample_rows(split: Dataset, limit: int | None, seed: int = 0) -> Dataset:
-    """`limit` rows drawn at random over the whole split, in their order; all of them for `None`."""
-    if limit is None or limit >= len(split):
-        return split
-    if limit < 1:
-        raise ValueError(f"`limit` must be at least 1, got {limit}.")
-    return split.select(np.sort(np.random.default_rng(seed).choice(len(split), limit, replace=False)))
-
-
 def evaluate_checkpoints(
     models: Sequence[str | os.PathLike],
     data: str | os.PathLike,
@@ -100,7 +89,7 @@ def evaluate_checkpoints(
         ValueError: as `load_classifier`, `load_image_dataset` and `evaluate_budgets`.
         OSError: if there is no such checkpoint.
     """
-    from ..training.data import evaluation_split, load_image_dataset
+    from ..training.data import evaluation_split, load_image_dataset, sample_rows
 
     splits = load_image_dataset(data)
     name = evaluation_split(splits, split) or next(iter(splits))
@@ -124,7 +113,7 @@ def evaluate_checkpoints(
                 data=os.fspath(data),
                 split=name,
                 images=len(rows),
-                classes=len(set(rows["label"])),
+                classes=len(set(rows.with_format(None)["label"])),
                 device=str(model.device),
                 dtype=str(model.dtype).rpartition(".")[2],
                 versions=library_versions(),
@@ -135,4 +124,4 @@ def evaluate_checkpoints(
     return evaluations
 
 
-__all__ = ["Evaluation", "evaluate_checkpoints", "library_versions", "sample_rows"]
+__all__ = ["Evaluation", "evaluate_checkpoints", "library_versions"]

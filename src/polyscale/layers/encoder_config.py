@@ -1,17 +1,23 @@
 """The configuration fields of the ViT encoder in `encoder.py`, inherited by the config of each family that uses it."""
 
-from huggingface_hub.dataclasses import strict
+from typing import Literal
+
 from transformers import PreTrainedConfig
-from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneConfigMixin
 
 from ..utils.validation import check_choice
+from .config_checks import (
+    CheckedConfigMixin,
+    above_zero,
+    activation,
+    checked_config,
+    non_negative,
+    pixel_size,
+    positive,
+    rate,
+)
 from .token_budget import TokenBudgetMixin
 
-
-POOLINGS = ("cls", "mean", "cls_mean", "pooler")
-MLP_TYPES = ("mlp", "swiglu")
-PREFIX_POSITIONS = ("none", "cls", "all")
 
 # width, layers, heads of the published sizes (timm, big_vision, flexivit_pytorch)
 ENCODER_SIZES = {
@@ -23,71 +29,88 @@ ENCODER_SIZES = {
 }
 
 
-@strict
-class EncoderConfig(TokenBudgetMixin, BackboneConfigMixin, PreTrainedConfig):
+@checked_config
+class EncoderConfig(CheckedConfigMixin, TokenBudgetMixin, BackboneConfigMixin, PreTrainedConfig):
     """Fields of a ViT encoder wide enough for ViT, DeiT, DINOv2, CLIP's vision part and timm's `vit_*`.
 
     Args:
-        hidden_size: width of a token.
-        num_hidden_layers: number of transformer layers.
-        num_attention_heads: heads; must divide `hidden_size`.
-        intermediate_size: width inside the MLP; four times `hidden_size` by default.
-        hidden_act: activation inside the MLP, a name that transformers knows ("gelu", "gelu_pytorch_tanh",
-            "quick_gelu"). Ignored by "swiglu", which uses SiLU.
-        mlp_type: "mlp" (two linear layers) or "swiglu" (gate, up and down projection, as in DINOv2 giant).
-        qkv_bias: whether queries, keys and values have a bias.
-        hidden_dropout_prob: dropout on the embeddings and on what each attention and MLP adds.
-        attention_probs_dropout_prob: dropout on attention weights.
-        drop_path_rate: stochastic depth of the last layer; it grows linearly from 0 at the first.
-        layer_scale_init_value: initial value of the layer scale; None means no layer scale.
-        layer_norm_eps: epsilon of every LayerNorm.
-        initializer_range: standard deviation of the initial weights.
-        pre_norm: whether a LayerNorm comes before the first layer (CLIP).
-        final_norm: whether a LayerNorm comes after the last layer, on every token.
-        pooled_norm: whether a LayerNorm comes after pooling (CLIP; timm's `fc_norm`).
-        pooling: "cls", "mean" (over patch tokens), "cls_mean" (both, concatenated: DINOv2's classifier) or "pooler"
-            (CLS through a linear layer and an activation: ViT's).
-        pooler_output_size: width of the "pooler"; `hidden_size` by default.
-        pooler_act: activation of the "pooler".
-        use_cls_token: whether a CLS token comes first.
-        use_distillation_token: whether DeiT's distillation token follows CLS.
-        use_distillation_head: whether a second classifier reads the distillation token; logits are the mean of both.
-        num_register_tokens: register tokens, after CLS and distillation token.
-        prefix_positions: which prefix tokens have a position of their own: "none" (timm's `no_embed_class`), "cls"
-            (registers have none: DINOv2) or "all".
-        num_channels: channels of a picture.
-        image_size: (height, width) in pixels, or int: the size the positions were made for.
+        hidden_size (`int`, *optional*, defaults to 768): width of a token.
+        num_hidden_layers (`int`, *optional*, defaults to 12): number of transformer layers.
+        num_attention_heads (`int`, *optional*, defaults to 12): heads; must divide `hidden_size`.
+        intermediate_size (`int`, *optional*): width inside the MLP; four times `hidden_size` when `None`.
+        hidden_act (`str`, *optional*, defaults to `"gelu"`): activation inside the MLP, a name that transformers knows
+            (`"gelu"`, `"gelu_pytorch_tanh"`, `"quick_gelu"`). Ignored by `"swiglu"`, which uses SiLU.
+        mlp_type (`str`, *optional*, defaults to `"mlp"`): `"mlp"` (two linear layers) or `"swiglu"` (gate, up and down
+            projection, as in DINOv2 giant).
+        qkv_bias (`bool`, *optional*, defaults to `True`): whether queries, keys and values have a bias.
+        hidden_dropout_prob (`float`, *optional*, defaults to 0.0): dropout on the embeddings and on what each
+            attention and MLP adds.
+        attention_probs_dropout_prob (`float`, *optional*, defaults to 0.0): dropout on attention weights.
+        drop_path_rate (`float`, *optional*, defaults to 0.0): stochastic depth of the last layer, in [0, 1); it grows
+            linearly from 0 at the first.
+        layer_scale_init_value (`float`, *optional*): initial value of the layer scale; `None` means no layer scale.
+        layer_norm_eps (`float`, *optional*, defaults to 1e-06): epsilon of every LayerNorm.
+        initializer_range (`float`, *optional*, defaults to 0.02): standard deviation of the initial weights.
+        pre_norm (`bool`, *optional*, defaults to `False`): whether a LayerNorm comes before the first layer (CLIP).
+        final_norm (`bool`, *optional*, defaults to `True`): whether a LayerNorm comes after the last layer, on every
+            token.
+        fc_norm (`bool`, *optional*, defaults to `False`): whether a LayerNorm comes after pooling (CLIP, timm). Older
+            checkpoints call it `pooled_norm`.
+        pooling (`str`, *optional*, defaults to `"cls"`): what a head reads: `"cls"`, `"mean"` (over patch tokens),
+            `"cls_mean"` (both, concatenated: DINOv2's classifier) or `"pooler"` (CLS through a linear layer and an
+            activation: ViT's).
+        pooler_output_size (`int`, *optional*): width of the `"pooler"`; `hidden_size` when `None`.
+        pooler_act (`str`, *optional*, defaults to `"tanh"`): activation of the `"pooler"`.
+        use_cls_token (`bool`, *optional*, defaults to `True`): whether a CLS token comes first.
+        use_distillation_token (`bool`, *optional*, defaults to `False`): whether DeiT's distillation token follows
+            CLS.
+        use_distillation_head (`bool`, *optional*, defaults to `False`): whether a second classifier reads the
+            distillation token; logits are the mean of both.
+        num_register_tokens (`int`, *optional*, defaults to 0): register tokens, after CLS and distillation token.
+        prefix_positions (`str`, *optional*, defaults to `"none"`): which prefix tokens have a position of their own:
+            `"none"` (timm's `no_embed_class=True`), `"cls"` (registers have none: DINOv2) or `"all"`.
+        num_channels (`int`, *optional*, defaults to 3): channels of an image.
+        image_size (`int` or `(height, width)`, *optional*, defaults to 224): in pixels: the size the positions were
+            made for.
+        keep_all_tokens (`bool`, *optional*, defaults to `False`): whether a classifier computes every token of the
+            last layer, also those that its head does not read. Without it they are computed where
+            `output_hidden_states` or `output_attentions` asks for them.
+        apply_layernorm (`bool`, *optional*, defaults to `True`): whether a backbone normalises its feature maps.
+        reshape_hidden_states (`bool`, *optional*, defaults to `True`): whether a backbone gives maps, not tokens.
 
     Raises:
-        ValueError: for an unknown choice, or parts that do not fit together.
+        ValueError: for an unknown name or choice, a value out of range, or parts that do not fit together.
     """
 
-    hidden_size: int = 768
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    intermediate_size: int | None = None
-    hidden_act: str = "gelu"
-    mlp_type: str = "mlp"
+    attribute_map = {"pooled_norm": "fc_norm"}
+
+    hidden_size: int = positive(768)
+    num_hidden_layers: int = non_negative(12)
+    num_attention_heads: int = positive(12)
+    intermediate_size: int | None = positive(None)
+    hidden_act: str = activation("gelu")
+    mlp_type: Literal["mlp", "swiglu"] = "mlp"
     qkv_bias: bool = True
-    hidden_dropout_prob: float | int = 0.0
-    attention_probs_dropout_prob: float | int = 0.0
-    drop_path_rate: float | int = 0.0
+    hidden_dropout_prob: float | int = rate(0.0)
+    attention_probs_dropout_prob: float | int = rate(0.0)
+    drop_path_rate: float | int = rate(0.0)
     layer_scale_init_value: float | int | None = None
-    layer_norm_eps: float = 1e-6
-    initializer_range: float = 0.02
+    layer_norm_eps: float | int = above_zero(1e-6)
+    initializer_range: float | int = non_negative(0.02)
     pre_norm: bool = False
     final_norm: bool = True
-    pooled_norm: bool = False
-    pooling: str = "cls"
-    pooler_output_size: int | None = None
-    pooler_act: str = "tanh"
+    fc_norm: bool = False
+    pooling: Literal["cls", "mean", "cls_mean", "pooler"] = "cls"
+    pooler_output_size: int | None = positive(None)
+    pooler_act: str = activation("tanh")
     use_cls_token: bool = True
     use_distillation_token: bool = False
     use_distillation_head: bool = False
-    num_register_tokens: int = 0
-    prefix_positions: str = "none"
-    num_channels: int = 3
-    image_size: int | list[int] | tuple[int, int] = 224
+    num_register_tokens: int = non_negative(0)
+    prefix_positions: Literal["none", "cls", "all"] = "none"
+    num_channels: int = positive(3)
+    image_size: int | list[int] | tuple[int, int] = pixel_size(224)
+    keep_all_tokens: bool = False
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
     apply_layernorm: bool = True
@@ -98,24 +121,14 @@ class EncoderConfig(TokenBudgetMixin, BackboneConfigMixin, PreTrainedConfig):
     def __post_init__(self, **kwargs):
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
-        self._check_encoder()
         self.stage_names = ["stem"] + [f"stage{index}" for index in range(1, self.num_hidden_layers + 1)]
         self.set_output_features_output_indices(
             out_indices=kwargs.pop("out_indices", None), out_features=kwargs.pop("out_features", None)
         )
         super().__post_init__(**kwargs)
 
-    def _check_encoder(self) -> None:
-        check_choice("mlp_type", self.mlp_type, MLP_TYPES)
-        check_choice("pooling", self.pooling, POOLINGS)
-        check_choice("prefix_positions", self.prefix_positions, PREFIX_POSITIONS)
-        if self.hidden_act not in ACT2FN:
-            raise ValueError(f"`hidden_act` must be an activation that transformers knows, got {self.hidden_act!r}.")
-        for name in ("hidden_size", "num_attention_heads", "intermediate_size", "num_channels"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
-        if self.num_hidden_layers < 0 or self.num_register_tokens < 0:
-            raise ValueError("`num_hidden_layers` and `num_register_tokens` must not be negative.")
+    def validate_encoder(self) -> None:
+        """Rules between fields; transformers runs this when a config is made and saved."""
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"`hidden_size` must be a multiple of `num_attention_heads`, got {self.hidden_size} and "
@@ -169,6 +182,13 @@ class EncoderConfig(TokenBudgetMixin, BackboneConfigMixin, PreTrainedConfig):
         if self.prefix_positions == "cls":
             return int(self.use_cls_token) + int(self.use_distillation_token)
         return 0
+
+    @property
+    def num_pooled_tokens(self) -> int | None:
+        """How many tokens, the first ones, pooling and head read; `None` where pooling reads all."""
+        if self.pooling in ("mean", "cls_mean"):
+            return None
+        return 2 if self.use_distillation_head else 1
 
     @property
     def pooled_size(self) -> int:

@@ -73,9 +73,6 @@ def make_source(
     Raises:
         ValueError: for an unknown field, or tensors that do not fit.
     """
-    unknown = [name for name in overrides if name not in FlexiViTConfig.__dataclass_fields__]
-    if unknown:
-        raise ValueError(f"Unknown options {unknown}: expected fields of FlexiViTConfig, such as `patch_size`.")
     has_head = any(name.startswith("head.") for name in state_dict)
     model_class = FlexiViTForImageClassification if has_head else FlexiViTModel
     config = FlexiViTConfig(**{**fields, **overrides}, architectures=[model_class.__name__])

@@ -147,7 +147,7 @@ def _clip_fields(config: PreTrainedConfig, class_name: str) -> dict[str, Any]:
         "patch_bias": False,
         "pre_norm": True,
         "final_norm": False,
-        "pooled_norm": not has_head,  # the classifier reads the mean of the patches as they leave the last layer
+        "fc_norm": not has_head,  # the classifier reads the mean of the patches as they leave the last layer
         "pooling": "mean" if has_head else "cls",
     }
 

@@ -36,7 +36,7 @@ def test_patch_size_falls_back_to_the_config_then_to_the_kernel():
 
 
 @pytest.mark.parametrize(
-    ("uneven", "image_size", "patch_size", "tokens"),
+    ("remainder", "image_size", "patch_size", "tokens"),
     [
         ("crop", 240, 16, 225),
         ("crop", 240, 48, 25),
@@ -48,24 +48,27 @@ def test_patch_size_falls_back_to_the_config_then_to_the_kernel():
         ("error", 240, 20, 144),
     ],
 )
-def test_num_tokens_for(uneven, image_size, patch_size, tokens):
-    assert FlexiViTConfig(uneven=uneven).num_tokens_for(image_size, patch_size) == tokens
+def test_num_tokens_for(remainder, image_size, patch_size, tokens):
+    assert FlexiViTConfig(remainder=remainder).num_tokens_for(image_size, patch_size) == tokens
 
 
 def test_uneven_error_names_the_sizes():
     with pytest.raises(ValueError, match=r"\(20, 20\) does not divide.*\(224, 224\)"):
-        FlexiViTConfig(uneven="error").num_tokens_for(224, 20)
+        FlexiViTConfig(remainder="error").num_tokens_for(224, 20)
 
 
 @given(
-    height=st.integers(8, 60), width=st.integers(8, 60), uneven=st.sampled_from(["crop", "pad"]), share=st.floats(0, 1)
+    height=st.integers(8, 60),
+    width=st.integers(8, 60),
+    remainder=st.sampled_from(["crop", "pad"]),
+    share=st.floats(0, 1),
 )
 @settings(max_examples=60, deadline=None)
-def test_patch_size_for_is_the_nearest_there_is(height, width, uneven, share):
-    config = FlexiViTConfig(uneven=uneven)
+def test_patch_size_for_is_the_nearest_there_is(height, width, remainder, share):
+    config = FlexiViTConfig(remainder=remainder)
     budget = 1 + round(share * (height * width - 1))
     chosen = config.patch_size_for((height, width), budget)
-    divide = math.floor if uneven == "crop" else math.ceil
+    divide = math.floor if remainder == "crop" else math.ceil
     costs = {p: divide(height / p) * divide(width / p) for p in range(1, min(height, width) + 1)}
     assert config.num_tokens_for((height, width), chosen) == costs[chosen]
     assert abs(costs[chosen] - budget) == min(abs(cost - budget) for cost in costs.values())
@@ -75,7 +78,7 @@ def test_patch_size_for_published_sizes():
     config = FlexiViTConfig()
     sizes = [8, 10, 12, 15, 16, 20, 24, 30, 40, 48]
     assert [config.patch_size_for(240, (240 // size) ** 2) for size in sizes] == sizes
-    assert FlexiViTConfig(uneven="error").patch_size_for(224, 100) == 28  # 64 tokens; 16 has 196
+    assert FlexiViTConfig(remainder="error").patch_size_for(224, 100) == 28  # 64 tokens; 16 has 196
 
 
 @pytest.mark.parametrize("num_tokens", [0, -1, 240 * 240 + 1])
@@ -97,7 +100,7 @@ def test_budgets_out_of_range_are_refused(num_tokens):
         ({"kernel_interpolation": "area"}, "kernel_interpolation"),
         ({"position_interpolation": "area"}, "position_interpolation"),
         ({"prefix_positions": "some"}, "prefix_positions"),
-        ({"uneven": "stretch"}, "uneven"),
+        ({"remainder": "stretch"}, "uneven"),
         ({"train_patch_sizes": []}, "train_patch_sizes"),
         ({"train_patch_sizes": [8, 0]}, "train_patch_sizes"),
         ({"train_patch_size_probs": [1.0]}, "train_patch_size_probs"),

@@ -130,9 +130,9 @@ def test_the_converted_weights_are_copies(make_source):
 
 def test_config_fields_can_be_set_otherwise(make_source):
     config = load_flexivit_source(
-        make_source("vit"), patch_size=4, uneven="pad", kernel_interpolation="bilinear"
+        make_source("vit"), patch_size=4, remainder="pad", kernel_interpolation="bilinear"
     ).config
-    assert (config.patch_size, config.uneven, config.kernel_interpolation) == (4, "pad", "bilinear")
+    assert (config.patch_size, config.remainder, config.kernel_interpolation) == (4, "pad", "bilinear")
     with pytest.raises(ValueError, match="patchsize"):
         load_flexivit_source(make_source("vit"), patchsize=4)
     with pytest.raises(ValueError, match="do not fit"):

@@ -123,7 +123,7 @@ def test_other_image_sizes_equal_timms_dynamic_img_size(randomise, architecture,
 def test_padding_equals_timms_dynamic_img_pad(randomise):
     source = create("vit_tiny_patch16_224", randomise, dynamic_img_size=True, dynamic_img_pad=True)
     model, images = flexivit_from_source(load_flexivit_source(source)), torch.randn(1, 3, 70, 90)
-    assert model.config.uneven == "pad"
+    assert model.config.remainder == "pad"
     with torch.no_grad():
         torch.testing.assert_close(model(images).logits, source(images), atol=1e-4, rtol=1e-4)
 

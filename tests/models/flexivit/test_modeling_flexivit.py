@@ -49,14 +49,12 @@ def test_interpolated_kernels_are_another_choice(make_model, images):
     model = make_model(resize_method="interpolate")
     kernel = model.embeddings.patch_embeddings.projection.weight
     expected = F.interpolate(kernel, (4, 4), mode="bilinear")
-    torch.testing.assert_close(
-        model.embeddings.patch_embeddings.resized_kernel((4, 4)), expected, atol=1e-6, rtol=1e-5
-    )
+    torch.testing.assert_close(model.get_input_embeddings().kernel_for((4, 4)), expected, atol=1e-6, rtol=1e-5)
 
 
 def test_token_count_is_what_was_promised(make_model):
-    for uneven in ("crop", "pad"):
-        model = make_model(uneven=uneven, num_register_tokens=2, prefix_positions="cls")
+    for remainder in ("crop", "pad"):
+        model = make_model(remainder=remainder, num_register_tokens=2, prefix_positions="cls")
         for image_size in ((32, 32), (30, 44)):
             for patch_size in (4, 7, (6, 9)):
                 output = model(torch.randn(1, 3, *image_size), patch_size=patch_size)
@@ -89,14 +87,14 @@ def test_prefix_tokens_get_the_positions_they_have(make_model, images, prefix_po
 def test_crop_drops_the_rest_and_pad_adds_zeros(make_model):
     images = torch.randn(2, 3, 30, 35)
     with torch.no_grad():
-        crop = make_model(uneven="crop")(images, patch_size=8).last_hidden_state
+        crop = make_model(remainder="crop")(images, patch_size=8).last_hidden_state
         assert torch.equal(crop, make_model()(images[:, :, :24, :32].contiguous(), patch_size=8).last_hidden_state)
-        pad = make_model(uneven="pad")(images, patch_size=8).last_hidden_state
+        pad = make_model(remainder="pad")(images, patch_size=8).last_hidden_state
         padded = torch.zeros(2, 3, 32, 40)
         padded[:, :, :30, :35] = images
         torch.testing.assert_close(pad, make_model()(padded, patch_size=8).last_hidden_state)
     with pytest.raises(ValueError, match="does not divide"):
-        make_model(uneven="error")(images, patch_size=8)
+        make_model(remainder="error")(images, patch_size=8)
 
 
 def prepared_model(model, patch_size):
@@ -162,7 +160,7 @@ def test_autocast_resizes_in_float32(make_model, images):
         actual = model(images, patch_size=4).last_hidden_state
         expected = prepared_model(model, 4)(images).last_hidden_state
     torch.testing.assert_close(actual, expected, atol=2e-2, rtol=2e-2)
-    assert model.embeddings.patch_embeddings.resized_kernel((4, 4)).dtype == torch.float32
+    assert model.get_input_embeddings().kernel_for((4, 4)).dtype == torch.float32
 
 
 def test_gradients_reach_the_stored_kernel_and_positions(make_model, images):

@@ -2,21 +2,15 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
-from huggingface_hub.dataclasses import strict
-
+from ...layers.config_checks import checked_config, pixel_size
 from ...layers.encoder_config import EncoderConfig
-from ...layers.resizing import INTERPOLATIONS
 from ...layers.token_budget import plain_size
-from ...utils.validation import check_choice, to_pair
+from ...utils.validation import to_pair
 
 
-RESIZE_METHODS = ("pi", "interpolate")
-UNEVEN = ("crop", "pad", "error")
-
-
-@strict
+@checked_config
 class FlexiViTConfig(EncoderConfig):
     """Configuration of a FlexiViT: a ViT whose patch kernel and positions are resized to the patch size of each call.
 
@@ -24,23 +18,34 @@ class FlexiViTConfig(EncoderConfig):
     in pixels, or an int for both. The other fields are those of `EncoderConfig`.
 
     Args:
-        base_patch_size: size of the stored patch kernel.
-        patch_size: patch size of a call that names none; `base_patch_size` when None.
-        train_patch_sizes: sizes to draw from in training when the call names none; None means no drawing.
-        train_patch_size_probs: a probability for each of `train_patch_sizes`; uniform when None.
-        resize_method: "pi" (pseudo-inverse resize) or "interpolate" (plain resize) of the kernel.
-        kernel_interpolation: "bilinear" or "bicubic", of the image resize that the kernel resize follows.
-        kernel_antialias: whether that resize is antialiased. FlexiViT's released weights: bilinear, not antialiased;
-            ordinary ViTs resized afterwards: bicubic, antialiased.
-        position_interpolation: "bilinear" or "bicubic", for the position grid.
-        position_antialias: whether a resize of the position grid to a smaller one is antialiased.
-        position_grid: (rows, columns) of the stored positions; `image_size // base_patch_size` when None.
-        uneven: what to do with an image that the patch size does not divide: "crop" drops the rest at the bottom and
-            the right (as published), "pad" pads with zeros there, "error" raises a ValueError.
-        patch_bias: whether the patch embedding has a bias.
+        image_size (`int` or `(height, width)`, *optional*, defaults to 240): the size the positions were made for.
+        base_patch_size (`int` or `(height, width)`, *optional*, defaults to 32): size of the stored patch kernel.
+        patch_size (`int` or `(height, width)`, *optional*): patch size of a call that names none; `base_patch_size`
+            when `None`.
+        train_patch_sizes (`list`, *optional*): sizes to draw from in training when the call names none; `None` means
+            no drawing. A compiled model draws between graphs: with `fullgraph=True`, name the size in the call or
+            train with `polyscale.training.PatchSizeCallback`.
+        train_patch_size_probs (`list[float]`, *optional*): a probability for each of `train_patch_sizes`; uniform when
+            `None`.
+        resize_method (`str`, *optional*, defaults to `"pi"`): `"pi"` (pseudo-inverse resize) or `"interpolate"` (plain
+            resize) of the kernel.
+        kernel_interpolation (`str`, *optional*, defaults to `"bilinear"`): `"bilinear"` or `"bicubic"`, of the image
+            resize that the kernel resize follows.
+        kernel_antialias (`bool`, *optional*, defaults to `False`): whether that resize is antialiased. FlexiViT's
+            released weights: bilinear, not antialiased; ordinary ViTs resized afterwards: bicubic, antialiased.
+        position_interpolation (`str`, *optional*, defaults to `"bilinear"`): `"bilinear"` or `"bicubic"`, for the
+            position grid.
+        position_antialias (`bool`, *optional*, defaults to `True`): whether a resize of the position grid to a smaller
+            one is antialiased.
+        position_grid (`int` or `(rows, columns)`, *optional*): of the stored positions; `image_size //
+            base_patch_size` when `None`.
+        remainder (`str`, *optional*, defaults to `"crop"`): what to do with an image that the patch size does not
+            divide: `"crop"` drops the rest at the bottom and the right (as published), `"pad"` pads with zeros there,
+            `"error"` raises a ValueError. Older checkpoints call it `uneven`.
+        patch_bias (`bool`, *optional*, defaults to `True`): whether the patch embedding has a bias.
 
     Raises:
-        ValueError: for an unknown choice, a size below 1, or probabilities that do not fit the sizes.
+        ValueError: for an unknown name or choice, a size below 1, or probabilities that do not fit the sizes.
 
     Example:
 
@@ -59,29 +64,25 @@ class FlexiViTConfig(EncoderConfig):
     budget_argument = "patch_size"
     changeable_fields = ("patch_size", "num_tokens", "image_size")
 
-    image_size: int | list[int] | tuple[int, int] = 240
-    base_patch_size: int | list[int] | tuple[int, int] = 32
-    patch_size: int | list[int] | tuple[int, int] | None = None
+    attribute_map = {**EncoderConfig.attribute_map, "uneven": "remainder"}
+
+    image_size: int | list[int] | tuple[int, int] = pixel_size(240)
+    base_patch_size: int | list[int] | tuple[int, int] = pixel_size(32)
+    patch_size: int | list[int] | tuple[int, int] | None = pixel_size(None)
     train_patch_sizes: list | tuple | None = None
     train_patch_size_probs: list | tuple | None = None
-    resize_method: str = "pi"
-    kernel_interpolation: str = "bilinear"
+    resize_method: Literal["pi", "interpolate"] = "pi"
+    kernel_interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     kernel_antialias: bool = False
-    position_interpolation: str = "bilinear"
+    position_interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     position_antialias: bool = True
-    position_grid: int | list[int] | tuple[int, int] | None = None
-    uneven: str = "crop"
+    position_grid: int | list[int] | tuple[int, int] | None = pixel_size(None)
+    remainder: Literal["crop", "pad", "error"] = "crop"
     patch_bias: bool = True
 
     def __post_init__(self, **kwargs):
-        check_choice("resize_method", self.resize_method, RESIZE_METHODS)
-        check_choice("kernel_interpolation", self.kernel_interpolation, INTERPOLATIONS)
-        check_choice("position_interpolation", self.position_interpolation, INTERPOLATIONS)
-        check_choice("uneven", self.uneven, UNEVEN)
         image_size = to_pair(self.image_size, "image_size")
         base_patch_size = to_pair(self.base_patch_size, "base_patch_size")
-        if self.patch_size is not None:
-            to_pair(self.patch_size, "patch_size")
         if self.position_grid is None:
             if base_patch_size[0] > image_size[0] or base_patch_size[1] > image_size[1]:
                 raise ValueError(
@@ -90,10 +91,10 @@ class FlexiViTConfig(EncoderConfig):
                 )
             self.position_grid = [image_size[0] // base_patch_size[0], image_size[1] // base_patch_size[1]]
         self.position_grid = list(to_pair(self.position_grid, "position_grid"))
-        self._check_train_patch_sizes()
         super().__post_init__(**kwargs)
 
-    def _check_train_patch_sizes(self) -> None:
+    def validate_train_patch_sizes(self) -> None:
+        """Rules between fields; transformers runs this when a config is made and saved."""
         sizes, probs = self.train_patch_sizes, self.train_patch_size_probs
         if sizes is None:
             if probs is not None:
@@ -109,6 +110,8 @@ class FlexiViTConfig(EncoderConfig):
                     "`train_patch_size_probs` must hold one probability for each of `train_patch_sizes`, got "
                     f"{len(probs)} for {len(sizes)} sizes."
                 )
+            if any(isinstance(prob, bool) or not isinstance(prob, int | float) for prob in probs):
+                raise ValueError(f"`train_patch_size_probs` must hold numbers, got {list(probs)}.")
             if min(probs) < 0 or abs(sum(probs) - 1) > 1e-4:
                 raise ValueError(f"`train_patch_size_probs` must be non-negative and sum to 1, got {list(probs)}.")
 
@@ -121,14 +124,14 @@ class FlexiViTConfig(EncoderConfig):
     def patch_grid_for(
         self, image_size: int | Sequence[int] | None = None, patch_size: int | Sequence[int] | None = None
     ) -> tuple[int, int]:
-        """(rows, columns) of patches that a picture is cut into.
+        """(rows, columns) of patches that an image is cut into.
 
         Args:
             image_size: (height, width) in pixels, or int; `config.image_size` when None.
             patch_size: (height, width) in pixels, or int; as in `resolve_patch_size` when None.
 
         Raises:
-            ValueError: for a patch below 1 pixel or larger than the image, or, with `uneven="error"`, one that does
+            ValueError: for a patch below 1 pixel or larger than the image, or, with `remainder="error"`, one that does
                 not divide it.
         """
         height, width = to_pair(self.image_size if image_size is None else image_size, "image_size")
@@ -138,12 +141,12 @@ class FlexiViTConfig(EncoderConfig):
                 f"`patch_size` must not be larger than the image: got {(patch_height, patch_width)} for an image of "
                 f"{(height, width)} pixels (height, width)."
             )
-        if self.uneven == "error" and (height % patch_height or width % patch_width):
+        if self.remainder == "error" and (height % patch_height or width % patch_width):
             raise ValueError(
                 f"`patch_size` {(patch_height, patch_width)} does not divide the image of {(height, width)} pixels "
-                "(height, width), and `config.uneven` is 'error'. Use 'crop' or 'pad', or another size."
+                "(height, width), and `config.remainder` is 'error'. Use 'crop' or 'pad', or another size."
             )
-        if self.uneven == "pad":
+        if self.remainder == "pad":
             return -(-height // patch_height), -(-width // patch_width)
         return height // patch_height, width // patch_width
 
@@ -179,6 +182,17 @@ class FlexiViTConfig(EncoderConfig):
         """The text that `parse_budget` reads as `budget`."""
         return str(budget) if isinstance(budget, int) else "x".join(map(str, budget))
 
+    def cheaper_budget(
+        self, image_size: int | Sequence[int] | None = None, patch_size: int | Sequence[int] | None = None
+    ) -> dict[str, Any] | None:
+        """Twice the patch size, for a quarter of the tokens; `None` where such patches are larger than the image.
+
+        Arguments and errors: `patch_grid_for`.
+        """
+        height, width = to_pair(self.image_size if image_size is None else image_size, "image_size")
+        doubled = tuple(2 * side for side in self.resolve_patch_size(patch_size))
+        return {"patch_size": doubled} if doubled[0] <= height and doubled[1] <= width else None
+
     def resolve_budget(self, **changes) -> dict[str, Any]:
         """The fields; `num_tokens` becomes the `patch_size` whose token count is nearest."""
         fields = dict(changes)
@@ -195,7 +209,7 @@ class FlexiViTConfig(EncoderConfig):
 
         Args:
             image_size: (height, width) in pixels, or int; `config.image_size` when None.
-            num_tokens: the budget, at least 1 and at most one token a pixel.
+            num_tokens: the budget, at least 1 and at most one token per pixel.
 
         Raises:
             ValueError: for a budget out of that range.
@@ -208,13 +222,13 @@ class FlexiViTConfig(EncoderConfig):
             )
 
         def badness(size: int) -> tuple:
-            pad = self.uneven == "pad"
+            pad = self.remainder == "pad"
             rows, columns = (-(-side // size) if pad else side // size for side in (height, width))
-            uneven = height % size != 0 or width % size != 0
-            return abs(rows * columns - num_tokens), rows * columns, uneven, -size
+            has_remainder = height % size != 0 or width % size != 0
+            return abs(rows * columns - num_tokens), rows * columns, has_remainder, -size
 
         sizes = range(1, min(height, width) + 1)
-        if self.uneven == "error":
+        if self.remainder == "error":
             sizes = [size for size in sizes if height % size == 0 and width % size == 0]
         return min(sizes, key=badness)
 

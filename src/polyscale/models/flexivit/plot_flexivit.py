@@ -23,7 +23,7 @@ def draw_patch_grid(
     image: Image.Image,
     image_size: tuple[int, int],
     patch_size: int | Sequence[int],
-    uneven: str = "crop",
+    remainder: str = "crop",
 ) -> None:
     """Draws a picture with the patches that a FlexiViT cuts it into; what it drops is dimmed.
 
@@ -32,14 +32,14 @@ def draw_patch_grid(
         image: the picture, at any resolution.
         image_size: (height, width) of the model's input, in pixels.
         patch_size: in pixels of the model's input.
-        uneven: the `uneven` of the model's config.
+        remainder: the `remainder` of the model's config.
     """
     height, width = image_size
     patch_height, patch_width = to_pair(patch_size, "patch_size")
     draw_picture(axis, image, extent=(0, width, height, 0), interpolation="lanczos", aspect="equal")
     line = {"color": "white", "linewidth": 0.7, "alpha": 0.85}
-    bottom = height // patch_height * patch_height if uneven == "crop" else height
-    right = width // patch_width * patch_width if uneven == "crop" else width
+    bottom = height // patch_height * patch_height if remainder == "crop" else height
+    right = width // patch_width * patch_width if remainder == "crop" else width
     axis.vlines(np.arange(0, right + 1, patch_width), 0, bottom, **line)
     axis.hlines(np.arange(0, bottom + 1, patch_height), 0, right, **line)
     if right < width:
@@ -82,7 +82,7 @@ def draw_flexivit(model, processor, image: Image.Image, patch_sizes: Sequence | 
     figure, axes = make_grid(2, len(patch_sizes), cell=(2.1, 2.2))
     for column, (patch_size, colour) in enumerate(zip(patch_sizes, colours, strict=True)):
         above, below = axes[:, column]
-        draw_patch_grid(above, region, image_size, patch_size, model.config.uneven)
+        draw_patch_grid(above, region, image_size, patch_size, model.config.remainder)
         tokens = model.config.num_tokens_for(image_size, patch_size)
         above.set_title(f"patch size {format_budget(patch_size)}\n{tokens} tokens", fontsize=9)
         below.imshow(colour, interpolation="nearest")
@@ -95,7 +95,7 @@ def draw_patches(axis: "Axes", model, processor, image: Image.Image, patch_size)
     """Draws an image with the patches that a FlexiViT cuts it into at a patch size, on an axis of a figure."""
     image_size = tuple(preprocess(image, processor, model).shape[-2:])
     patch_size = model.config.resolve_patch_size(patch_size)
-    draw_patch_grid(axis, seen_region(image, processor), image_size, patch_size, model.config.uneven)
+    draw_patch_grid(axis, seen_region(image, processor), image_size, patch_size, model.config.remainder)
 
 
 @torch.no_grad()
@@ -103,16 +103,15 @@ def draw_kernels(model, patch_sizes: Sequence, count: int = 8) -> "Figure":
     """Patch kernels of a FlexiViT, resized: a row a patch size, a column a filter (those of largest norm).
 
     Args:
-        model: a FlexiViT whose pictures have one or three channels.
+        model: a FlexiViT whose images have one or three channels.
         patch_sizes: in pixels.
         count: how many filters.
     """
-    patch_embeddings = model.base_model.embeddings.patch_embeddings
-    stored = patch_embeddings.projection.weight
-    strongest = stored.flatten(1).norm(dim=1).argsort(descending=True)[:count]
+    projection = model.get_input_embeddings()
+    strongest = projection.weight.flatten(1).norm(dim=1).argsort(descending=True)[:count]
     figure, axes = make_grid(len(patch_sizes), len(strongest), cell=(1.1, 1.1))
     for row, patch_size in zip(axes, patch_sizes, strict=True):
-        kernel = patch_embeddings.resized_kernel(to_pair(patch_size, "patch_size"))[strongest]
+        kernel = projection.kernel_for(to_pair(patch_size, "patch_size"))[strongest]
         for axis, pixels in zip(row, kernel.permute(0, 2, 3, 1).float().cpu().numpy(), strict=True):
             low, high = pixels.min(), pixels.max()  # of (height, width, channels)
             axis.imshow((pixels - low) / max(high - low, 1e-12), cmap="gray", interpolation="nearest")

@@ -1,22 +1,21 @@
 """Quadtree ViT configuration."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
-from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 from transformers.models.auto.configuration_auto import AutoConfig
 
+from ...layers.config_checks import checked_config, choice, pixel_size, positive
 from ...layers.encoder_config import EncoderConfig
-from ...utils.validation import check_choice, to_pair
+from ...utils.validation import to_pair
 from .selection_quadtree_vit import check_multiple, check_token_budget
 
 
 PATCH_SCORERS = ("pixel_blur", "feature", "random", "precomputed")
 SCORER_ERRORS = ("mse", "cosine")
-POSITION_EMBEDDINGS = ("sinusoidal", "learned")
-# The budget of the paper's default, 196 of the 256 patches of 16 pixels in a picture of 256 pixels.
+# The budget of the paper's default, 196 of the 256 patches of 16 pixels in an image of 256 pixels.
 DEFAULT_BUDGET = 196 / 256
 
 
@@ -39,38 +38,46 @@ def count_levels(min_patch_size: int, max_patch_size: int) -> int:
     return ratio.bit_length()
 
 
-@strict
+@checked_config
 class QuadtreeViTConfig(EncoderConfig):
-    """Configuration of a Quadtree ViT: small patches where the picture is busy, large ones elsewhere.
+    """Configuration of a Quadtree ViT: small patches where the image is busy, large ones elsewhere.
 
-    The defaults are the paper's Quadformer-B: pictures of 256 px, patches of 64, 32 and 16 px, 196 tokens; its main
+    The defaults are the paper's Quadformer-B: images of 256 px, patches of 64, 32 and 16 px, 196 tokens; its main
     scorer is "feature", which needs a pretrained network. All sizes are (height, width) in pixels, or an int for both.
     The other fields are those of `EncoderConfig`.
 
     Args:
-        min_patch_size: side in pixels of the smallest patches; every patch is reduced to it before it is embedded.
-        max_patch_size: side in pixels of the largest patches: `min_patch_size` times a power of two. The height and
-            width of a picture must be multiples of it. Equal to `min_patch_size`: a plain ViT.
-        num_tokens: tokens of a picture, prefix tokens not counted: (height / max) (width / max) + 3 k. With
-            `split_threshold` it is the maximum. When neither is given: 196/256 of the smallest patches of
+        image_size (`int` or `(height, width)`, *optional*, defaults to 256): the size that budgets are made for.
+        min_patch_size (`int`, *optional*, defaults to 16): side in pixels of the smallest patches; every patch is
+            reduced to it before it is embedded.
+        max_patch_size (`int`, *optional*, defaults to 64): side in pixels of the largest patches: `min_patch_size`
+            times a power of two. The height and width of an image must be multiples of it. Equal to `min_patch_size`:
+            a plain ViT.
+        num_tokens (`int`, *optional*): tokens per image, prefix tokens not counted: (height / max) (width / max) + 3
+            k. With `split_threshold` it is the maximum. When neither is given: 196/256 of the smallest patches of
             `image_size`.
-        split_threshold: patches whose score is higher are split, so that each picture has its own number of tokens. In
-            units of the scorer, which sees normalised pixels.
-        round_num_tokens: whether a budget that no number of splits gives is rounded down, rather than refused.
-        patch_scorer: "pixel_blur", "feature", "random" or "precomputed" (the call's `patch_scores`, which any scorer
-            yields to when they are given).
-        scorer_stride: stride in pixels of the network of the "feature" scorer: 32 or 16 (its first part).
-        scorer_error: how that scorer compares features: "mse" or "cosine".
-        scorer_seed: seed of the "random" scorer; new scores in every call when None.
-        scorer_backbone_config: configuration of a transformers backbone for the "feature" scorer (its last feature map
-            is used); ShuffleNetV2 x0.5 when None.
-        position_embedding: "sinusoidal" (of the patch centres) or "learned" (a grid, sampled bilinearly at the patch
-            centres).
-        position_grid: (rows, columns) of the learned grid; `image_size // min_patch_size` when None.
-        patch_bias: whether the patch embedding has a bias.
+        split_threshold (`float`, *optional*): patches whose score is higher are split, so that each image has its own
+            number of tokens. In units of the scorer, which sees normalised pixels.
+        round_num_tokens (`bool`, *optional*, defaults to `False`): whether a budget that no number of splits gives is
+            rounded down, rather than refused.
+        patch_scorer (`str`, *optional*, defaults to `"pixel_blur"`): `"pixel_blur"`, `"feature"`, `"random"` or
+            `"precomputed"` (the call's `patch_scores`, which any scorer yields to when they are given).
+        scorer_stride (`int`, *optional*, defaults to 32): stride in pixels of the network of the `"feature"` scorer:
+            32 or 16 (its first part).
+        scorer_error (`str`, *optional*, defaults to `"mse"`): how that scorer compares features: `"mse"` or
+            `"cosine"`.
+        scorer_seed (`int`, *optional*): seed of the `"random"` scorer; new scores in every call when `None`.
+        scorer_backbone_config (`PreTrainedConfig` or `dict`, *optional*): of a transformers backbone for the
+            `"feature"` scorer (its last feature map is used); ShuffleNetV2 x0.5 when `None`.
+        position_embedding (`str`, *optional*, defaults to `"sinusoidal"`): `"sinusoidal"` (of the patch centres) or
+            `"learned"` (a grid, sampled bilinearly at the patch centres).
+        position_grid (`int` or `(rows, columns)`, *optional*): of the learned grid; `image_size // min_patch_size`
+            when `None`.
+        patch_bias (`bool`, *optional*, defaults to `True`): whether the patch embedding has a bias.
 
     Raises:
-        ValueError: for an unknown choice, sizes that do not divide each other, or a width that does not fit sinusoids.
+        ValueError: for an unknown name or choice, sizes that do not divide each other, or a width that does not fit
+            sinusoids.
 
     Example:
 
@@ -90,34 +97,24 @@ class QuadtreeViTConfig(EncoderConfig):
         "scorer_backbone_config": SubConfigSpec(config_class=AutoConfig, model_type="resnet", optional=True)
     }
 
-    image_size: int | list[int] | tuple[int, int] = 256
-    min_patch_size: int = 16
-    max_patch_size: int = 64
-    num_tokens: int | None = None
+    image_size: int | list[int] | tuple[int, int] = pixel_size(256)
+    min_patch_size: int = positive(16)
+    max_patch_size: int = positive(64)
+    num_tokens: int | None = positive(None)
     split_threshold: float | int | None = None
     round_num_tokens: bool = False
-    patch_scorer: str = "pixel_blur"
-    scorer_stride: int = 32
-    scorer_error: str = "mse"
+    patch_scorer: str = choice(PATCH_SCORERS, "pixel_blur")
+    scorer_stride: int = positive(32)
+    scorer_error: str = choice(SCORER_ERRORS, "mse")
     scorer_seed: int | None = None
     scorer_backbone_config: dict | PreTrainedConfig | None = None
-    position_embedding: str = "sinusoidal"
-    position_grid: int | list[int] | tuple[int, int] | None = None
+    position_embedding: Literal["sinusoidal", "learned"] = "sinusoidal"
+    position_grid: int | list[int] | tuple[int, int] | None = pixel_size(None)
     patch_bias: bool = True
 
     def __post_init__(self, **kwargs):
-        check_choice("patch_scorer", self.patch_scorer, PATCH_SCORERS)
-        check_choice("scorer_error", self.scorer_error, SCORER_ERRORS)
-        check_choice("position_embedding", self.position_embedding, POSITION_EMBEDDINGS)
         count_levels(self.min_patch_size, self.max_patch_size)
-        if self.position_embedding == "sinusoidal" and (self.hidden_size % 4 or self.hidden_size < 8):
-            raise ValueError(
-                f"`hidden_size` must be a multiple of 4 and at least 8 for sinusoidal positions, got "
-                f"{self.hidden_size}."
-            )
         coarsest, finest = self.num_tokens_range(self.image_size)
-        if self.num_tokens is not None and self.num_tokens < 1:
-            raise ValueError(f"`num_tokens` must be at least 1, got {self.num_tokens}.")
         if self.num_tokens is None and self.split_threshold is None:
             self.num_tokens = check_token_budget(max(int(finest * DEFAULT_BUDGET), coarsest), coarsest, finest, True)
         if self.position_grid is None:
@@ -125,6 +122,15 @@ class QuadtreeViTConfig(EncoderConfig):
             self.position_grid = [height // self.min_patch_size, width // self.min_patch_size]
         self.position_grid = list(to_pair(self.position_grid, "position_grid"))
         super().__post_init__(**kwargs)
+
+    def validate_patch_sizes(self) -> None:
+        """Rules between fields; transformers runs this when a config is made and saved."""
+        self.num_tokens_range(self.image_size)
+        if self.position_embedding == "sinusoidal" and (self.hidden_size % 4 or self.hidden_size < 8):
+            raise ValueError(
+                f"`hidden_size` must be a multiple of 4 and at least 8 for sinusoidal positions, got "
+                f"{self.hidden_size}."
+            )
 
     @property
     def num_levels(self) -> int:
@@ -157,7 +163,7 @@ class QuadtreeViTConfig(EncoderConfig):
     def num_tokens_for(
         self, image_size: int | Sequence[int] | None = None, num_tokens: int | None = None
     ) -> int | None:
-        """How many tokens a picture costs, prefix tokens not counted; None where that depends on the picture.
+        """How many tokens an image costs, prefix tokens not counted; None where that depends on the image.
 
         Args:
             image_size: (height, width) in pixels, or int; `config.image_size` when None.
@@ -192,6 +198,15 @@ class QuadtreeViTConfig(EncoderConfig):
         height, width = to_pair(self.image_size if image_size is None else image_size, "image_size")
         self.patch_grid_for((height, width))
         return height // self.min_patch_size, width // self.min_patch_size
+
+    def cheaper_budget(
+        self, image_size: int | Sequence[int] | None = None, num_tokens: int | None = None
+    ) -> dict[str, Any] | None:
+        """About a quarter of the tokens; `None` where there is no such budget. Arguments: `num_tokens_for`."""
+        coarsest, finest = self.num_tokens_range(image_size)
+        usual = self.max_num_tokens_for(image_size, num_tokens)
+        cheaper = check_token_budget(max(usual // 4, coarsest), coarsest, finest, True)
+        return {"num_tokens": cheaper} if cheaper < usual else None
 
     def resolve_budget(self, **changes) -> dict[str, Any]:
         """The fields; `num_tokens` alone ends a threshold."""

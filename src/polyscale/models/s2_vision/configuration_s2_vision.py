@@ -1,15 +1,15 @@
 """S2 configuration."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
-from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import SubConfigSpec
 
-from ...layers.token_budget import TokenBudgetMixin
-from ...utils.validation import check_choice, to_pair
+from ...layers.config_checks import CheckedConfigMixin, checked_config, non_negative, pixel_size, positive
+from ...layers.token_budget import TokenBudgetMixin, budget_argument_of
+from ...utils.validation import to_pair
 from ...utils.vision_configs import (
     base_feature_grid,
     base_image_size,
@@ -21,45 +21,52 @@ from ...utils.vision_configs import (
     check_base,
 )
 from .dynamic_tiling_s2_vision import dynamic_tile_grid
-from .multiscale_s2_vision import (
-    OUTPUT_SHAPES,
-    UNEVEN,
-    TilePlan,
-    check_chunks,
-    check_scale_index,
-    plan_tiles,
-    scale_list,
-)
+from .tiling_s2_vision import TilePlan, check_num_tiles, check_scale_index, plan_tiles, scale_list
 
 
-POOLINGS = ("pooler", "mean")
-
-
-@strict
-class S2VisionConfig(TokenBudgetMixin, BackboneConfigMixin, PreTrainedConfig):
+@checked_config
+class S2VisionConfig(CheckedConfigMixin, TokenBudgetMixin, BackboneConfigMixin, PreTrainedConfig):
     """Configuration of S2: a vision model applied at several scales, its features concatenated on channels.
 
     Exactly one of `scales` and `img_sizes` is given. All sizes are in pixels, (height, width) or an int for both.
 
     Args:
-        vision_config: configuration of the model that is wrapped, of any type registered with `AutoModel`; CLIP's
-            vision part by default.
-        scales: the scales, as multiples of the tile's size. Where some are below 1, the smallest is the tile: `[0.5,
-            1]` is `[1, 2]`. They do not depend on the size of a picture; a picture that is not square keeps its
-            aspect ratio, its short side scaled.
-        img_sizes: in place of `scales`, the size at each scale; a picture of another aspect ratio is squashed.
-        max_split_size: size of the tiles that the model sees; its own `image_size` by default.
-        resize_output_to_idx: the scale (its place in the list) whose feature grid the output has.
-        num_prefix_tokens: tokens in front of the model's output without a place in the picture (CLS, registers);
-            known for the usual models.
-        output_shape: "bnc" (tokens) or "bchw" (maps, from ConvNets); known for the usual models.
-        uneven: what becomes of a size that is no multiple of the tile: "resize" or "pad", as in `multiscale_forward`.
-        split_forward: whether tiles go through the model one place at a time: the memory of about one scale.
-        tiles_per_forward: how many tiles go through the model at a time; all when None.
-        pooling: what the classifier reads: "pooler" (`pooler_output`) or "mean" (over the patch tokens).
-        dynamic: Dynamic-S2 (NVILA, arXiv 2412.04468): the last scale has as many tiles as fit the picture's aspect
-            ratio.
-        max_tiles: with `dynamic`, the most tiles in the last scale; the fewest are those of the last scale's square.
+        vision_config (`PreTrainedConfig` or `dict`, *optional*): of the model that is wrapped, of any type registered
+            with `AutoModel`; CLIP's vision part when `None`.
+        scales (`list[float]`, *optional*): the scales, as multiples of the tile's size. Where some are below 1, the
+            smallest is the tile: `[0.5, 1]` is `[1, 2]`. They do not depend on the size of an image; an image that is
+            not square keeps its aspect ratio, its short side scaled.
+        img_sizes (`list`, *optional*): in place of `scales`, the size at each scale; an image of another aspect ratio
+            is squashed.
+        max_split_size (`int` or `(height, width)`, *optional*): size of the tiles that the model sees; its own
+            `image_size` when `None`.
+        resize_output_to_idx (`int`, *optional*, defaults to 0): the scale (its place in the list) whose feature grid
+            the output has.
+        num_prefix_tokens (`int`, *optional*): tokens in front of the model's output without a place in the image (CLS,
+            registers); known for the usual models.
+        output_shape (`str`, *optional*): `"bnc"` (tokens) or `"bchw"` (maps, from ConvNets); known for the usual
+            models.
+        uneven (`str`, *optional*, defaults to `"resize"`): what becomes of a size that is no multiple of the tile:
+            `"resize"` or `"pad"`, as in `multiscale_forward`.
+        split_forward (`bool`, *optional*, defaults to `False`): whether tiles go through the model one place at a
+            time: the memory of about one scale.
+        tiles_per_forward (`int`, *optional*): how many tiles go through the model at a time; all when `None`.
+        antialias (`bool`, *optional*): whether images are shrunk to the lower scales with antialias; the published
+            code does not, which is what `None` means. `swap_vision_tower` makes `None` True: a LLaVA model is used to
+            images shrunk by an image processor, with antialias.
+        num_tiles (`int`, *optional*): how many tiles of the scales above the smallest go through the model, those that
+            show most detail; all when `None`.
+        tile_fill (`str`, *optional*): what stands in for the other tiles: `"coarse"` (the same tile at a cheaper
+            budget of the wrapped model) or `"first_scale"` (the features of the smallest scale, enlarged); `"coarse"`
+            where the wrapped model has a cheaper budget when `None`.
+        pooling (`str`, *optional*, defaults to `"pooler"`): what a head reads: `"pooler"` (`pooler_output`) or
+            `"mean"` (over the patch tokens).
+        dynamic (`bool`, *optional*, defaults to `False`): Dynamic-S2 (NVILA, arXiv 2412.04468): the last scale has as
+            many tiles as fit the image's aspect ratio.
+        max_tiles (`int`, *optional*, defaults to 12): with `dynamic`, the most tiles in the last scale; the fewest are
+            those of the last scale's square.
+        initializer_range (`float`, *optional*, defaults to 0.02): standard deviation of the classifier's initial
+            weights.
 
     Raises:
         ValueError: for both or neither of `scales` and `img_sizes`, an unknown choice or index, or a model that S2
@@ -78,7 +85,7 @@ class S2VisionConfig(TokenBudgetMixin, BackboneConfigMixin, PreTrainedConfig):
     """
 
     model_type = "s2_vision"
-    changeable_fields = ("scales", "img_sizes", "max_tiles")
+    changeable_fields = ("scales", "img_sizes", "max_tiles", "num_tiles")
     fixed_fields = {
         "num_tokens": "its tokens are those of the wrapped model at one scale, whatever the other scales are"
     }
@@ -87,17 +94,20 @@ class S2VisionConfig(TokenBudgetMixin, BackboneConfigMixin, PreTrainedConfig):
     vision_config: dict | PreTrainedConfig | None = None
     scales: list | tuple | None = None
     img_sizes: list | tuple | None = None
-    max_split_size: int | list[int] | tuple[int, int] | None = None
+    max_split_size: int | list[int] | tuple[int, int] | None = pixel_size(None)
     resize_output_to_idx: int = 0
-    num_prefix_tokens: int | None = None
-    output_shape: str | None = None
-    uneven: str = "resize"
+    num_prefix_tokens: int | None = non_negative(None)
+    output_shape: Literal["bnc", "bchw"] | None = None
+    uneven: Literal["resize", "pad"] = "resize"
     split_forward: bool = False
-    tiles_per_forward: int | None = None
-    pooling: str = "pooler"
+    tiles_per_forward: int | None = positive(None)
+    antialias: bool | None = None
+    num_tiles: int | None = non_negative(None)
+    tile_fill: Literal["coarse", "first_scale"] | None = None
+    pooling: Literal["pooler", "mean"] = "pooler"
     dynamic: bool = False
-    max_tiles: int = 12
-    initializer_range: float = 0.02
+    max_tiles: int = positive(12)
+    initializer_range: float | int = non_negative(0.02)
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
     reshape_hidden_states: bool = True
@@ -107,32 +117,38 @@ class S2VisionConfig(TokenBudgetMixin, BackboneConfigMixin, PreTrainedConfig):
             self.scales = [1, 2]
         out_indices, out_features = kwargs.pop("out_indices", None), kwargs.pop("out_features", None)
         super().__post_init__(**kwargs)
+        if isinstance(self.vision_config, S2VisionConfig):
+            raise ValueError("`vision_config` is that of an S2 model, which has several scales already.")
         check_base(self.vision_config)
         if self.num_prefix_tokens is None:
             self.num_prefix_tokens = base_num_prefix_tokens(self.vision_config)
         if self.output_shape is None:
             self.output_shape = base_output_shape(self.vision_config)
-        self._check()
         self.stage_names = ["stem"] + [f"stage{index}" for index in range(1, self.num_hidden_layers + 1)]
         self.set_output_features_output_indices(out_indices=out_indices, out_features=out_features)
 
-    def _check(self) -> None:
-        check_choice("output_shape", self.output_shape, OUTPUT_SHAPES)
-        check_choice("uneven", self.uneven, UNEVEN)
-        check_choice("pooling", self.pooling, POOLINGS)
-        check_chunks(self.tiles_per_forward)
-        if self.num_prefix_tokens < 0 or (self.output_shape == "bchw" and self.num_prefix_tokens):
+    def validate_scales(self) -> None:
+        """Rules between fields; transformers runs this when a config is made and saved."""
+        if self.output_shape == "bchw" and self.num_prefix_tokens:
             raise ValueError(
-                "`num_prefix_tokens` must be at least 0, and 0 with `output_shape='bchw'`, got "
-                f"{self.num_prefix_tokens}."
+                f"`num_prefix_tokens` must be 0 with `output_shape='bchw'`, got {self.num_prefix_tokens}."
             )
         plan = self.plan_for(self.tile_size)
         check_scale_index(self.resize_output_to_idx, len(plan.sizes))
+        if self.num_tiles is not None:
+            check_num_tiles(self.num_tiles, sum(plan.num_tiles(scale) for scale in plan.higher_scales))
+        if self.tile_fill == "coarse" and self.coarse_budget({}) is None:
+            raise ValueError(
+                f"`tile_fill='coarse'` needs a model with a cheaper budget inside, got one of type "
+                f"{self.vision_config.model_type!r}: use 'first_scale'."
+            )
         if self.dynamic:
             self._check_dynamic()
 
     def _check_dynamic(self) -> None:
         multiples = self.scale_multiples
+        if self.num_tiles is not None:
+            raise ValueError("`num_tiles` needs the same tiles for every image; with `dynamic=True` use `max_tiles`.")
         if self.output_shape == "bchw":
             raise ValueError("`dynamic=True` needs a model with tokens (`output_shape='bnc'`), not a ConvNet.")
         if self.tile_size[0] != self.tile_size[1]:
@@ -191,13 +207,13 @@ class S2VisionConfig(TokenBudgetMixin, BackboneConfigMixin, PreTrainedConfig):
 
     @property
     def scale_multiples(self) -> list[float]:
-        """Height of a square picture at each scale, in tiles."""
+        """Height of a square image at each scale, in tiles."""
         sizes = self._static_plan(self.tile_size, self.scales, self.img_sizes).sizes
         return [height / self.tile_size[0] for height, _ in sizes]
 
     @property
     def image_size(self) -> int | tuple[int, int]:
-        """The size at the largest scale, which pictures are best given in: int where it is a square."""
+        """The size at the largest scale, which images are best given in: int where it is a square."""
         height, width = max(self.plan_for(self.tile_size).sizes)
         return height if height == width else (height, width)
 
@@ -208,7 +224,7 @@ class S2VisionConfig(TokenBudgetMixin, BackboneConfigMixin, PreTrainedConfig):
 
     @property
     def patch_size(self) -> int | None:
-        """Pixels of a picture of `image_size` a token: what `LlavaProcessor` counts with. With `dynamic`, of the
+        """Pixels per token, in an image of `image_size`: what `LlavaProcessor` counts with. With `dynamic`, of the
         last scale.
         """
         if self.features_per_tile is None:
@@ -219,7 +235,7 @@ class S2VisionConfig(TokenBudgetMixin, BackboneConfigMixin, PreTrainedConfig):
 
     @property
     def num_tokens(self) -> int | None:
-        """Tokens of a square picture, prefix tokens not counted: see `num_tokens_for`."""
+        """Tokens of a square image, prefix tokens not counted: see `num_tokens_for`."""
         return self.num_tokens_for(self.tile_size)
 
     @property
@@ -273,6 +289,22 @@ class S2VisionConfig(TokenBudgetMixin, BackboneConfigMixin, PreTrainedConfig):
         """The text that `parse_budget` reads as `budget`."""
         return "+".join("x".join(map(str, part)) if isinstance(part, list | tuple) else str(part) for part in budget)
 
+    def coarse_budget(self, options: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Arguments of the wrapped model for tiles outside of the budget; `None` where the first scale fills them.
+
+        Args:
+            options: the arguments of the call; a budget among them is what the cheaper one is cheaper than.
+        """
+        cheaper = getattr(self.vision_config, "cheaper_budget", None)
+        if cheaper is None or self.tile_fill == "first_scale":
+            return None
+        argument = budget_argument_of(self.vision_config)
+        return cheaper(self.tile_size, **{name: options[name] for name in (argument,) if name in options})
+
+    def coarse_grid(self, coarse: Mapping[str, Any]) -> tuple[int, int] | None:
+        """(rows, columns) of a tile's tokens at that budget; `None` where they are no grid."""
+        return self.vision_config.token_grid_for(self.tile_size, **coarse)
+
     def resolve_budget(self, **changes) -> dict[str, Any]:
         """The fields; `scales` end `img_sizes` and the other way round, as many of them as before.
 
@@ -299,10 +331,10 @@ class S2VisionConfig(TokenBudgetMixin, BackboneConfigMixin, PreTrainedConfig):
         scales: Sequence[float] | None = None,
         img_sizes: Sequence[int | Sequence[int]] | None = None,
     ) -> TilePlan:
-        """The tiles of a picture.
+        """The tiles of an image.
 
         Args:
-            image_size: (height, width) of the picture in pixels, or int.
+            image_size: (height, width) of the image in pixels, or int.
             scales: in place of the configured scales, as many of them.
             img_sizes: likewise, as sizes.
 
@@ -335,10 +367,10 @@ class S2VisionConfig(TokenBudgetMixin, BackboneConfigMixin, PreTrainedConfig):
         return plan_tiles(reference, scales, img_sizes, self.tile_size, self.uneven)
 
     def _reference_size(self, size: tuple[int, int], scales: Sequence[float]) -> tuple[int, int]:
-        """What scale 1 means for a picture of `size`: a picture of its aspect ratio that just covers a tile at
+        """What scale 1 means for an image of `size`: an image of its aspect ratio that just covers a tile at
         the smallest scale of at most 1.
         """
-        numbers = [scale for scale in scales if isinstance(scale, int | float) and scale > 0]
+        numbers = [scale for scale in scales if isinstance(scale, (int, float)) and scale > 0]
         smallest = min([1, *numbers])
         factor = max(tile / side for tile, side in zip(self.tile_size, size, strict=True)) / smallest
         return tuple(max(1, round(side * factor)) for side in size)

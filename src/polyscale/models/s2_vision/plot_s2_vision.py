@@ -10,7 +10,8 @@ from ...figures import features_to_rgb, make_grid, preprocess
 from ...layers.token_budget import budget_kwargs, default_budgets_of, format_budget
 from ...utils.processors import seen_region
 from .modeling_s2_vision import S2VisionWrapper
-from .multiscale_s2_vision import TilePlan, multiscale_forward
+from .multiscale_s2_vision import multiscale_forward
+from .tiling_s2_vision import TilePlan
 
 
 if TYPE_CHECKING:
@@ -21,10 +22,10 @@ LINE = (255, 64, 0)
 
 
 def draw_tiles(image: Image.Image, plan: TilePlan, scale: int, max_side: int = 480) -> Image.Image:
-    """A picture at one scale, with the borders of its tiles.
+    """An image at one scale, with the borders of its tiles.
 
     Args:
-        image: the picture, of any size.
+        image: the image, of any size.
         plan: its tiles: `config.plan_for((height, width))`.
         scale: the scale, by its place.
         max_side: longest side of the drawing in pixels.

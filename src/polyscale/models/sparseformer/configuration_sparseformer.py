@@ -2,24 +2,30 @@
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
-from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
-from transformers.activations import ACT2FN
 
+from ...layers.config_checks import (
+    CheckedConfigMixin,
+    above_zero,
+    activation,
+    at_least,
+    checked_config,
+    non_negative,
+    pixel_size,
+    positive,
+    rate,
+)
 from ...layers.token_budget import TokenBudgetMixin
-from ...utils.validation import check_choice, to_pair
+from ...utils.validation import check_choice
 
 
 OPERATIONS = ("attn", "mlp", "roi_adj", "sampling_m", "pe_inject")
-ROI_OPERATIONS = ("roi_adj", "sampling_m", "pe_inject")
-POOLINGS = ("mean", "cls")
-ROI_ADJUSTMENTS = ("linear", "mlp")
-SAMPLING_PADDINGS = ("zeros", "border")
 
 
 def v1_operations(num_layers: int) -> list[list[str]]:
-    """The operation lists of SparseFormer v1: two layers that look at the picture, the others do not."""
+    """The operation lists of SparseFormer v1: two layers that look at the image, the others do not."""
     looking = ["attn", "roi_adj", "sampling_m", "mlp"]
     return [list(looking), list(looking)] + [["attn", "mlp"] for _ in range(num_layers - 2)]
 
@@ -76,8 +82,8 @@ PRESETS = {
 }
 
 
-@strict
-class SparseFormerConfig(TokenBudgetMixin, PreTrainedConfig):
+@checked_config
+class SparseFormerConfig(CheckedConfigMixin, TokenBudgetMixin, PreTrainedConfig):
     """Configuration of a SparseFormer: a few latent tokens, each with a region of interest (RoI) that it moves.
 
     The defaults are SparseFormer v1 tiny; `SparseFormerConfig.preset` gives the seven published variants. A model is a
@@ -86,46 +92,65 @@ class SparseFormerConfig(TokenBudgetMixin, PreTrainedConfig):
 
     - "attn": self-attention between the tokens; "mlp": an MLP on each token;
     - "roi_adj": moves and scales the RoI of each token;
-    - "sampling_m": samples the picture's features in the RoI and mixes them into the token;
+    - "sampling_m": samples the image's features in the RoI and mixes them into the token;
     - "pe_inject": adds an encoding of the RoI to the token.
 
     A CLS token has no RoI: the last three leave it alone.
 
     Args:
-        num_channels: channels of a picture.
-        image_size: (height, width) in pixels, or int: what image processors crop to. The model takes any size.
-        feature_width: channels of the early convolution.
-        num_latent_tokens: tokens with a RoI; CLS is not counted.
-        shared_token_embedding: whether all tokens start from one vector (bootstrapped) or each from its own (v1).
-        num_sampling_points: points that a token samples in its RoI, at least 2.
-        widths: width of the tokens in each layer.
-        repeats: how often each layer is applied.
-        operations: for each layer, the list of its operations.
-        cls_token_layer: index of the layer before which a CLS token joins; None for no CLS token.
-        pooling: "mean" over the tokens, or "cls".
-        num_attention_heads: heads of every layer whatever its width (v1: 64), or None for `width /
-            attention_head_width`.
-        attention_head_width: width of a head where `num_attention_heads` is None.
-        mlp_ratio: width inside an MLP, in widths of its layer.
-        hidden_act: activation in the MLPs of layers with `repeats` of 1.
-        repeated_hidden_act: activation in the MLPs of layers with more repeats, and in RoI adjustment and mixing.
-        layer_norm_eps: epsilon of the LayerNorms, except that of the parameter generator, which is 1e-5.
-        roi_adjustment: "linear" (v1) or "mlp" (bootstrapped): what computes the change of a RoI.
-        roi_drop_path: whether stochastic depth also drops changes of RoIs (v1).
-        mixing_bias: whether mixing has biases, and an activation between its two products (v1).
-        generator_width: width inside the generator of mixing parameters; None for a quarter of the layer's width (v1).
-        sampling_padding: "zeros" (v1) or "border" (bootstrapped): what a point outside of the picture sees.
-        restrict_grad_norm: whether the gradient of sampling points is clamped to one row of features (v1's
-            training).
-        transition_norm: whether a LayerNorm follows the linear layer between two widths (v1).
-        stage_embedding: whether layers with several repeats add a vector of their own at each of them (bootstrapped).
-        drop_path_rate: stochastic depth at the last repeat of the last layer; it grows linearly from 0 at the first.
-        projection_dim: width of the image embeddings of `SparseFormerModelWithProjection`.
-        projection_bias: whether that projection has a bias.
-        initializer_range: standard deviation of the initial weights of linear layers.
+        num_channels (`int`, *optional*, defaults to 3): channels of an image.
+        image_size (`int` or `(height, width)`, *optional*, defaults to 224): in pixels: what image processors crop to.
+            The model takes any size.
+        feature_width (`int`, *optional*, defaults to 96): channels of the early convolution.
+        num_latent_tokens (`int`, *optional*, defaults to 49): tokens with a RoI; CLS is not counted.
+        shared_token_embedding (`bool`, *optional*, defaults to `False`): whether all tokens start from one vector
+            (bootstrapped) or each from its own (v1).
+        num_sampling_points (`int`, *optional*, defaults to 36): points that a token samples in its RoI, at least 2.
+        widths (`list[int]`, *optional*): width of the tokens in each layer; v1 tiny's when `None`, like the next two.
+        repeats (`list[int]`, *optional*): how often each layer is applied.
+        operations (`list[list[str]]`, *optional*): for each layer, the list of its operations.
+        cls_token_layer (`int`, *optional*): index of the layer before which a CLS token joins; `None` for no CLS
+            token.
+        pooling (`str`, *optional*, defaults to `"mean"`): what a head reads: `"mean"` (over the tokens) or `"cls"`.
+        num_attention_heads (`int`, *optional*, defaults to 64): heads of every layer whatever its width (v1: 64), or
+            `None` for `width / attention_head_width`.
+        attention_head_width (`int`, *optional*, defaults to 64): width of a head where `num_attention_heads` is
+            `None`.
+        mlp_ratio (`float`, *optional*, defaults to 4): width inside an MLP, in widths of its layer.
+        hidden_act (`str`, *optional*, defaults to `"gelu"`): activation in the MLPs of layers with `repeats` of 1.
+        repeated_hidden_act (`str`, *optional*, defaults to `"gelu"`): activation in the MLPs of layers with more
+            repeats, and in RoI adjustment and mixing.
+        layer_norm_eps (`float`, *optional*, defaults to 1e-06): epsilon of the LayerNorms, except that of the
+            parameter generator, which is 1e-5.
+        roi_adjustment (`str`, *optional*, defaults to `"linear"`): `"linear"` (v1) or `"mlp"` (bootstrapped): what
+            computes the change of a RoI.
+        roi_drop_path (`bool`, *optional*, defaults to `True`): whether stochastic depth also drops changes of RoIs
+            (v1).
+        mixing_bias (`bool`, *optional*, defaults to `True`): whether mixing has biases, and an activation between its
+            two products (v1).
+        generator_width (`int`, *optional*): width inside the generator of mixing parameters; `None` for a quarter of
+            the layer's width (v1).
+        sampling_padding (`str`, *optional*, defaults to `"zeros"`): `"zeros"` (v1) or `"border"` (bootstrapped): what
+            a point outside of the image sees.
+        restrict_grad_norm (`bool`, *optional*, defaults to `False`): whether the gradient of sampling points is
+            clamped to one row of features (v1's training).
+        transition_norm (`bool`, *optional*, defaults to `True`): whether a LayerNorm follows the linear layer between
+            two widths (v1).
+        stage_embedding (`bool`, *optional*, defaults to `False`): whether layers with several repeats add a vector of
+            their own at each of them (bootstrapped).
+        drop_path_rate (`float`, *optional*, defaults to 0.0): stochastic depth at the last repeat of the last layer,
+            in [0, 1); it grows linearly from 0 at the first.
+        projection_dim (`int`, *optional*, defaults to 512): width of the image embeddings of
+            `SparseFormerModelWithProjection`.
+        projection_bias (`bool`, *optional*, defaults to `False`): whether that projection has a bias.
+        initializer_range (`float`, *optional*, defaults to 0.02): standard deviation of the initial weights of linear
+            layers.
+        keep_all_tokens (`bool`, *optional*, defaults to `False`): whether a classifier computes every token of the
+            last layer, also those that its head does not read. Without it they are computed where
+            `output_hidden_states` or `output_attentions` asks for them.
 
     Raises:
-        ValueError: for an unknown choice, or operation lists that cannot run.
+        ValueError: for an unknown name or choice, or operation lists that cannot run.
 
     Example:
 
@@ -146,46 +171,53 @@ class SparseFormerConfig(TokenBudgetMixin, PreTrainedConfig):
     base_model_tp_plan = {"layers.*.mlp.fc1": "colwise", "layers.*.mlp.fc2": "rowwise"}
     base_model_fsdp_plan = {"layers.*": "free_full_weight"}
 
-    num_channels: int = 3
-    image_size: int | list[int] | tuple[int, int] = 224
-    feature_width: int = 96
-    num_latent_tokens: int = 49
+    num_channels: int = positive(3)
+    image_size: int | list[int] | tuple[int, int] = pixel_size(224)
+    feature_width: int = positive(96)
+    num_latent_tokens: int = positive(49)
     shared_token_embedding: bool = False
-    num_sampling_points: int = 36
+    num_sampling_points: int = at_least(2, 36)
     widths: list | tuple | None = None
     repeats: list | tuple | None = None
     operations: list | tuple | None = None
-    cls_token_layer: int | None = None
-    pooling: str = "mean"
-    num_attention_heads: int | None = 64
-    attention_head_width: int = 64
-    mlp_ratio: int | float = 4
-    hidden_act: str = "gelu"
-    repeated_hidden_act: str = "gelu"
-    layer_norm_eps: float = 1e-6
-    roi_adjustment: str = "linear"
+    cls_token_layer: int | None = non_negative(None)
+    pooling: Literal["mean", "cls"] = "mean"
+    num_attention_heads: int | None = positive(64)
+    attention_head_width: int = positive(64)
+    mlp_ratio: int | float = above_zero(4)
+    hidden_act: str = activation("gelu")
+    repeated_hidden_act: str = activation("gelu")
+    layer_norm_eps: float | int = above_zero(1e-6)
+    roi_adjustment: Literal["linear", "mlp"] = "linear"
     roi_drop_path: bool = True
     mixing_bias: bool = True
-    generator_width: int | None = None
-    sampling_padding: str = "zeros"
+    generator_width: int | None = positive(None)
+    sampling_padding: Literal["zeros", "border"] = "zeros"
     restrict_grad_norm: bool = False
     transition_norm: bool = True
     stage_embedding: bool = False
-    drop_path_rate: float | int = 0.0
-    projection_dim: int = 512
+    drop_path_rate: float | int = rate(0.0)
+    projection_dim: int = positive(512)
     projection_bias: bool = False
-    initializer_range: float = 0.02
+    initializer_range: float | int = non_negative(0.02)
+    keep_all_tokens: bool = False
 
     def __post_init__(self, **kwargs):
         tiny = PRESETS["sparseformer_v1_tiny"]
         if self.widths is None and self.repeats is None and self.operations is None:
             self.widths, self.repeats, self.operations = tiny["widths"], tiny["repeats"], tiny["operations"]
-        self._check_layers()
-        self._check_choices()
-        self._check_tokens()
+        for name in ("widths", "repeats", "operations"):
+            values = getattr(self, name)
+            if values is not None:
+                setattr(self, name, [list(value) if isinstance(value, tuple) else value for value in values])
         super().__post_init__(**kwargs)
 
-    def _check_layers(self) -> None:
+    def validate_layers(self) -> None:
+        """Rules between fields; transformers runs this when a config is made and saved."""
+        self._check_operations()
+        self._check_tokens()
+
+    def _check_operations(self) -> None:
         lists = {"widths": self.widths, "repeats": self.repeats, "operations": self.operations}
         missing = [f"`{name}`" for name, values in lists.items() if not values]
         if missing:
@@ -201,9 +233,8 @@ class SparseFormerConfig(TokenBudgetMixin, PreTrainedConfig):
             values = lists[name]
             if any(isinstance(value, bool) or not isinstance(value, int) or value < 1 for value in values):
                 raise ValueError(f"`{name}` must hold ints of at least 1, got {list(values)}.")
-            setattr(self, name, list(values))
         for index, operations in enumerate(self.operations):
-            if isinstance(operations, str) or not operations:
+            if not isinstance(operations, list | tuple) or not operations:
                 raise ValueError(
                     f"`operations[{index}]` must be a list of at least one operation of {', '.join(OPERATIONS)}, got "
                     f"{operations!r}."
@@ -213,58 +244,22 @@ class SparseFormerConfig(TokenBudgetMixin, PreTrainedConfig):
             if len(set(operations)) < len(operations):
                 raise ValueError(
                     f"`operations[{index}]` names an operation twice: {list(operations)}. A layer has one set of "
-                    "weights for "
-                    "each operation: use `repeats`, or one more layer."
+                    "weights for each operation: use `repeats`, or one more layer."
                 )
-        self.operations = [list(operations) for operations in self.operations]
         if not any("sampling_m" in operations for operations in self.operations):
-            raise ValueError("`operations` has no 'sampling_m': no token would ever see the picture.")
-
-    def _check_choices(self) -> None:
-        check_choice("pooling", self.pooling, POOLINGS)
-        check_choice("roi_adjustment", self.roi_adjustment, ROI_ADJUSTMENTS)
-        check_choice("sampling_padding", self.sampling_padding, SAMPLING_PADDINGS)
-        to_pair(self.image_size, "image_size")
-        for name in ("hidden_act", "repeated_hidden_act"):
-            if getattr(self, name) not in ACT2FN:
-                raise ValueError(
-                    f"`{name}` must be an activation that transformers knows, got {getattr(self, name)!r}."
-                )
-        for name in ("num_channels", "feature_width", "attention_head_width", "projection_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
-        for name in ("num_attention_heads", "generator_width"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, or None, got {getattr(self, name)}.")
-        if not 0 <= self.drop_path_rate < 1:
-            raise ValueError(f"`drop_path_rate` must be in [0, 1), got {self.drop_path_rate}.")
-        if self.mlp_ratio <= 0:
-            raise ValueError(f"`mlp_ratio` must be above 0, got {self.mlp_ratio}.")
+            raise ValueError("`operations` has no 'sampling_m': no token would ever see the image.")
 
     def _check_tokens(self) -> None:
-        if self.num_latent_tokens < 1:
-            raise ValueError(
-                f"`num_latent_tokens` must be at least 1, got {self.num_latent_tokens}: the operations "
-                f"{', '.join(ROI_OPERATIONS)} need tokens with a RoI (CLS has none)."
-            )
-        if self.num_sampling_points < 2:
-            raise ValueError(
-                f"`num_sampling_points` must be at least 2, got {self.num_sampling_points}: offsets are divided by "
-                "their "
-                "standard deviation over the points."
-            )
         for index, (width, operations) in enumerate(zip(self.widths, self.operations, strict=True)):
             if "pe_inject" in operations and width % 4:
                 raise ValueError(
                     f"'pe_inject' in `operations[{index}]` needs a width that is a multiple of 4 (a quarter for each "
-                    "side "
-                    f"of a RoI), got `widths[{index}]` = {width}."
+                    f"side of a RoI), got `widths[{index}]` = {width}."
                 )
             if "attn" in operations and (width % self.num_heads_for(width) or width < self.num_heads_for(width)):
                 raise ValueError(
                     f"`widths[{index}]` = {width} is not a multiple of its {self.num_heads_for(width)} attention "
-                    "heads: "
-                    "change it, `num_attention_heads` or `attention_head_width`."
+                    "heads: change it, `num_attention_heads` or `attention_head_width`."
                 )
         if self.cls_token_layer is None:
             if self.pooling == "cls":
@@ -316,7 +311,7 @@ class SparseFormerConfig(TokenBudgetMixin, PreTrainedConfig):
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that a picture costs; CLS is not counted."""
+        """Tokens per image; CLS is not counted."""
         return self.num_latent_tokens
 
     def num_tokens_for(self, image_size: int | Sequence[int] | None = None) -> int:

@@ -1,20 +1,20 @@
 """SparseFormer configuration for videos."""
 
-from huggingface_hub.dataclasses import strict
-
+from ...layers.config_checks import checked_config, positive
 from .configuration_sparseformer import SparseFormerConfig
 
 
-@strict
+@checked_config
 class SparseFormerVideoConfig(SparseFormerConfig):
     """Configuration of a SparseFormer on videos, with RoIs in space and time (the authors' MediaSparseFormer).
 
     The other fields, and `preset`, are those of `SparseFormerConfig`.
 
     Args:
-        replicates: copies of the `num_latent_tokens` tokens along time; at first each copy sees 1 / replicates of the
-            video.
-        num_frames: frames that a video processor or a pipeline samples from a video. The model takes any number.
+        replicates (`int`, *optional*, defaults to 4): copies of the `num_latent_tokens` tokens along time; at first
+            each copy sees 1 / replicates of the video.
+        num_frames (`int`, *optional*, defaults to 8): frames that a video processor or a pipeline samples from a
+            video. The model takes any number.
 
     Raises:
         ValueError: as in `SparseFormerConfig`, and for `replicates` or `num_frames` below 1.
@@ -22,14 +22,8 @@ class SparseFormerVideoConfig(SparseFormerConfig):
 
     model_type = "sparseformer_video"
 
-    replicates: int = 4
-    num_frames: int = 8
-
-    def __post_init__(self, **kwargs):
-        for name in ("replicates", "num_frames"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
-        super().__post_init__(**kwargs)
+    replicates: int = positive(4)
+    num_frames: int = positive(8)
 
     @property
     def num_tokens(self) -> int:

@@ -1,0 +1,303 @@
+"""What the configs of all families share: names and values are checked when a config is made and when it is changed.
+
+A field's type and choices stand in its annotation, its range in the function that makes it (`positive`, `rate`, ...).
+Rules that hold between fields are methods `validate_...`: transformers runs them when a config is made and when it is
+saved, our models when they are made. They do not run on assignment: two fields are changed one after the other.
+"""
+
+import math
+from collections.abc import Collection
+from functools import wraps
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+import torch
+from huggingface_hub.dataclasses import strict, validated_field
+from huggingface_hub.errors import (
+    StrictDataclassClassValidationError,
+    StrictDataclassError,
+    StrictDataclassFieldValidationError,
+)
+from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
+from transformers.generation.configuration_utils import GenerationConfig
+from transformers.utils import logging
+
+from ..utils.validation import closest_name, to_pair
+
+
+logger = logging.get_logger(__name__)
+
+# What transformers and its tools write on a config, whatever model it is of.
+_NAMES_OF_TRANSFORMERS = {
+    *PreTrainedConfig.__dataclass_fields__,
+    *(name for name, value in vars(PreTrainedConfig).items() if isinstance(value, property) and value.fset),
+    *GenerationConfig().to_dict(),
+    *("attn_implementation", "experts_implementation", "per_layer_config", "model_type", "_auto_class"),
+    *("auto_map", "custom_pipelines", "distributed_config", "gradient_checkpointing", "is_decoder", "loss_type"),
+    *("quantization_config", "pruned_heads", "task_specific_params", "tie_word_embeddings", "torchscript"),
+    *("transformers_weights", "use_cache", "out_features", "out_indices", "stage_names"),
+    *("base_model_tp_plan", "base_model_fsdp_plan", "base_model_pp_plan", "base_model_ep_plan"),
+}
+# These (and the field `transformers_version`) are in dictionaries that `to_dict` writes, not in what a user types.
+_MARKS_OF_A_FILE = ("model_type", "_name_or_path")
+_WORDS = {int: "an int", float: "a number", bool: "True or False", str: "a string", type(None): "None"}
+
+
+class ConfigError(StrictDataclassFieldValidationError, StrictDataclassClassValidationError, ValueError):
+    """A name or a value that a config does not take: a ValueError, and what transformers' strict configs raise."""
+
+    def __init__(self, message: str):
+        Exception.__init__(self, message)
+
+
+def _expectation(annotation: Any) -> str:
+    """A field's annotation in words: `int | None` -> "an int or None"."""
+    if get_origin(annotation) is Literal:
+        return "one of " + ", ".join(map(repr, get_args(annotation)))
+    if get_origin(annotation) in (Union, UnionType):
+        parts = get_args(annotation)
+        kinds = [part for part in parts if not (part is int and float in parts)]
+        return " or ".join(dict.fromkeys(map(_expectation, kinds)))
+    kind = get_origin(annotation) or annotation
+    if kind in (list, tuple):
+        return "a list"
+    return _WORDS.get(kind, f"a {getattr(kind, '__name__', kind)}")
+
+
+def _field_error(config: PreTrainedConfig, name: str, value: Any, cause: BaseException | None) -> ConfigError:
+    if isinstance(cause, TypeError):  # of the type check
+        expected = _expectation(type(config).__dataclass_fields__[name].type)
+        return ConfigError(f"`{name}` must be {expected}, got {value!r}.")
+    return ConfigError(f"`{name}` {cause}")
+
+
+def checked_config(cls: type) -> type:
+    """Class decorator of every config: `huggingface_hub.dataclasses.strict`, whose errors are ValueErrors too.
+
+    Renamed fields (`attribute_map`: old name -> new name) are taken by either name.
+    """
+    cls = strict(cls)
+    strict_setattr, strict_init, strict_validate = cls.__setattr__, cls.__init__, cls.validate
+
+    @wraps(strict_setattr)
+    def __setattr__(self, name: str, value: Any) -> None:
+        name = type(self).attribute_map.get(name, name)
+        try:
+            strict_setattr(self, name, value)
+        except ConfigError:
+            raise
+        except StrictDataclassError as error:
+            raise _field_error(self, name, value, error.__cause__) from error
+
+    @wraps(strict_init)
+    def __init__(self, *args, **kwargs) -> None:
+        new_names = type(self).attribute_map
+        strict_init(self, *args, **{new_names.get(name, name): value for name, value in kwargs.items()})
+
+    @wraps(strict_validate)
+    def validate(self) -> None:
+        try:
+            strict_validate(self)
+        except StrictDataclassError as error:
+            raise ConfigError(str(error.__cause__ or error)) from error
+
+    cls.__setattr__, cls.__init__, cls.validate = __setattr__, __init__, validate
+    return cls
+
+
+class CheckedConfigMixin:
+    """Refuses names that are no fields, and values that no field takes. Goes first among the bases of a config.
+
+    In the constructor and on assignment an unknown name is an error, which names the nearest field. Names out of a
+    file (`from_dict`, `from_pretrained`, and dictionaries that `to_dict` made) are kept, with a warning where one is
+    close to a field: they are attributes of the user, or fields of another version.
+
+    Names that begin with an underscore, and those that transformers writes on any config, are always taken.
+
+    Raises:
+        ConfigError: for an unknown name or an illegal value; it is a `ValueError`.
+    """
+
+    def __post_init__(self, **kwargs):
+        is_from_file = self.transformers_version is not None or any(name in kwargs for name in _MARKS_OF_A_FILE)
+        kept = {name: kwargs.pop(name) for name in list(kwargs) if not self._takes(name)}
+        for name in kept:
+            if not is_from_file:
+                raise self._name_error(name)
+            nearest = self._nearest_field(name)
+            if nearest is not None:
+                logger.warning(
+                    f"`{name}` is no field of {type(self).__name__}; it is kept and changes nothing. Did you mean "
+                    f"`{nearest}`?"
+                )
+        super().__post_init__(**kwargs)
+        # What a property answers for cannot be set; a file of another version may name it.
+        self.__dict__.update({name: value for name, value in kept.items() if not hasattr(type(self), name)})
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not self._takes(name):
+            raise self._name_error(name)
+        if not _is_finite(value):
+            raise ConfigError(f"`{name}` must be finite, got {value!r}.")
+        check = _CHECKS_OF_TRANSFORMERS.get(name)
+        if check is not None and value is not None:
+            check(value)
+        super().__setattr__(name, value)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        """As in transformers. Names in `config_dict` are taken as those of a file; those in `kwargs` as typed.
+
+        Raises:
+            ConfigError: for a name in `kwargs` that is close to a field and none, or an illegal value.
+        """
+        for name in kwargs:
+            nearest = cls._nearest_field(name)
+            if nearest is not None and name not in config_dict and not cls._is_known(name):
+                raise ConfigError(f"{cls.__name__} has no field `{name}`. Did you mean `{nearest}`?")
+        return super().from_dict({"model_type": cls.model_type, **config_dict}, **kwargs)
+
+    @classmethod
+    def _is_known(cls, name: str) -> bool:
+        if name in cls.__dataclass_fields__ or name in cls.attribute_map or name in _NAMES_OF_TRANSFORMERS:
+            return True
+        attribute = getattr(cls, name, None)
+        return name.startswith("_") or (isinstance(attribute, property) and attribute.fset is not None)
+
+    def _takes(self, name: str) -> bool:
+        return self._is_known(name) or name in self.__dict__
+
+    @classmethod
+    def _nearest_field(cls, name: str) -> str | None:
+        return closest_name(name, [field for field in cls.__dataclass_fields__ if not field.startswith("_")])
+
+    def _name_error(self, name: str) -> ConfigError:
+        if hasattr(type(self), name):
+            reason = getattr(self, "fixed_fields", {}).get(name)
+            return ConfigError(
+                f"`{name}` of {type(self).__name__} follows from its other fields and cannot be set"
+                f"{'' if reason is None else f': {reason}'}."
+            )
+        nearest = self._nearest_field(name)
+        hint = f"Did you mean `{nearest}`?" if nearest else f"Its fields: {', '.join(self._own_fields())}."
+        return ConfigError(f"{type(self).__name__} has no field `{name}`. {hint}")
+
+    @classmethod
+    def _own_fields(cls) -> list[str]:
+        inherited = PreTrainedConfig.__dataclass_fields__
+        return [name for name in cls.__dataclass_fields__ if name not in inherited and not name.startswith("_")]
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether no number in `value`, or in the lists and tuples inside it, is NaN or infinite."""
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return not isinstance(value, list | tuple) or all(map(_is_finite, value))
+
+
+def _check_num_labels(value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ConfigError(f"`num_labels` must be an int of at least 0, got {value!r}.")
+
+
+def _check_dtype(value: Any) -> None:
+    if not isinstance(getattr(torch, value, None) if isinstance(value, str) else value, torch.dtype):
+        raise ConfigError(f'`dtype` must be a torch.dtype or the name of one, such as "bfloat16", got {value!r}.')
+
+
+def _check_id2label(value: Any) -> None:
+    if not isinstance(value, dict) or not all(str(key).lstrip("-").isdigit() for key in value):
+        raise ConfigError(f"`id2label` must be a dict from class indices to names, got {value!r}.")
+
+
+# Fields of `PreTrainedConfig` that it takes from anybody and trips over later.
+_CHECKS_OF_TRANSFORMERS = {"num_labels": _check_num_labels, "dtype": _check_dtype, "id2label": _check_id2label}
+
+
+def _check_above_zero(value: Any) -> None:
+    if value is not None and not value > 0:
+        raise ValueError(f"must be above 0, got {value!r}.")
+
+
+def _check_rate(value: Any) -> None:
+    if not 0 <= value < 1:
+        raise ValueError(f"must be in [0, 1), got {value!r}.")
+
+
+def _check_activation(value: Any) -> None:
+    if value not in ACT2FN:
+        raise ValueError(f"must be an activation that transformers knows, got {value!r}.")
+
+
+def _check_size(value: Any) -> None:
+    if value is not None:
+        try:
+            to_pair(value)
+        except ValueError as error:
+            raise ValueError(str(error).removeprefix("`size` ")) from None
+
+
+def at_least(minimum: int, default: int | None) -> Any:
+    """A field for numbers of at least `minimum`."""
+
+    def check(value: Any) -> None:
+        if value is not None and value < minimum:
+            raise ValueError(f"must be at least {minimum}, got {value!r}.")
+
+    return validated_field(check, default=default)
+
+
+def positive(default: int | None) -> Any:
+    """A field for ints of at least 1."""
+    return at_least(1, default)
+
+
+def non_negative(default: float | None) -> Any:
+    """A field for numbers of at least 0."""
+    return at_least(0, default)
+
+
+def above_zero(default: float | None) -> Any:
+    """A field for numbers above 0."""
+    return validated_field(_check_above_zero, default=default)
+
+
+def rate(default: float) -> Any:
+    """A field for numbers in [0, 1): shares that are dropped."""
+    return validated_field(_check_rate, default=default)
+
+
+def activation(default: str) -> Any:
+    """A field for names of activations."""
+    return validated_field(_check_activation, default=default)
+
+
+def choice(choices: Collection[str], default: str) -> Any:
+    """A field for names out of a collection that other code reads too, or adds to."""
+
+    def check(value: Any) -> None:
+        if value not in choices:
+            raise ValueError(f"must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+
+    return validated_field(check, default=default)
+
+
+def pixel_size(default: int | None) -> Any:
+    """A field for sizes: an int, or (height, width), in pixels."""
+    return validated_field(_check_size, default=default)
+
+
+__all__ = [
+    "CheckedConfigMixin",
+    "ConfigError",
+    "above_zero",
+    "activation",
+    "at_least",
+    "checked_config",
+    "choice",
+    "non_negative",
+    "positive",
+    "rate",
+    "pixel_size",
+]

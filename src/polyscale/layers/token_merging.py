@@ -1,0 +1,124 @@
+"""Token merging: Your ViT But Faster (ToMe, arXiv 2210.09461), written from the paper.
+
+Between the layers of a ViT the most similar tokens are merged into one, so that the number of tokens falls from layer
+to layer to an exact budget. A merged token knows its size, the number of patches it stands for: attention counts it as
+often ("proportional attention"), and so does a mean over the tokens.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+
+class MergedTokens(NamedTuple):
+    """Tokens after a merge.
+
+    Attributes:
+        hidden_states (`torch.Tensor`): (batch, tokens, hidden), prefix tokens first.
+        sizes (`torch.Tensor`): (batch, tokens), how many patches each stands for; 1 for prefix tokens.
+    """
+
+    hidden_states: torch.Tensor
+    sizes: torch.Tensor
+
+
+def merge_schedule(num_tokens: int, merge_tokens_to: int, num_layers: int) -> list[int]:
+    """How many tokens each layer merges away so that exactly `merge_tokens_to` are left after the last.
+
+    The same number in each layer, as in the paper, the first layers taking one more where it does not divide; a layer
+    can merge at most half of its tokens, and what it cannot is left to those after it.
+
+    Args:
+        num_tokens (`int`): patch tokens in front of the first layer.
+        merge_tokens_to (`int`): patch tokens after the last; `num_tokens` or more merges nothing.
+        num_layers (`int`): layers that merge.
+
+    Raises:
+        ValueError: for a budget that so few layers cannot reach; it names the smallest that they can.
+    """
+    if isinstance(merge_tokens_to, bool) or not isinstance(merge_tokens_to, int) or merge_tokens_to < 1:
+        raise ValueError(f"`merge_tokens_to` must be an int of at least 1, got {merge_tokens_to!r}.")
+    surplus = max(num_tokens - merge_tokens_to, 0)
+    for most in range(num_tokens // 2 + 1):
+        schedule = _merged_at_most(most, num_tokens, num_layers)
+        excess = sum(schedule) - surplus
+        if excess >= 0:
+            merging = [place for place in range(num_layers) if schedule[place]]
+            for place in merging[len(merging) - excess :]:
+                schedule[place] -= 1
+            return schedule
+    raise ValueError(
+        f"`merge_tokens_to` must be at least {num_tokens - sum(schedule)} for {num_tokens} tokens and {num_layers} "
+        f"layers, each of which can merge at most half of its tokens; got {merge_tokens_to}."
+    )
+
+
+def _merged_at_most(most: int, num_tokens: int, num_layers: int) -> list[int]:
+    schedule = []
+    for _ in range(num_layers):
+        schedule.append(min(most, num_tokens // 2))
+        num_tokens -= schedule[-1]
+    return schedule
+
+
+def merge_tokens(
+    hidden_states: torch.Tensor,
+    metric: torch.Tensor,
+    num_merged: int,
+    sizes: torch.Tensor | None = None,
+    num_prefix_tokens: int = 0,
+) -> MergedTokens:
+    """Merges the `num_merged` most similar pairs of tokens: bipartite soft matching.
+
+    The patch tokens are dealt out to two sets in turn. Each token of the first set finds the most similar one of the
+    second by the cosine of `metric`; the `num_merged` closest pairs become one token each, the mean of its members
+    weighted by their sizes. Prefix tokens are left alone. The order afterwards: prefix tokens, what is left of the
+    first set, the second set.
+
+    Args:
+        hidden_states (`torch.Tensor`): (batch, tokens, hidden), prefix tokens first.
+        metric (`torch.Tensor`): (batch, tokens, width), what similarity is measured on; the paper takes the keys of
+            attention, averaged over the heads.
+        num_merged (`int`): tokens that go, at most half of the patch tokens.
+        sizes (`torch.Tensor`, *optional*): (batch, tokens); all 1 when `None`.
+        num_prefix_tokens (`int`, *optional*, defaults to 0): tokens in front that are no patches.
+    """
+    if sizes is None:
+        sizes = hidden_states.new_ones(hidden_states.shape[:2], dtype=torch.float32)
+    if num_merged == 0:
+        return MergedTokens(hidden_states, sizes)
+    metric = F.normalize(metric[:, num_prefix_tokens:].float(), dim=-1)
+    best, partner = (metric[:, ::2] @ metric[:, 1::2].transpose(1, 2)).max(dim=2)  # (batch, first set)
+    order = best.argsort(dim=1, descending=True, stable=True)
+    gone, kept = order[:, :num_merged], order[:, num_merged:].sort(dim=1).values
+    target = partner.gather(1, gone)  # (batch, num_merged), places in the second set
+
+    prefix, patches = hidden_states[:, :num_prefix_tokens], hidden_states[:, num_prefix_tokens:]
+    prefix_sizes, patch_sizes = sizes[:, :num_prefix_tokens], sizes[:, num_prefix_tokens:]
+    first, second = patches[:, ::2], patches[:, 1::2]
+    first_sizes, second_sizes = patch_sizes[:, ::2], patch_sizes[:, 1::2]
+    given = _take(first, gone) * first_sizes.gather(1, gone)[..., None].to(first.dtype)
+    summed = (second * second_sizes[..., None].to(second.dtype)).scatter_add(1, _spread(target, given), given)
+    new_sizes = second_sizes.scatter_add(1, target, first_sizes.gather(1, gone))
+    return MergedTokens(
+        torch.cat([prefix, _take(first, kept), summed / new_sizes[..., None].to(summed.dtype)], dim=1),
+        torch.cat([prefix_sizes, first_sizes.gather(1, kept), new_sizes], dim=1),
+    )
+
+
+def _spread(index: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """An index (batch, count) of tokens, for all of their channels."""
+    return index[..., None].expand(-1, -1, tokens.shape[-1])
+
+
+def _take(tokens: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    return tokens.gather(1, _spread(index, tokens))
+
+
+def size_bias(sizes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The mask of proportional attention, log(size) of each key: (batch, tokens) -> (batch, 1, 1, tokens)."""
+    return sizes.log().to(dtype)[:, None, None, :]
+
+
+__all__ = ["MergedTokens", "merge_schedule", "merge_tokens", "size_bias"]
