@@ -4,10 +4,14 @@
 
 Decodes the JPEG files once. `ARRAYS_FOLDER` then holds `train_images.npy` and `val_images.npy` (uint8, images x 64 x
 64 x 3), `train_labels.npy` and `val_labels.npy` (int64), and `classes.json` (the names in the order of the labels).
+
+`--validation-folder DATA` also sorts the validation images into a folder a class, as `polyscale evaluate MODEL DATA`
+reads them.
 """
 
 import argparse
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -39,7 +43,7 @@ def read_images(paths: list[Path]) -> np.ndarray:
     return images
 
 
-def decode(folder: Path, output: Path) -> None:
+def decode(folder: Path, output: Path, validation_folder: Path | None = None) -> None:
     wnids = sorted(path.name for path in (folder / "train").iterdir() if path.is_dir())
     label_of = {wnid: label for label, wnid in enumerate(wnids)}
     annotations = [line.split("\t") for line in (folder / "val" / "val_annotations.txt").read_text().splitlines()]
@@ -54,6 +58,10 @@ def decode(folder: Path, output: Path) -> None:
         np.save(output / f"{split}_images.npy", read_images([path for path, _ in rows]))
         np.save(output / f"{split}_labels.npy", np.array([label for _, label in rows]))
         print(f"{split}: {len(rows)} images")
+    for path, label in splits["val"] if validation_folder else ():
+        target = validation_folder / "validation" / wnids[label] / path.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
     (output / "classes.json").write_text(json.dumps(class_names(folder, wnids), indent=1) + "\n")
 
 
@@ -83,8 +91,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="with train/, val/ and words.txt")
     parser.add_argument("output", type=Path)
+    parser.add_argument("--validation-folder", type=Path)
     arguments = parser.parse_args()
-    decode(arguments.folder, arguments.output)
+    decode(arguments.folder, arguments.output, arguments.validation_folder)
 
 
 if __name__ == "__main__":
