@@ -1,11 +1,12 @@
-"""Trains a classifier on TinyImageNet-200 at budgets drawn anew for each step, for a given time.
+"""Trains a classifier on TinyImageNet-200 at budgets drawn anew for each step, for a given time or number of images.
 
     python benchmarks/tiny200/train_tiny200.py ARRAYS_FOLDER START_FOLDER OUTPUT_FOLDER --minutes 90 \
         --budgets 4 5 6 8 10 12 16 21 32 --probs 3 3 5 20 12 17 30 5 5 --early-probs 0 0 0 4 10 30 46 5 5
 
 START_FOLDER is a checkpoint of this library: `inherit_clip.py` makes one, and a FlexiViT converted to a Quadtree ViT
-is another (`--budget-argument num_tokens`). The learning rate follows the clock: warm-up, then a cosine to zero at the
-end of the time, however fast the machine is. Interrupted, the same command goes on where the last save was.
+is another (`--budget-argument num_tokens`). With `--minutes` the learning rate follows the clock: warm-up, then a
+cosine to zero at the end of the time, however fast the machine is. With `--images` it follows the images seen: for a
+machine that has time for it now and then. Interrupted, the same command goes on where the last save was.
 
 With `--embeddings`, made by clip_teacher.py, images that have one are also taught by it: the student's pooled tokens,
 through a linear layer that is thrown away afterwards, point where the embedding does, and its classes follow the
@@ -148,7 +149,10 @@ def train(arguments: argparse.Namespace) -> None:
     window_began = time.monotonic()
     model.train()
     while True:
-        progress = (time.monotonic() - began) / (60 * arguments.minutes)
+        if arguments.minutes:
+            progress = (time.monotonic() - began) / (60 * arguments.minutes)
+        else:
+            progress = step * arguments.batch_size / arguments.images
         finished = progress >= 1
         if finished or time.monotonic() - saved > 60 * arguments.save_minutes:
             now = time.monotonic()
@@ -195,7 +199,9 @@ def main() -> None:
     parser.add_argument("arrays", type=Path, help="made by tiny_images.py")
     parser.add_argument("start", type=Path)
     parser.add_argument("output", type=Path)
-    parser.add_argument("--minutes", type=float, required=True)
+    length = parser.add_mutually_exclusive_group(required=True)
+    length.add_argument("--minutes", type=float)
+    length.add_argument("--images", type=int)
     parser.add_argument("--budget-argument", default="patch_size")
     parser.add_argument("--budgets", type=int, nargs="+", required=True)
     parser.add_argument("--probs", type=float, nargs="+", required=True, help="of the budgets, at the end")
