@@ -4,7 +4,7 @@ knows best and least.
     python benchmarks/tiny200/report_tiny200.py ARRAYS_FOLDER CHECKPOINT --budgets 4 5 6 8 10 12 16 21 32
 
 Images go through the checkpoint's own image processor and the Auto classes, as in `polyscale evaluate`. Writes
-`results.json` into the checkpoint's folder.
+`results.json` into the checkpoint's folder, unless `--limit` is given.
 """
 
 import argparse
@@ -24,7 +24,7 @@ def score(model, processor, images, batch_size: int, **budget) -> tuple[torch.Te
     """The five best classes of each image (images, 5), and images per second through the model."""
     best, seconds = [], 0.0
     for start in range(0, len(images), batch_size):
-        pixel_values = processor(list(images[start : start + batch_size]), return_tensors="pt")["pixel_values"]
+        pixel_values = processor(list(images[start : start + batch_size].copy()), return_tensors="pt")["pixel_values"]
         began = time.perf_counter()
         logits = model(pixel_values, **budget).logits
         seconds += time.perf_counter() - began
@@ -34,8 +34,9 @@ def score(model, processor, images, batch_size: int, **budget) -> tuple[torch.Te
 
 def extremes(right: torch.Tensor, labels: torch.Tensor, names: dict[int, str], count: int = 5) -> str:
     """One line: the classes with the most and the fewest right answers, in per cent."""
-    shares = 100 * torch.zeros(len(names)).index_add(0, labels, right.float()) / labels.bincount(minlength=len(names))
-    order = shares.argsort(descending=True, stable=True).tolist()
+    counts = labels.bincount(minlength=len(names))
+    shares = 100 * torch.zeros(len(names)).index_add(0, labels, right.float()) / counts.clamp(min=1)
+    order = [index for index in shares.argsort(descending=True, stable=True).tolist() if counts[index] > 0]
     shown = [
         "; ".join(f"{names[index]} {shares[index]:.0f}" for index in part) for part in (order[:count], order[-count:])
     ]
@@ -78,7 +79,8 @@ def main() -> None:
             extremes(right[:, 0], labels, model.config.id2label),
             flush=True,
         )
-    (arguments.checkpoint / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    if arguments.limit is None:
+        (arguments.checkpoint / "results.json").write_text(json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":

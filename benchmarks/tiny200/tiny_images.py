@@ -83,7 +83,7 @@ def class_balanced(labels: torch.Tensor, per_class: int, generator: torch.Genera
 
 def normalize(images: np.ndarray) -> torch.Tensor:
     """(images, height, width, 3) uint8 -> (images, 3, height, width) float32"""
-    pixels = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float().div_(255)
+    pixels = torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).float().div_(255)
     return pixels.sub_(torch.tensor(MEAN)[:, None, None]).div_(torch.tensor(STD)[:, None, None])
 
 
