@@ -182,7 +182,9 @@ def test_what_cannot_be_swapped_is_refused(clip):
         swap_dual_encoder_tower(
             SiglipModel(SiglipConfig(vision_config=SMALL, text_config={**SMALL, "hidden_size": 16})), tower
         )
-    swapped = swap_dual_encoder_tower(clip, tower)
+    with pytest.raises(ValueError, match="`processor` has no use for a CLIPModel"):
+        polyscale.swap_vision_tower(clip, tower, processor=object())
+    swapped = polyscale.swap_vision_tower(clip, tower)
     with pytest.raises(ValueError, match="`input_ids` is required"):
         swapped(pixel_values=torch.zeros(1, 3, 32, 32))
 
