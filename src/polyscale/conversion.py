@@ -205,19 +205,18 @@ def _dicts_in(checkpoint: Any) -> list[dict]:
     return list(found.values())
 
 
+def _is_kernel(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.ndim == 4 and value.is_floating_point()
+
+
 def _find_holder(checkpoint: Any, name: str) -> dict | None:
-    """The dict with the tensor `name` in what a training script saved."""
-    return next((inner for inner in _dicts_in(checkpoint) if isinstance(inner.get(name), torch.Tensor)), None)
+    """The dict with the kernel `name` in what a training script saved."""
+    return next((inner for inner in _dicts_in(checkpoint) if _is_kernel(inner.get(name))), None)
 
 
 def _kernel_names(checkpoint: Any) -> list[str]:
     """Names of everything in a checkpoint that could be a patch kernel."""
-    return [
-        str(name)
-        for inner in _dicts_in(checkpoint)
-        for name, value in inner.items()
-        if isinstance(value, torch.Tensor) and value.ndim == 4
-    ]
+    return [str(name) for inner in _dicts_in(checkpoint) for name, value in inner.items() if _is_kernel(value)]
 
 
 def convert_patch_embed(
@@ -270,12 +269,7 @@ def convert_patch_embed(
     if holder is None:
         kernels = _kernel_names(checkpoint)
         raise ValueError(
-            f"`name` {name!r} is no tensor in `{input}`. Kernels in it: {', '.join(kernels[:8]) or 'none'}."
-        )
-    if holder[name].ndim != 4 or not holder[name].is_floating_point():
-        raise ValueError(
-            f"`name` {name!r} must be a kernel (width, channels, height, width) of floats, it is "
-            f"{tuple(holder[name].shape)} of {holder[name].dtype}."
+            f"`name` {name!r} is no patch kernel in `{input}`. Kernels in it: {', '.join(kernels[:8]) or 'none'}."
         )
     old_shape = tuple(holder[name].shape)
     holder[name] = pi_resize_patch_embed(holder[name].detach(), patch_size, interpolation, antialias).contiguous()

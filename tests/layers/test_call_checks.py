@@ -22,7 +22,6 @@ PASSING = (
     "return_dict",
     "num_items_in_batch",
     "interpolate_pos_encoding",
-    "output_attentions",
     "whatever",
 )
 

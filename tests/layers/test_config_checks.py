@@ -71,12 +71,13 @@ def test_names_out_of_a_file_are_kept_and_near_misses_warned_of(family, tmp_path
     warnings = []
     monkeypatch.setattr(logging.get_logger("polyscale.layers.config_checks"), "warning", warnings.append)
     (tmp_path / "config.json").write_text(json.dumps(record))
-    for loaded in (
-        type(config).from_dict(record),
-        type(config)(**record),
-        type(config).from_pretrained(tmp_path),
-        AutoConfig.from_pretrained(tmp_path),
+    for load, source in (
+        (type(config).from_dict, record),
+        (lambda fields: type(config)(**fields), record),
+        (type(config).from_pretrained, tmp_path),
+        (AutoConfig.from_pretrained, tmp_path),
     ):
+        loaded = load(source)
         assert (loaded.my_note, loaded.initialiser_range) == ("x", 3)
         assert any("`initialiser_range`" in text and "`initializer_range`" in text for text in warnings)
         assert not any("my_note" in text for text in warnings)
@@ -145,7 +146,7 @@ def test_an_illegal_value_is_refused_when_made_and_when_assigned(family, name, v
 
 
 def test_what_follows_from_other_fields_cannot_be_set():
-    with pytest.raises(ValueError, match="`num_tokens` of SparseFormerConfig follows .*one latent token each"):
+    with pytest.raises(ValueError, match=r"`num_tokens` of SparseFormerConfig follows .*one latent token each"):
         polyscale.SparseFormerConfig(num_tokens=9)
     with pytest.raises(ValueError, match="`hidden_size` of S2VisionConfig follows"):
         tiny_config("s2_vision").hidden_size = 3

@@ -149,6 +149,9 @@ class SparseFormerConfig(CheckedConfigMixin, TokenBudgetMixin, PreTrainedConfig)
         output_all_rois (`bool`, *optional*, defaults to `False`): whether the output holds the RoIs of each layer.
         output_sampling_points (`bool`, *optional*, defaults to `False`): whether it holds the points of each sampling.
         output_sampling_rois (`bool`, *optional*, defaults to `False`): whether it holds the RoIs of each sampling.
+        keep_all_tokens (`bool`, *optional*, defaults to `False`): whether a classifier computes every token of the
+            last layer, also those that its head does not read. Without it they are computed where
+            `output_hidden_states` or `output_attentions` asks for them.
 
     Raises:
         ValueError: for an unknown name or choice, or operation lists that cannot run.
@@ -204,6 +207,7 @@ class SparseFormerConfig(CheckedConfigMixin, TokenBudgetMixin, PreTrainedConfig)
     output_all_rois: bool = False
     output_sampling_points: bool = False
     output_sampling_rois: bool = False
+    keep_all_tokens: bool = False
 
     def __post_init__(self, **kwargs):
         tiny = PRESETS["sparseformer_v1_tiny"]

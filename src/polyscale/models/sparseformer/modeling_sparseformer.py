@@ -18,7 +18,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from ...layers.call_checks import CheckedModelMixin, check_words, classification_loss
-from ...layers.encoder import is_observed
+from ...layers.pooled_only import pooled_only_suffices
 from ...utils.validation import check_pixel_values
 from .configuration_sparseformer import SparseFormerConfig
 from .geometry_sparseformer import initial_rois
@@ -202,16 +202,6 @@ class SparseFormerPreTrainedModel(CheckedModelMixin, PreTrainedModel):
         )
         return (model, info) if wants_info else model
 
-    def reads_pooled_only(self, model: "SparseFormerModel", **kwargs) -> bool:
-        """Whether a classifier may leave uncomputed what its head does not read of the last layer: nothing else that
-        layer gives is asked for, and there is no hook to see it.
-
-        Args:
-            model: the model without its head.
-            kwargs: of the classifier's forward.
-        """
-        return not is_observed(self, (model, model.layernorm, *model.layers[-1].modules()), kwargs)
-
     def set_loss_scale(self, loss_scale: float) -> None:
         """Tells the clamp of sampling gradients the factor on the loss, a `GradScaler`'s, before each forward."""
         for module in self.modules():
@@ -317,7 +307,7 @@ class SparseFormerForImageClassification(SparseFormerPreTrainedModel):
             `SparseFormerClassifierOutput`.
         """
         check_words(self, kwargs)
-        pooled_only = self.reads_pooled_only(self.sparseformer, **kwargs)
+        pooled_only = pooled_only_suffices(self, kwargs)
         outputs = self.sparseformer(pixel_values, loss_scale=loss_scale, pooled_only=pooled_only, **kwargs)
         logits = self.classifier(outputs.pooler_output)
         loss = classification_loss(self, labels, logits, self.config, kwargs)

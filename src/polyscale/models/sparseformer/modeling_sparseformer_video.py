@@ -12,6 +12,7 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 from ...layers.call_checks import check_words, classification_loss
+from ...layers.pooled_only import pooled_only_suffices
 from ...utils.validation import check_video
 from .configuration_sparseformer_video import SparseFormerVideoConfig
 from .modeling_sparseformer import (
@@ -85,7 +86,7 @@ class SparseFormerForVideoClassification(SparseFormerVideoPreTrainedModel):
             `SparseFormerClassifierOutput`.
         """
         check_words(self, kwargs)
-        pooled_only = self.reads_pooled_only(self.sparseformer, **kwargs)
+        pooled_only = pooled_only_suffices(self, kwargs)
         outputs = self.sparseformer(pixel_values, loss_scale=loss_scale, pooled_only=pooled_only, **kwargs)
         logits = self.classifier(outputs.pooler_output)
         loss = classification_loss(self, labels, logits, self.config, kwargs)
