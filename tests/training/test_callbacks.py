@@ -60,12 +60,21 @@ def test_evaluation_and_explicit_sizes_are_left_alone():
     assert model.flexivit.embeddings.resolve_patch_size(None) == (4, 4)
 
 
-def test_the_end_of_training_gives_the_drawing_back():
+def test_the_end_of_a_step_gives_the_drawing_back():
     model = tiny_model().train()
     sizes_of_a_run(model, [0])
-    PatchSizeCallback().on_train_end(None, None, None, model=model)
+    PatchSizeCallback().on_step_end(None, None, None, model=model)
     assert model.flexivit.embeddings.step_patch_size is None
     assert {model.flexivit.embeddings.resolve_patch_size(None) for _ in range(60)} == {(2, 2), (4, 4), (4, 8)}
+
+
+def test_a_step_that_ends_with_an_exception_leaves_no_size_behind():
+    model = tiny_model().train()
+    (size,) = sizes_of_a_run(model, [0])
+    model.train()  # what a Trainer calls before each forward
+    assert model.flexivit.embeddings.resolve_patch_size(None) == size
+    model.eval().train()
+    assert model.flexivit.embeddings.step_patch_size is None
 
 
 def test_a_model_without_train_sizes_is_left_alone():

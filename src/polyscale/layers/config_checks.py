@@ -1,6 +1,6 @@
 """What the configs of all families share: names and values are checked when a config is made and when it is changed.
 
-A field's type and choices stand in its annotation, its range in the function that makes it (`positive`, `size`, ...).
+A field's type and choices stand in its annotation, its range in the function that makes it (`positive`, `rate`, ...).
 Rules that hold between fields are methods `validate_...`: transformers runs them when a config is made and when it is
 saved, our models when they are made. They do not run on assignment: two fields are changed one after the other.
 """
@@ -283,7 +283,7 @@ def choice(choices: Collection[str], default: str) -> Any:
     return validated_field(check, default=default)
 
 
-def size(default: int | None) -> Any:
+def pixel_size(default: int | None) -> Any:
     """A field for sizes: an int, or (height, width), in pixels."""
     return validated_field(_check_size, default=default)
 
@@ -299,5 +299,5 @@ __all__ = [
     "non_negative",
     "positive",
     "rate",
-    "size",
+    "pixel_size",
 ]

@@ -20,6 +20,8 @@ from transformers import (
     PreTrainedModel,
 )
 
+from ..layers.token_budget import add_budget_words
+
 
 @dataclass(frozen=True)
 class Family:
@@ -139,6 +141,7 @@ def register_family(
         AutoImageProcessor.register(config, image_processor_classes=family.image_processors, exist_ok=True)
     if video_processor is not None:
         AutoVideoProcessor.register(config, video_processor, exist_ok=True)
+    add_budget_words(config)
     _FAMILIES[config.model_type] = family
     return family
 

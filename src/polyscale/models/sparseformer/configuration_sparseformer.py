@@ -13,9 +13,9 @@ from ...layers.config_checks import (
     at_least,
     checked_config,
     non_negative,
+    pixel_size,
     positive,
     rate,
-    size,
 )
 from ...layers.token_budget import TokenBudgetMixin
 from ...utils.validation import check_choice
@@ -145,6 +145,9 @@ class SparseFormerConfig(CheckedConfigMixin, TokenBudgetMixin, PreTrainedConfig)
         projection_bias (`bool`, *optional*, defaults to `False`): whether that projection has a bias.
         initializer_range (`float`, *optional*, defaults to 0.02): standard deviation of the initial weights of linear
             layers.
+        keep_all_tokens (`bool`, *optional*, defaults to `False`): whether a classifier computes every token of the
+            last layer, also those that its head does not read. Without it they are computed where
+            `output_hidden_states` or `output_attentions` asks for them.
 
     Raises:
         ValueError: for an unknown name or choice, or operation lists that cannot run.
@@ -169,7 +172,7 @@ class SparseFormerConfig(CheckedConfigMixin, TokenBudgetMixin, PreTrainedConfig)
     base_model_fsdp_plan = {"layers.*": "free_full_weight"}
 
     num_channels: int = positive(3)
-    image_size: int | list[int] | tuple[int, int] = size(224)
+    image_size: int | list[int] | tuple[int, int] = pixel_size(224)
     feature_width: int = positive(96)
     num_latent_tokens: int = positive(49)
     shared_token_embedding: bool = False
@@ -197,6 +200,7 @@ class SparseFormerConfig(CheckedConfigMixin, TokenBudgetMixin, PreTrainedConfig)
     projection_dim: int = positive(512)
     projection_bias: bool = False
     initializer_range: float | int = non_negative(0.02)
+    keep_all_tokens: bool = False
 
     def __post_init__(self, **kwargs):
         tiny = PRESETS["sparseformer_v1_tiny"]

@@ -17,7 +17,8 @@ from transformers.utils import ModelOutput, TransformersKwargs, logging
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from ...layers.encoder import is_observed
+from ...layers.call_checks import CheckedModelMixin, check_words, classification_loss
+from ...layers.pooled_only import pooled_only_suffices
 from ...utils.validation import check_pixel_values
 from .configuration_sparseformer import SparseFormerConfig
 from .geometry_sparseformer import initial_rois
@@ -96,7 +97,7 @@ class SparseFormerClassifierOutput(ImageClassifierOutput):
         return cls(loss=loss, logits=logits, **others)
 
 
-class SparseFormerPreTrainedModel(PreTrainedModel):
+class SparseFormerPreTrainedModel(CheckedModelMixin, PreTrainedModel):
     config: SparseFormerConfig
     base_model_prefix = "sparseformer"
     main_input_name = "pixel_values"
@@ -201,16 +202,6 @@ class SparseFormerPreTrainedModel(PreTrainedModel):
         )
         return (model, info) if wants_info else model
 
-    def reads_pooled_only(self, model: "SparseFormerModel", **kwargs) -> bool:
-        """Whether a classifier may leave uncomputed what its head does not read of the last layer: nothing else that
-        layer gives is asked for, and there is no hook to see it.
-
-        Args:
-            model: the model without its head.
-            kwargs: of the classifier's forward.
-        """
-        return not is_observed(self, (model, model.layernorm, *model.layers[-1].modules()), kwargs)
-
     def set_loss_scale(self, loss_scale: float) -> None:
         """Tells the clamp of sampling gradients the factor on the loss, a `GradScaler`'s, before each forward."""
         for module in self.modules():
@@ -266,6 +257,7 @@ class SparseFormerModel(SparseFormerPreTrainedModel):
         Raises:
             ValueError: for a wrong shape of `pixel_values`.
         """
+        check_words(self, kwargs)
         features = self.encode(pixel_values)
         tokens, rois = self.embeddings(features.shape[0])
         if not self.config.restrict_grad_norm:
@@ -314,10 +306,11 @@ class SparseFormerForImageClassification(SparseFormerPreTrainedModel):
         Returns:
             `SparseFormerClassifierOutput`.
         """
-        pooled_only = self.reads_pooled_only(self.sparseformer, **kwargs)
+        check_words(self, kwargs)
+        pooled_only = pooled_only_suffices(self, kwargs)
         outputs = self.sparseformer(pixel_values, loss_scale=loss_scale, pooled_only=pooled_only, **kwargs)
         logits = self.classifier(outputs.pooler_output)
-        loss = self.loss_function(labels, logits, self.config, **kwargs) if labels is not None else None
+        loss = classification_loss(self, labels, logits, self.config, kwargs)
         return SparseFormerClassifierOutput.from_model(outputs, logits=logits, loss=loss)
 
 
@@ -346,6 +339,7 @@ class SparseFormerModelWithProjection(SparseFormerPreTrainedModel):
             `SparseFormerEmbeddingOutput`; `image_embeds` compare with text embeddings after both are divided by their
             norm.
         """
+        check_words(self, kwargs, self.sparseformer)
         outputs = self.sparseformer(pixel_values, loss_scale=loss_scale, **kwargs)
         return SparseFormerEmbeddingOutput(image_embeds=self.projection(outputs.pooler_output), **outputs)
 

@@ -11,6 +11,9 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
+from ...layers.call_checks import check_words, classification_loss
+from ...layers.pooled_only import pooled_only_suffices
+from ...utils.validation import check_video
 from .configuration_sparseformer_video import SparseFormerVideoConfig
 from .modeling_sparseformer import (
     SparseFormerClassifierOutput,
@@ -19,33 +22,6 @@ from .modeling_sparseformer import (
     SparseFormerModelOutput,
     SparseFormerPreTrainedModel,
 )
-
-
-def check_video(pixel_values: torch.Tensor | None, num_channels: int) -> None:
-    """Refuses anything but a batch of videos (batch, frames, channels, height, width) with at least one frame.
-
-    Raises:
-        ValueError: for a missing input, another number of dimensions, no video, no frame or a wrong channel count.
-    """
-    if pixel_values is None:
-        raise ValueError("`pixel_values` is required: a tensor of shape (batch, frames, channels, height, width).")
-    shape = tuple(pixel_values.shape)
-    if len(shape) != 5:
-        raise ValueError(
-            f"`pixel_values` must have the shape (batch, frames, channels, height, width), got {shape}. An image is a "
-            "video "
-            "of one frame: `pixel_values[:, None]`."
-        )
-    if shape[0] == 0:
-        raise ValueError("`pixel_values` holds an empty batch (batch size 0); at least one video is needed.")
-    if shape[1] == 0:
-        raise ValueError("`pixel_values` holds videos of zero frames; at least one frame is needed.")
-    if shape[2] != num_channels:
-        raise ValueError(
-            f"`pixel_values` must have {num_channels} channels (`config.num_channels`), got {shape[2]} in shape "
-            f"{shape}; "
-            "the order is (batch, frames, channels, height, width)."
-        )
 
 
 class SparseFormerVideoPreTrainedModel(SparseFormerPreTrainedModel):
@@ -109,10 +85,11 @@ class SparseFormerForVideoClassification(SparseFormerVideoPreTrainedModel):
         Returns:
             `SparseFormerClassifierOutput`.
         """
-        pooled_only = self.reads_pooled_only(self.sparseformer, **kwargs)
+        check_words(self, kwargs)
+        pooled_only = pooled_only_suffices(self, kwargs)
         outputs = self.sparseformer(pixel_values, loss_scale=loss_scale, pooled_only=pooled_only, **kwargs)
         logits = self.classifier(outputs.pooler_output)
-        loss = self.loss_function(labels, logits, self.config, **kwargs) if labels is not None else None
+        loss = classification_loss(self, labels, logits, self.config, kwargs)
         return SparseFormerClassifierOutput.from_model(outputs, logits=logits, loss=loss)
 
 
@@ -140,6 +117,7 @@ class SparseFormerVideoModelWithProjection(SparseFormerVideoPreTrainedModel):
         Returns:
             `SparseFormerEmbeddingOutput`, one embedding a video.
         """
+        check_words(self, kwargs, self.sparseformer)
         outputs = self.sparseformer(pixel_values, loss_scale=loss_scale, **kwargs)
         return SparseFormerEmbeddingOutput(image_embeds=self.projection(outputs.pooler_output), **outputs)
 

@@ -69,7 +69,6 @@ class SparseFormerFeatures(nn.Module):
     def __init__(self, config: SparseFormerConfig):
         super().__init__()
         self.convolution = nn.Conv2d(config.num_channels, config.feature_width, kernel_size=7, stride=2, padding=3)
-        self.is_encoded = any("pe_inject" in operations for operations in config.operations)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(batch, channels, height, width) -> (batch, rows, columns, feature_width), float32"""
@@ -89,11 +88,7 @@ class SparseFormerFeatures(nn.Module):
         # ReLU commutes with the maximum, and after it there is a quarter of the values.
         features = F.relu(F.max_pool2d(features, kernel_size=3, stride=2, padding=1), inplace=True)
         features = features.permute(0, 2, 3, 1).float()  # (batch, rows, columns, feature_width)
-        if not self.is_encoded or torch.compiler.is_exporting():  # ExecuTorch has no `var_mean`
-            return F.layer_norm(features, features.shape[-1:], eps=1e-5)
-        # Encodings of RoIs multiply a rounding of the last bit by hundreds: the same operations as the official code.
-        variance, mean = torch.var_mean(features, dim=-1, correction=0, keepdim=True)
-        return (features - mean) / (variance + 1e-5).sqrt()
+        return F.layer_norm(features, features.shape[-1:], eps=1e-5)
 
 
 class SparseFormerEmbeddings(nn.Module):
