@@ -55,6 +55,7 @@ from .models.sparseformer import (
     SparseFormerModelWithProjection,
     SparseFormerVideoConfig,
     SparseFormerVideoModel,
+    SparseFormerVideoModelWithProjection,
     SparseFormerVideoProcessor,
 )
 
@@ -119,6 +120,7 @@ __all__ = [
     "SparseFormerModelWithProjection",
     "SparseFormerVideoConfig",
     "SparseFormerVideoModel",
+    "SparseFormerVideoModelWithProjection",
     "SparseFormerVideoProcessor",
     "VanillaTokenizer",
     "apply_token_merging",
