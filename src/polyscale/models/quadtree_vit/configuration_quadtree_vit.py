@@ -113,6 +113,7 @@ class QuadtreeViTConfig(EncoderConfig):
     patch_bias: bool = True
 
     def __post_init__(self, **kwargs):
+        count_levels(self.min_patch_size, self.max_patch_size)
         coarsest, finest = self.num_tokens_range(self.image_size)
         if self.num_tokens is None and self.split_threshold is None:
             self.num_tokens = check_token_budget(max(int(finest * DEFAULT_BUDGET), coarsest), coarsest, finest, True)
@@ -197,6 +198,15 @@ class QuadtreeViTConfig(EncoderConfig):
         height, width = to_pair(self.image_size if image_size is None else image_size, "image_size")
         self.patch_grid_for((height, width))
         return height // self.min_patch_size, width // self.min_patch_size
+
+    def cheaper_budget(
+        self, image_size: int | Sequence[int] | None = None, num_tokens: int | None = None
+    ) -> dict[str, Any] | None:
+        """About a quarter of the tokens; `None` where there is no such budget. Arguments: `num_tokens_for`."""
+        coarsest, finest = self.num_tokens_range(image_size)
+        usual = self.max_num_tokens_for(image_size, num_tokens)
+        cheaper = check_token_budget(max(usual // 4, coarsest), coarsest, finest, True)
+        return {"num_tokens": cheaper} if cheaper < usual else None
 
     def resolve_budget(self, **changes) -> dict[str, Any]:
         """The fields; `num_tokens` alone ends a threshold."""

@@ -20,6 +20,7 @@ Node 0 stands above them: the whole picture, whose split into the largest patche
 import math
 from collections.abc import Sequence
 from itertools import pairwise
+from operator import index
 from typing import NamedTuple
 
 import torch
@@ -86,9 +87,12 @@ def check_token_budget(num_tokens: int, coarsest: int, finest: int, round_down: 
     Raises:
         ValueError: for a budget that no number of splits gives; it names the two nearest legal ones.
     """
-    if isinstance(num_tokens, bool) or not hasattr(num_tokens, "__index__"):
-        raise ValueError(f"`num_tokens` must be an int, got {num_tokens!r}.")
-    num_tokens = int(num_tokens)
+    try:
+        if isinstance(num_tokens, bool):
+            raise TypeError
+        num_tokens = index(num_tokens)
+    except TypeError:
+        raise ValueError(f"`num_tokens` must be an int, got {num_tokens!r}.") from None
     below = min(max(num_tokens - (num_tokens - coarsest) % 3, coarsest), finest)
     if num_tokens == below or (round_down and num_tokens > below):
         return below

@@ -88,8 +88,8 @@ def _check_source(source: FlexiViTSource, model: SparseFormerPreTrainedModel, la
             raise ValueError(f"Layer {layer} has no place for a block of the ViT: it lacks 'attn' or 'mlp'.")
         if ours.num_heads_for(width) != theirs.num_attention_heads:
             raise ValueError(
-                f"Layer {layer} has {ours.num_heads_for(width)} attention heads, the ViT {theirs.num_attention_heads}: "
-                "set `num_attention_heads`, or `attention_head_width`."
+                f"Layer {layer} has {ours.num_heads_for(width)} attention heads, the ViT has "
+                f"{theirs.num_attention_heads}: set `num_attention_heads`, or `attention_head_width`."
             )
 
 

@@ -1,7 +1,7 @@
 """What SparseFormer computes differently on a CPU, for speed: attention of many thin heads, and sampling.
 
-Values and gradients are those of the plain operations, rounding apart, gradients of gradients included. One switch turns
-all of it off: the config's `cpu_kernels`.
+Values and gradients are those of the plain operations, rounding apart, gradients of gradients included. One switch
+turns all of it off: the config's `cpu_kernels`.
 """
 
 from collections.abc import Iterator
