@@ -56,6 +56,7 @@ from .models.sparseformer import (
     SparseFormerModelWithProjection,
     SparseFormerVideoConfig,
     SparseFormerVideoModel,
+    SparseFormerVideoModelWithProjection,
     SparseFormerVideoProcessor,
 )
 
@@ -120,6 +121,7 @@ __all__ = [
     "SparseFormerModelWithProjection",
     "SparseFormerVideoConfig",
     "SparseFormerVideoModel",
+    "SparseFormerVideoModelWithProjection",
     "SparseFormerVideoProcessor",
     "VanillaTokenizer",
     "apply_token_merging",
