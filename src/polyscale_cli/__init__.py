@@ -12,6 +12,7 @@ from .benchmark import benchmark
 from .classify import classify
 from .convert import convert, convert_patch_embed
 from .evaluate import evaluate
+from .explore import explore
 from .printing import silence_torch
 from .show import show
 from .train import train
@@ -49,7 +50,7 @@ def polyscale(
     """Vision models with an adjustable number of visual tokens."""
 
 
-for command in (train, evaluate, classify, show, benchmark, convert, convert_patch_embed):
+for command in (train, evaluate, classify, show, explore, benchmark, convert, convert_patch_embed):
     app.command()(command)
 
 

@@ -37,6 +37,16 @@ class TokenBudgetMixin:
         """Values of the budget argument to try when a user names none; `[None]` where there is no such argument."""
         return [None if self.budget_argument is None else getattr(self, self.budget_argument)]
 
+    def budget_ladder(self) -> list:
+        """Values of the budget argument from few tokens to many, for a user who looks around: the default ones.
+
+        A family overrides it where other budgets need no training of their own.
+        """
+        budgets = self.default_budgets()
+        if budgets == [None]:
+            return budgets
+        return sorted(budgets, key=lambda budget: self.max_num_tokens_for(**{self.budget_argument: budget}))
+
     def parse_budget(self, text: str) -> Any:
         """The value of the budget argument that a user types: "16" -> 16. Families with other values override it.
 
@@ -130,6 +140,11 @@ def budget_argument_of(config: PreTrainedConfig) -> str | None:
 def default_budgets_of(config: PreTrainedConfig) -> list:
     """The budgets to try on a model when none are given; `[None]` for a model without any."""
     return config.default_budgets() if isinstance(config, TokenBudgetMixin) else [None]
+
+
+def budget_ladder_of(config: PreTrainedConfig) -> list:
+    """The budgets of a model from few tokens to many; `[None]` for a model without any."""
+    return config.budget_ladder() if isinstance(config, TokenBudgetMixin) else [None]
 
 
 def budget_kwargs(config: PreTrainedConfig, budget: Any) -> dict[str, Any]:
@@ -297,6 +312,7 @@ __all__ = [
     "add_budget_words",
     "budget_argument_of",
     "budget_kwargs",
+    "budget_ladder_of",
     "choose_budgets",
     "count_tokens",
     "default_budgets_of",
