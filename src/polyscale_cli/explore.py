@@ -20,7 +20,7 @@ def explore(
     browser: Annotated[bool, typer.Option(help="Open the page in the browser.")] = True,
     device: Device = None,
 ) -> None:
-    """Open a page in the browser with a slider for the token budget. Needs `pip install 'polyscale[app]'`."""
+    """Open a page in the browser with a slider for the token budget. Needs gradio, of the extra `app`."""
     with reporting("explore"):
         from importlib.util import find_spec
 
