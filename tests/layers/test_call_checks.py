@@ -15,7 +15,7 @@ OWN_WORDS = {
     "quadtree_vit": {"num_tokens", "split_threshold"},
     "sparseformer": set(),
     "sparseformer_video": set(),
-    "s2_vision": {"scales", "img_sizes"},
+    "s2_vision": {"scales", "img_sizes", "num_tiles"},
 }
 PASSING = (
     "use_cache",
