@@ -1,6 +1,5 @@
 """SparseFormer configuration."""
 
-import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -152,6 +151,9 @@ class SparseFormerConfig(CheckedConfigMixin, TokenBudgetMixin, PreTrainedConfig)
         keep_all_tokens (`bool`, *optional*, defaults to `False`): whether a classifier computes every token of the
             last layer, also those that its head does not read. Without it they are computed where
             `output_hidden_states` or `output_attentions` asks for them.
+        cpu_kernels (`bool`, *optional*, defaults to `True`): whether attention of thin heads and sampling take their
+            faster way on a CPU (`cpu_sparseformer.py`); results differ by rounding alone. `False`, also set on a live
+            model's config, takes the operations of a GPU.
 
     Raises:
         ValueError: for an unknown name or choice, or operation lists that cannot run.
@@ -208,6 +210,7 @@ class SparseFormerConfig(CheckedConfigMixin, TokenBudgetMixin, PreTrainedConfig)
     output_sampling_points: bool = False
     output_sampling_rois: bool = False
     keep_all_tokens: bool = False
+    cpu_kernels: bool = True
 
     def __post_init__(self, **kwargs):
         tiny = PRESETS["sparseformer_v1_tiny"]
@@ -349,12 +352,6 @@ class SparseFormerConfig(CheckedConfigMixin, TokenBudgetMixin, PreTrainedConfig)
     def num_output_points(self) -> int:
         """Rows that mixing makes of the sampled points."""
         return max(self.num_sampling_points, 32)
-
-    @property
-    def offset_grid_size(self) -> int | None:
-        """Points along one side, if the sampling points form a square."""
-        side = math.isqrt(self.num_sampling_points)
-        return side if side * side == self.num_sampling_points else None
 
 
 __all__ = ["PRESETS", "SparseFormerConfig", "bootstrapped_operations", "v1_operations"]
