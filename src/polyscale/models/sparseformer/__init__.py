@@ -7,7 +7,6 @@ from .modeling_sparseformer import (
     SparseFormerForImageClassification,
     SparseFormerModel,
     SparseFormerModelWithProjection,
-    SparseFormerOpenCLIPVisual,
     SparseFormerPreTrainedModel,
 )
 from .modeling_sparseformer_video import (
@@ -16,6 +15,7 @@ from .modeling_sparseformer_video import (
     SparseFormerVideoModelWithProjection,
     SparseFormerVideoPreTrainedModel,
 )
+from .open_clip_sparseformer import SparseFormerOpenCLIPVisual
 from .video_processing_sparseformer import SparseFormerVideoProcessor
 
 
