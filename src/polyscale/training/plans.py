@@ -123,10 +123,11 @@ def datasets_of(
     stats = (list(recipe.image_mean), list(recipe.image_std))
     transform = TrainingTransform(recipe.augmentation, tuple(recipe.image_size), *stats)
     name = evaluation_split(splits)
-    return {
-        "train_dataset": AugmentedImages(splits["train"], transform, seed=recipe.seed),
-        "eval_dataset": name and AugmentedImages(splits[name], ProcessorTransform(processor, recipe.num_channels)),
-    }
+    evaluated = name and AugmentedImages(splits[name], ProcessorTransform(processor, recipe.num_channels))
+    trained = AugmentedImages(splits["train"], transform, seed=recipe.seed)
+    for images in filter(None, (trained, evaluated)):
+        images[0]  # what no image of the data can be is refused before training
+    return {"train_dataset": trained, "eval_dataset": evaluated}
 
 
 def _classification(

@@ -21,6 +21,7 @@ from transformers import (
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
+from transformers.utils import logging
 
 from ..checkpoints import available_checkpoints, resolve_checkpoint
 from ..conversion import convert_checkpoint
@@ -72,6 +73,17 @@ def readable(argument: str, source: str) -> Iterator[None]:
         raise ValueError(f"`{argument}` {source!r} is damaged or of another kind: {reason}") from error
 
 
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """transformers prints a table of the tensors that do not fit; here they are looked at and spoken of."""
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+
+
 def _check_place(argument: str, source: str) -> None:
     looks_like_path = source.startswith((".", "/", "~")) or source.count("/") > 1
     if looks_like_path and not Path(source).exists():
@@ -86,7 +98,7 @@ def load_whole(argument: str, name: str, auto_class: type, recipe: TrainingRecip
     """
     _check_place(argument, name)
     source = resolve_checkpoint(name)
-    with readable(argument, name):
+    with readable(argument, name), quiet_loading():
         model, info = auto_class.from_pretrained(
             source, dtype=torch.float32, output_loading_info=True, trust_remote_code=recipe.trust_remote_code
         )
@@ -150,8 +162,13 @@ def default_batch_size(num_images: int) -> int:
 def _fresh(
     recipe: TrainingRecipe, options: dict, label_names: list[str], shapes: Sequence[tuple[int, int, int]]
 ) -> StartingPoint:
-    recipe = replace(recipe, family=recipe.family or "flexivit", image_size=recipe.image_size)
-    channels = recipe.num_channels or (len(recipe.image_mean) if recipe.image_mean else shapes[0][2])
+    recipe = replace(recipe, family=recipe.family or "flexivit")
+    channels = recipe.num_channels or shapes[0][2]
+    for name in ("image_mean", "image_std"):
+        if len(getattr(recipe, name) or (0,) * channels) != channels:
+            raise ValueError(
+                f"`{name}` must hold {channels} numbers, one for each channel; got {getattr(recipe, name)}."
+            )
     recipe = replace(
         recipe,
         image_size=recipe.image_size or default_image_size(shapes),
@@ -179,11 +196,7 @@ def make_config(recipe: TrainingRecipe, options: Mapping, base: PreTrainedConfig
     """
     family = family_of(base or recipe.family)
     if base is None and (recipe.family not in CONFIG_MAPPING or (family and family.classifier_class is None)):
-        ours = [name for name, known in families().items() if known.classifier_class is not None]
-        raise ValueError(
-            f"`family` must be a model type with an image classifier: {', '.join(ours)}, or one of transformers; got "
-            f"{recipe.family!r}."
-        )
+        raise _unknown_family(recipe.family)
     config_class = type(base) if base is not None else CONFIG_MAPPING[recipe.family]
     if base is None and config_class not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
         raise ValueError(f"`family` {recipe.family!r} has no image classifier.")
@@ -201,11 +214,24 @@ def make_config(recipe: TrainingRecipe, options: Mapping, base: PreTrainedConfig
                 raise ValueError(f"`family` {recipe.family!r} has no presets.")
             return config_class.preset(recipe.preset, **{**known, **options})
         return config_class(**{**known, **options})
-    except StrictDataclassError as error:
-        reason = " ".join(str(error.__cause__ or error).split())
-        raise ValueError(f"The model cannot be made: {reason}") from error
-    except TypeError as error:
-        raise ValueError(f"The model cannot be made of {dict(options)}: {error}") from error
+    except (StrictDataclassError, ValueError, TypeError) as error:
+        # `preset` calls its argument a name
+        raise ValueError(f"The model cannot be made: {_innermost(error).replace('`name`', '`preset`')}") from error
+
+
+def _innermost(error: BaseException) -> str:
+    """What a config said, without the validators that it went through."""
+    while isinstance(error.__cause__, ValueError | TypeError):
+        error = error.__cause__
+    return " ".join(str(error).split())
+
+
+def _unknown_family(name: str) -> ValueError:
+    ours = sorted(name for name, known in families().items() if known.classifier_class is not None)
+    return ValueError(
+        f"`family` must be a model type with an image classifier: {', '.join(ours)}, or one of transformers; got "
+        f"{name!r}."
+    )
 
 
 def check_fields(config_class: type[PreTrainedConfig], options: Mapping) -> None:
@@ -231,7 +257,7 @@ def check_saved_config(config: PreTrainedConfig) -> None:
     try:
         type(config).from_dict(config.to_dict())
     except StrictDataclassError as error:
-        raise ValueError(f"The model's config is not legal: {error.__cause__ or error}") from error
+        raise ValueError(f"The model's config is not legal: {_innermost(error)}") from error
 
 
 def _from_checkpoint(
@@ -245,6 +271,8 @@ def _from_checkpoint(
             config = AutoConfig.from_pretrained(source, trust_remote_code=recipe.trust_remote_code)
         notes = []
         if recipe.family not in (None, config.model_type):
+            if getattr(family_of(recipe.family), "classifier_class", None) is None:
+                raise _unknown_family(recipe.family)
             notes.append(f"{name} ({config.model_type}) is converted to {recipe.family}.")
             converted = Path(folder) / "model"
             with readable("init_from", name):
@@ -306,7 +334,7 @@ def _classifier_with_weights(
     source: str, name: str, config: PreTrainedConfig, recipe: TrainingRecipe, keeps_head: bool
 ) -> tuple[PreTrainedModel, bool]:
     """The classifier, all of whose weights but those of the head come from the checkpoint; whether they do too."""
-    with readable("init_from", name):
+    with readable("init_from", name), quiet_loading():
         model, info = AutoModelForImageClassification.from_pretrained(
             source,
             config=config,
