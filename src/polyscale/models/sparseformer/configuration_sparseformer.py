@@ -212,7 +212,7 @@ class SparseFormerConfig(CheckedConfigMixin, TokenBudgetMixin, PreTrainedConfig)
         for name in ("widths", "repeats", "operations"):
             values = getattr(self, name)
             if values is not None:
-                setattr(self, name, [list(value) if isinstance(value, tuple) else value for value in values])
+                setattr(self, name, [list(value) if isinstance(value, list | tuple) else value for value in values])
         super().__post_init__(**kwargs)
 
     def validate_layers(self) -> None:
