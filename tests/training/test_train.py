@@ -38,9 +38,12 @@ def test_a_trained_model_knows_its_classes_through_the_pipeline(trained):
     assert metrics["eval_top1"] >= 0.9
     assert not output.with_name("model.training").exists()
     assert sorted(path.name for path in output.iterdir()) == [
+        "README.md",
         "config.json",
+        "curve.png",
         "model.safetensors",
         "preprocessor_config.json",
+        "training.json",
     ]
     classifier = pipeline("image-classification", model=str(output))
     for label, name in enumerate(LABELS):

@@ -64,7 +64,7 @@ class CheckedModelMixin:
     """
 
     def __init__(self, config: PreTrainedConfig, *args, **kwargs):
-        config.validate()
+        config.check_fit()
         super().__init__(config, *args, **kwargs)
 
 

@@ -146,7 +146,7 @@ def token_budget(config: PreTrainedConfig, budget: Any) -> Iterator[None]:
         for name, value in fields.items():
             setattr(config, name, value)
     except StrictDataclassError as error:
-        raise ValueError(f"`budgets` holds {budget!r}, which is no {name} of {config.model_type!r}.") from error
+        raise ValueError(f"`budgets` holds {budget!r}, no {name} of {config.model_type!r}: {error}") from error
     try:
         yield
     finally:

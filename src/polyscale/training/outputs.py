@@ -82,6 +82,9 @@ def _draw_metric(axis: Any, epochs: Sequence[Mapping[str, Any]], argument: str |
         axis.plot(steps, values, marker="o", markersize=3.5, linewidth=1.5, color=color, label=label)
     unit = "" if metric == "loss" else " (%)"
     axis.set(xlabel="step", ylabel=f"{_METRIC_NAMES[metric]}{unit}", title="By budget, after each epoch")
+    if metric != "loss":
+        bottom, top = axis.get_ylim()
+        axis.set_ylim(max(bottom, -2), min(top, 102))
     axis.legend(fontsize=8, frameon=False)
 
 

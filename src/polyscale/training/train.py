@@ -3,14 +3,14 @@ function behind `polyscale train`.
 """
 
 import json
-import math
 import os
 import shlex
 import shutil
 import sys
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from datasets import DatasetDict
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import TrainingArguments, set_seed
+from transformers import PrinterCallback, set_seed
 from transformers.image_processing_utils import BaseImageProcessor
+from transformers.utils import logging
 
 from .callbacks import DatasetEpochCallback
 from .data import evaluation_split, load_image_dataset
@@ -41,6 +41,7 @@ from .plans import Plan, make_plan, splits_for
 from .recipe import TrainingRecipe
 from .report import Reporter, default_result, result_line, summary_lines, time_of_step
 from .resume import RunFolder, WholeCheckpointCallback, check_unchanged
+from .schedule import schedule_notes, steps_of, training_arguments
 from .trainer import BudgetTrainer
 
 
@@ -84,7 +85,7 @@ def train(
     again = f"polyscale train {shlex.quote(str(dataset))} {shlex.quote(str(output_dir))} --resume"
     # initialises torch's processes before anything asks which one this is
     state = PartialState() if torch.accelerator.is_available() else PartialState(cpu=True)
-    with Interruption() as interruption:
+    with Interruption() as interruption, _without_bars():
         _on_main_process(state, lambda: run.open(resume))
         try:
             return _run(dataset, run, recipe, resume, interruption, Console() if verbose else None, state)
@@ -94,6 +95,18 @@ def train(
             if state.is_main_process:
                 run.discard_if_new()
             run.release()
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """transformers draws a bar for each file that it reads or writes, in the middle of ours."""
+    was_active = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_active:
+            logging.enable_progress_bar()
 
 
 def check_outside(dataset: str | os.PathLike, output_dir: Path) -> None:
@@ -188,24 +201,28 @@ def _run(
     start = _start(run, given, resume, state)
     splits, notes = splits_for(load_image_dataset(str(dataset), labelled=start.recipe.needs_labels), start.recipe)
     data = {
-        "source": str(Path(dataset).resolve()) if Path(dataset).exists() else str(dataset),
+        "source": str(dataset),
         "splits": {name: len(split) for name, split in splits.items()},
         "classes": splits["train"].features["label"].names if start.recipe.needs_labels else [],
         "evaluated": evaluation_split(splits),
     }
-    if start.recorded is not None and start.recorded["data"] != data:
-        was, now = start.recorded["data"], data
-        changed = [f"{name} was {was[name]}, now {now[name]}" for name in data if was[name] != now[name]]
-        raise ValueError(f"`dataset` is not what the run was started with: {'; '.join(changed)[:1000]}.")
+    if start.recorded is not None:
+        was = start.recorded["data"]
+        changed = [
+            f"{name} were {was[name]}, now {data[name]}" for name in ("splits", "classes") if was[name] != data[name]
+        ]
+        if changed:
+            raise ValueError(f"`dataset` is not what the run was started with: {'; '.join(changed)[:1000]}.")
     set_seed(start.recipe.seed)
     plan = make_plan(start.recipe, splits, lambda recipe: training_arguments(recipe, run.path, splits))
     trainer, recipe = plan.trainer, plan.recipe
     notes = [*start.notes, *notes, *plan.notes]
     num_steps = steps_of(recipe, len(trainer.train_dataset), trainer.args.world_size)
-    notes += _schedule_notes(recipe, trainer.args, num_steps)
+    notes += schedule_notes(recipe, trainer.args, num_steps)
     ema = EMACallback(recipe.ema_decay, start.checkpoint) if recipe.ema_decay is not None else None
     reporter = Reporter(trainer, console, (lambda: ema.average.module) if ema else None)
     callbacks = (DatasetEpochCallback(trainer.train_dataset), ema, reporter, WholeCheckpointCallback(), interruption)
+    trainer.remove_callback(PrinterCallback)
     for callback in filter(None, callbacks):
         trainer.add_callback(callback)
     seconds_per_step = time_of_step(trainer, recipe.image_size, recipe.num_channels, len(data["classes"]))
@@ -279,70 +296,6 @@ def _data_rows(data: Mapping[str, Any]) -> dict[str, str]:
     return rows
 
 
-def steps_of(recipe: TrainingRecipe, num_images: int, num_processes: int) -> int:
-    """Optimiser steps of a run."""
-    batches = math.ceil(math.ceil(num_images / recipe.batch_size) / num_processes)
-    return math.ceil(recipe.epochs * max(math.ceil(batches / recipe.gradient_accumulation_steps), 1))
-
-
-def warmup_steps(recipe: TrainingRecipe, num_steps: int) -> int:
-    """Steps in which the learning rate rises: none in runs so short that the first step, at rate 0, would matter, and
-    a tenth where the warm-up asked for is longer than the run.
-    """
-    asked = math.ceil(num_steps * recipe.warmup) if recipe.warmup < 1 else round(recipe.warmup)
-    if recipe.warmup >= 1 and asked >= num_steps:
-        asked = num_steps // 10
-    return asked if asked > 1 else 0
-
-
-def _schedule_notes(recipe: TrainingRecipe, args: TrainingArguments, num_steps: int) -> list[str]:
-    notes = []
-    if recipe.warmup >= 1 and recipe.warmup >= num_steps > 0:
-        notes.append(
-            f"The warm-up of {recipe.warmup:g} steps is longer than the run of {num_steps}: it is shortened to "
-            f"{int(args.warmup_steps)}."
-        )
-    if recipe.ema_decay is not None and recipe.ema_decay**num_steps > 0.1:
-        share = 100 * recipe.ema_decay**num_steps
-        notes.append(
-            f"The average with a decay of {recipe.ema_decay} still holds {share:.0f} % of the first weights after "
-            f"{num_steps} steps: take a smaller decay."
-        )
-    return notes
-
-
-def training_arguments(recipe: TrainingRecipe, work_dir: Path, splits: DatasetDict) -> TrainingArguments:
-    """Of `Trainer`, for a completed recipe."""
-    num_steps = steps_of(recipe, len(splits["train"]), PartialState().num_processes)
-    return TrainingArguments(
-        output_dir=str(work_dir),
-        num_train_epochs=recipe.epochs,
-        per_device_train_batch_size=recipe.batch_size,
-        per_device_eval_batch_size=2 * recipe.batch_size,
-        gradient_accumulation_steps=recipe.gradient_accumulation_steps,
-        learning_rate=recipe.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=warmup_steps(recipe, num_steps),
-        weight_decay=recipe.weight_decay,
-        max_grad_norm=recipe.max_grad_norm,
-        bf16=recipe.bf16,
-        activation_checkpointing=recipe.gradient_checkpointing,
-        dataloader_num_workers=recipe.num_workers,
-        remove_unused_columns=False,
-        label_names=["labels"],
-        eval_strategy="no",
-        save_strategy="epoch" if recipe.save_steps is None else "steps",
-        save_steps=recipe.save_steps or 500,
-        save_total_limit=2,
-        logging_steps=min(max(num_steps // 20, 1), 50),
-        logging_nan_inf_filter=False,
-        disable_tqdm=True,
-        report_to=[],
-        seed=recipe.seed,
-        use_cpu=not torch.accelerator.is_available(),
-    )
-
-
 def check_finite(model: nn.Module) -> None:
     """Refuses weights that are not numbers.
 
@@ -388,6 +341,8 @@ def publish(plan: Plan, processor: BaseImageProcessor, run: RunFolder, facts: di
         facts["has_curve"] = draw_curve(final / "curve.png", facts["history"], config)
         write_record(final / "training.json", facts)
         write_card(final / "README.md", facts, config, plan.is_classifier)
+        for file in final.iterdir():  # safetensors makes files that nobody else can read
+            file.chmod((final / "config.json").stat().st_mode)
         os.replace(final, run.output_dir)
         run.discard()
     state.wait_for_everyone()

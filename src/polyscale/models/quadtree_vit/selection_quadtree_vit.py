@@ -197,11 +197,19 @@ def _pack(entries: Sequence[torch.Tensor], base: int) -> list[torch.Tensor]:
     return packed
 
 
+def _stable_order(values: torch.Tensor, descending: bool = False) -> torch.Tensor:
+    """Indices that sort each row; equal values keep their order."""
+    # ONNX has no stable sort by name, but its TopK, which other sorts become, keeps the order of equal values.
+    if torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
+        return values.sort(dim=1, descending=descending).indices
+    return values.sort(dim=1, descending=descending, stable=True).indices
+
+
 def _expansion_keys(flat_scores: torch.Tensor, levels: int, tree: _Tree) -> list[torch.Tensor]:
     """Integers (batch, 1 + scores) whose lexicographic order is that in which best-first expansion visits nodes."""
     batch, num_scores = flat_scores.shape
     # A stable sort breaks ties by the number of the node: coarser level first, then raster.
-    order = flat_scores.sort(dim=1, descending=True, stable=True).indices + 1
+    order = _stable_order(flat_scores, descending=True) + 1
     places = tree.numbers[1 : num_scores + 1].expand_as(order)
     ranks = order.new_zeros(batch, num_scores + 1).scatter_(1, order, places)
 
@@ -221,9 +229,9 @@ def _first_splits(flat_scores: torch.Tensor, count: int, levels: int, tree: _Tre
     if not later:
         threshold = last.topk(count + 1, dim=1, largest=False, sorted=False).values.amax(dim=1, keepdim=True)
         return last <= threshold
-    order = last.sort(dim=1, stable=True).indices
+    order = _stable_order(last)
     for key in reversed(later):
-        order = order.gather(1, key.gather(1, order).sort(dim=1, stable=True).indices)
+        order = order.gather(1, _stable_order(key.gather(1, order)))
     return torch.zeros_like(last, dtype=torch.bool).scatter_(1, order[:, : count + 1], True)
 
 

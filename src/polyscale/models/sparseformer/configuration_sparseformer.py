@@ -21,6 +21,7 @@ from ...utils.validation import check_choice
 
 
 OPERATIONS = ("attn", "mlp", "roi_adj", "sampling_m", "pe_inject")
+ROI_OPERATIONS = ("roi_adj", "sampling_m", "pe_inject")
 
 
 def v1_operations(num_layers: int) -> list[list[str]]:
@@ -144,6 +145,9 @@ class SparseFormerConfig(CheckedConfigMixin, TokenBudgetMixin, PreTrainedConfig)
         projection_bias (`bool`, *optional*, defaults to `False`): whether that projection has a bias.
         initializer_range (`float`, *optional*, defaults to 0.02): standard deviation of the initial weights of linear
             layers.
+        output_all_rois (`bool`, *optional*, defaults to `False`): whether the output holds the RoIs of each layer.
+        output_sampling_points (`bool`, *optional*, defaults to `False`): whether it holds the points of each sampling.
+        output_sampling_rois (`bool`, *optional*, defaults to `False`): whether it holds the RoIs of each sampling.
         keep_all_tokens (`bool`, *optional*, defaults to `False`): whether a classifier computes every token of the
             last layer, also those that its head does not read. Without it they are computed where
             `output_hidden_states` or `output_attentions` asks for them.
@@ -176,9 +180,9 @@ class SparseFormerConfig(CheckedConfigMixin, TokenBudgetMixin, PreTrainedConfig)
     num_channels: int = positive(3)
     image_size: int | list[int] | tuple[int, int] = pixel_size(224)
     feature_width: int = positive(96)
-    num_latent_tokens: int = positive(49)
+    num_latent_tokens: int = at_least(1, 49, f"{', '.join(ROI_OPERATIONS)} need tokens with a RoI (CLS has none)")
     shared_token_embedding: bool = False
-    num_sampling_points: int = at_least(2, 36)
+    num_sampling_points: int = at_least(2, 36, "offsets are divided by their standard deviation over the points")
     widths: list | tuple | None = None
     repeats: list | tuple | None = None
     operations: list | tuple | None = None
@@ -202,6 +206,9 @@ class SparseFormerConfig(CheckedConfigMixin, TokenBudgetMixin, PreTrainedConfig)
     projection_dim: int = positive(512)
     projection_bias: bool = False
     initializer_range: float | int = non_negative(0.02)
+    output_all_rois: bool = False
+    output_sampling_points: bool = False
+    output_sampling_rois: bool = False
     keep_all_tokens: bool = False
     cpu_kernels: bool = True
 
