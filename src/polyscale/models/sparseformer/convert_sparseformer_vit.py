@@ -154,7 +154,9 @@ def load_vit_weights(
     norm = _final_norm(source)
     if config.hidden_size == source.config.hidden_size:
         found |= {
-            name.replace(norm, "layernorm."): tensor for name, tensor in source.state_dict.items() if name.startswith(norm)
+            name.replace(norm, "layernorm."): tensor
+            for name, tensor in source.state_dict.items()
+            if name.startswith(norm)
         }
     parameters = dict(base.named_parameters())
     with torch.no_grad():
