@@ -45,13 +45,14 @@ def result_line(results: Sequence[Mapping[str, Any]], config: Any) -> str:
     argument = budget_argument_of(config)
     entries = []
     for result in results:
-        name = next(name for name in ("top1", "agreement", "loss") if name in result)
-        value = f"{result[name]:.4f}" if name == "loss" else f"{100 * result[name]:.1f} %"
+        name = next(name for name in ("top1", "agreement", "cosine", "loss") if name in result)
+        value = f"{100 * result[name]:.1f} %" if name in ("top1", "agreement") else f"{result[name]:.4f}"
         budget = format_budget(result["budget"])
         tokens = "" if result["tokens"] is None else f"{result['tokens']} tokens"
         where = f"{budget} ({tokens})" if budget and tokens else budget or tokens
         entries.append(f"{where} {value}".strip())
-    label = {"top1": "top-1", "agreement": "agreement with the full budget", "loss": "loss"}[name]
+    labels = {"top1": "top-1", "agreement": "agreement with the full budget", "cosine": "cosine to the full budget"}
+    label = labels.get(name, name)
     by = f" by {argument}" if argument and len(results) > 1 else ""
     return f"{label}{by}: " + ", ".join(entries)
 
