@@ -61,6 +61,7 @@ class FlexiViTConfig(EncoderConfig):
     """
 
     model_type = "flexivit"
+    keys_to_ignore_at_inference = ["hidden_states", "attentions"]
     budget_argument = "patch_size"
     changeable_fields = ("patch_size", "num_tokens", "image_size")
 
@@ -186,6 +187,14 @@ class FlexiViTConfig(EncoderConfig):
                 raise ValueError("Give either `patch_size` or `num_tokens`, not both: each gives the other.")
             fields["patch_size"] = self.patch_size_for(fields.get("image_size"), fields.pop("num_tokens"))
         return fields
+
+    def budget_for_share(self, image_size: int | Sequence[int] | None, share: float) -> int:
+        """The patch size whose tokens are nearest to a share of those of the smallest patches trained with.
+
+        Arguments: `TokenBudgetMixin.budget_for_share`.
+        """
+        full = self.num_tokens_for(image_size, self.default_budgets()[0])
+        return self.patch_size_for(image_size, max(round(full * share), 1))
 
     def patch_size_for(self, image_size: int | Sequence[int] | None, num_tokens: int) -> int:
         """The square patch size whose token count is nearest to `num_tokens`; of two, the one that costs fewer tokens.

@@ -91,6 +91,14 @@ class QuadtreeViTConfig(EncoderConfig):
     """
 
     model_type = "quadtree_vit"
+    keys_to_ignore_at_inference = [
+        "hidden_states",
+        "attentions",
+        "patch_centers",
+        "patch_sizes",
+        "token_mask",
+        "split_scores",
+    ]
     budget_argument = "num_tokens"
     changeable_fields = ("num_tokens", "split_threshold", "image_size")
     sub_configs_defaults = {
@@ -207,6 +215,14 @@ class QuadtreeViTConfig(EncoderConfig):
         usual = self.max_num_tokens_for(image_size, num_tokens)
         cheaper = check_token_budget(max(usual // 4, coarsest), coarsest, finest, True)
         return {"num_tokens": cheaper} if cheaper < usual else None
+
+    def budget_for_share(self, image_size: int | Sequence[int] | None, share: float) -> int:
+        """The legal number of tokens nearest to a share of those of the smallest patches.
+
+        Arguments: `TokenBudgetMixin.budget_for_share`.
+        """
+        coarsest, finest = self.num_tokens_range(image_size)
+        return min(max(coarsest + 3 * round((share * finest - coarsest) / 3), coarsest), finest)
 
     def resolve_budget(self, **changes) -> dict[str, Any]:
         """The fields; `num_tokens` alone ends a threshold."""
