@@ -15,7 +15,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
-from ...layers.encoder import DropPath, eager_attention_forward
+from ...layers.attention import eager_attention_forward
+from ...layers.encoder import DropPath
 from .attention_sparseformer import ThinAttention
 from .configuration_sparseformer import SparseFormerConfig
 from .geometry_sparseformer import (
