@@ -9,8 +9,8 @@ from torch import nn
 from polyscale import FlexiViTConfig, FlexiViTForImageClassification
 from polyscale.training import PatchSizeCallback
 from polyscale.training.callbacks import DatasetEpochCallback
-from polyscale.training.data import AugmentedImages
 from polyscale.training.ema import EMACallback
+from polyscale.training.transforms import AugmentedImages
 
 
 def tiny_model(**options) -> FlexiViTForImageClassification:
@@ -108,7 +108,7 @@ def test_ema_is_the_recurrence(tmp_path):
     ema.on_save(args, SimpleNamespace(global_step=4, is_world_process_zero=True), None)
     assert load_file(tmp_path / "checkpoint-4" / "ema.safetensors")["weight"].numpy() == pytest.approx(expected)
 
-    resumed = EMACallback(decay=0.9)
+    resumed = EMACallback(decay=0.9, checkpoint=tmp_path / "checkpoint-4")
     resumed.on_train_begin(args, SimpleNamespace(global_step=4), None, model=model)
     resumed.copy_to(model)
     assert model.weight.detach().numpy() == pytest.approx(expected)

@@ -14,6 +14,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
 from .attention import attention_for
+from .call_checks import CheckedModelMixin
 from .encoder_config import EncoderConfig
 from .freezing import FreezableMixin, is_plain, takes_gradients
 
@@ -256,7 +257,7 @@ class EncoderClassificationHead(nn.Module):
         return logits
 
 
-class EncoderPreTrainedModel(PreTrainedModel):
+class EncoderPreTrainedModel(CheckedModelMixin, PreTrainedModel):
     """Flags and weight initialisation of models on this encoder; `hidden_states` and `attentions` are recorded."""
 
     main_input_name = "pixel_values"

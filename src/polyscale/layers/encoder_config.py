@@ -12,9 +12,9 @@ from .config_checks import (
     activation,
     checked_config,
     non_negative,
+    pixel_size,
     positive,
     rate,
-    size,
 )
 from .token_budget import TokenBudgetMixin
 
@@ -109,7 +109,7 @@ class EncoderConfig(CheckedConfigMixin, TokenBudgetMixin, BackboneConfigMixin, P
     num_register_tokens: int = non_negative(0)
     prefix_positions: Literal["none", "cls", "all"] = "none"
     num_channels: int = positive(3)
-    image_size: int | list[int] | tuple[int, int] = size(224)
+    image_size: int | list[int] | tuple[int, int] = pixel_size(224)
     keep_all_tokens: bool = False
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None

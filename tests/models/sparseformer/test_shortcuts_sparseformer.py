@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from polyscale.models.sparseformer.modules_sparseformer import SparseFormerLayer
 from sparseformer_reference import make_model, tiny_config
 
 from polyscale.models.sparseformer import (
@@ -10,7 +11,6 @@ from polyscale.models.sparseformer import (
     SparseFormerModel,
     modules_sparseformer,
 )
-from polyscale.models.sparseformer.modules_sparseformer import SparseFormerLayer
 
 
 KINDS = ["v1", "bootstrapped", "video"]

@@ -17,6 +17,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from ...layers.backbone import feature_maps_of
+from ...layers.call_checks import check_words, classification_loss
 from ...layers.encoder import (
     EncoderAttention,
     EncoderClassificationHead,
@@ -192,6 +193,13 @@ class FlexiViTPreTrainedModel(EncoderPreTrainedModel):
         """Ends `freeze_budget`; without effect where nothing is frozen."""
         thaw(self)
 
+    def draw_budget(self) -> dict[str, int | Sequence[int]]:
+        """The budget of one training step for callers that need several forwards of the same one; none elsewhere."""
+        embeddings = self.base_model.embeddings
+        if not self.training or self.config.train_patch_sizes is None:
+            return {}
+        return {"patch_size": embeddings.resolve_patch_size(None)}
+
     def num_tokens_for(
         self, image_size: int | Sequence[int] | None = None, patch_size: int | Sequence[int] | None = None
     ) -> int:
@@ -242,6 +250,7 @@ class FlexiViTModel(FlexiViTPreTrainedModel):
         Raises:
             ValueError: for a wrong shape of `pixel_values`, or a patch size below 1 or larger than the image.
         """
+        check_words(self, kwargs)
         hidden_states, _ = self.embeddings(pixel_values, patch_size)
         hidden_states = self.pre_layernorm(hidden_states)
         for index, layer in enumerate(self.layers, start=1):
@@ -279,10 +288,11 @@ class FlexiViTForImageClassification(FlexiViTPreTrainedModel):
         Returns:
             `logits` (batch, num_labels), and `loss` when `labels` are given.
         """
+        check_words(self, kwargs)
         pooled_only = pooled_only_suffices(self, kwargs)
         outputs = self.flexivit(pixel_values, patch_size=patch_size, pooled_only=pooled_only, **kwargs)
         logits = self.head(outputs.pooler_output, outputs.last_hidden_state)
-        loss = self.loss_function(labels, logits, self.config, **kwargs) if labels is not None else None
+        loss = classification_loss(self, labels, logits, self.config, kwargs)
         return ImageClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
@@ -314,6 +324,7 @@ class FlexiViTBackbone(BackboneMixin, FlexiViTPreTrainedModel):
             `feature_maps`: one (batch, hidden, rows, columns) a stage; with `config.reshape_hidden_states=False`
             (batch, tokens, hidden), prefix tokens included.
         """
+        check_words(self, kwargs)
         check_pixel_values(pixel_values, self.config.num_channels)
         patch_size = self.flexivit.embeddings.resolve_patch_size(patch_size)
         outputs = self.flexivit(pixel_values, patch_size=patch_size, **kwargs)

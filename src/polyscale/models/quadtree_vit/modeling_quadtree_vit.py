@@ -19,6 +19,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from ...layers.backbone import feature_maps_of
+from ...layers.call_checks import check_words, classification_loss
 from ...layers.encoder import EncoderClassificationHead, EncoderPreTrainedModel, TokenPooler, make_encoder_layers
 from ...layers.pooled_only import pooled_only_suffices
 from .configuration_quadtree_vit import QuadtreeViTConfig
@@ -137,6 +138,30 @@ class QuadtreeViTModel(QuadtreeViTPreTrainedModel):
             encoder_hidden_states=tokens.embeddings,
         )
 
+    def tokens_to_grid(
+        self, tokens: torch.Tensor, outputs: QuadtreeViTModelOutput, image_size: tuple[int, int]
+    ) -> torch.Tensor:
+        """Tokens of patches of several sizes as one token for each smallest patch, in raster order.
+
+        Args:
+            tokens (`torch.Tensor`): (batch, num_prefix_tokens + num_tokens, hidden), of any layer.
+            outputs (`QuadtreeViTModelOutput`): what the model said about the patches.
+            image_size (`(height, width)`): of the images, in pixels.
+
+        Returns:
+            `torch.Tensor`: (batch, num_prefix_tokens + smallest patches, hidden).
+        """
+        prefix, patches = tokens[:, : self.config.num_prefix_tokens], tokens[:, self.config.num_prefix_tokens :]
+        maps = reverse_quadtree(
+            patches,
+            outputs["patch_centers"],
+            outputs["patch_sizes"],
+            image_size,
+            self.config.min_patch_size,
+            outputs.get("token_mask"),
+        )
+        return torch.cat([prefix, maps.flatten(2).transpose(1, 2)], dim=1)
+
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
     def forward(
@@ -167,6 +192,7 @@ class QuadtreeViTModel(QuadtreeViTPreTrainedModel):
             ValueError: for a wrong shape of `pixel_values`, an image size or a budget that no quadtree has (it names
                 the nearest legal ones), or scores of a wrong shape.
         """
+        check_words(self, kwargs)
         tokens = self.embeddings(pixel_values, num_tokens, split_threshold, patch_scores)
         attention_mask, num_queries = self.attention_mask_for(tokens), None
         hidden_states = self.pre_layernorm(tokens.embeddings)
@@ -216,6 +242,7 @@ class QuadtreeViTForImageClassification(QuadtreeViTPreTrainedModel):
             patch_scores: see there.
             output_split_scores: see there.
         """
+        check_words(self, kwargs)
         outputs = self.quadtree_vit(
             pixel_values,
             num_tokens=num_tokens,
@@ -226,7 +253,7 @@ class QuadtreeViTForImageClassification(QuadtreeViTPreTrainedModel):
             **kwargs,
         )
         logits = self.head(outputs.pooler_output, outputs.last_hidden_state)
-        loss = self.loss_function(labels, logits, self.config, **kwargs) if labels is not None else None
+        loss = classification_loss(self, labels, logits, self.config, kwargs)
         return QuadtreeViTClassifierOutput(
             loss=loss,
             logits=logits,
@@ -269,6 +296,7 @@ class QuadtreeViTBackbone(BackboneMixin, QuadtreeViTPreTrainedModel):
             `feature_maps`: one (batch, hidden, height / min_patch_size, width / min_patch_size) a stage; with
             `config.reshape_hidden_states=False` (batch, tokens, hidden), prefix tokens included.
         """
+        check_words(self, kwargs)
         outputs = self.quadtree_vit(
             pixel_values, num_tokens=num_tokens, split_threshold=split_threshold, patch_scores=patch_scores, **kwargs
         )

@@ -75,9 +75,11 @@ class PatchTokenizer(nn.Module):
         self.config = config
         self.patch_embeddings = QuadtreeViTPatchEmbeddings(config)
         self.prefix_tokens = PrefixTokens(config)
+        # Kept as a number: tracers do not follow the property of the config, which asks that of its base class.
+        self.num_placed_prefix_tokens = config.num_position_prefix_tokens
         if config.position_embedding == "learned":
             rows, columns = config.position_grid
-            num_positions = config.num_position_prefix_tokens + rows * columns
+            num_positions = self.num_placed_prefix_tokens + rows * columns
             self.position_embeddings = nn.Parameter(torch.zeros(1, num_positions, config.hidden_size))
         else:
             self.position_embeddings = None
@@ -141,7 +143,7 @@ class PatchTokenizer(nn.Module):
             nodes: numbers of the patches, counted from 1 through all levels.
             patch_grids: (rows, columns) of each level.
         """
-        grid = self.position_embeddings[:, self.config.num_position_prefix_tokens :]
+        grid = self.position_embeddings[:, self.num_placed_prefix_tokens :]
         levels = [
             resize_abs_pos_embed(
                 grid,
@@ -166,7 +168,7 @@ class PatchTokenizer(nn.Module):
         tokens = self.patch_embeddings(patches) + positions
         prefix = self.prefix_tokens(tokens.shape[0])
         if prefix is not None:
-            num_placed = self.config.num_position_prefix_tokens
+            num_placed = self.num_placed_prefix_tokens
             if num_placed:
                 placed = prefix[:, :num_placed] + self.position_embeddings[:, :num_placed]
                 prefix = torch.cat([placed, prefix[:, num_placed:]], dim=1)
