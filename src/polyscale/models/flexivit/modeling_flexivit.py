@@ -19,12 +19,14 @@ from transformers.utils.output_capturing import capture_outputs
 from ...layers.backbone import feature_maps_of
 from ...layers.call_checks import check_words, classification_loss
 from ...layers.encoder import (
+    EncoderAttention,
     EncoderClassificationHead,
     EncoderPreTrainedModel,
     PrefixTokens,
     TokenPooler,
     make_encoder_layers,
 )
+from ...layers.freezing import FreezableMixin, check_no_adapters, is_plain, takes_gradients, thaw
 from ...layers.patch_projection import PatchProjection, project_patches
 from ...layers.pooled_only import pooled_only_suffices
 from ...layers.resizing import KernelResize, resize_abs_pos_embed
@@ -32,7 +34,7 @@ from ...utils.validation import check_pixel_values, to_pair
 from .configuration_flexivit import FlexiViTConfig
 
 
-class FlexiViTPatchEmbeddings(nn.Module):
+class FlexiViTPatchEmbeddings(FreezableMixin, nn.Module):
     """Cuts an image into patches of any size and embeds them with the kernel resized to that size."""
 
     def __init__(self, config: FlexiViTConfig):
@@ -58,8 +60,10 @@ class FlexiViTPatchEmbeddings(nn.Module):
         return patches.flatten(2).transpose(1, 2)  # of (batch, hidden, rows, columns)
 
 
-class FlexiViTEmbeddings(nn.Module):
+class FlexiViTEmbeddings(FreezableMixin, nn.Module):
     """Patch embeddings, positions on the patch grid, prefix tokens."""
+
+    frozen_tensors = ("frozen_positions",)
 
     def __init__(self, config: FlexiViTConfig):
         super().__init__()
@@ -94,6 +98,9 @@ class FlexiViTEmbeddings(nn.Module):
 
     def position_embeddings_for(self, patch_grid: tuple[int, int]) -> torch.Tensor:
         """Positions for a grid of (rows, columns): (1, num_position_prefix_tokens + rows * columns, hidden)."""
+        frozen = self.frozen_positions
+        if frozen is not None and patch_grid == self.frozen_grid and not takes_gradients(self.position_embeddings):
+            return frozen
         return resize_abs_pos_embed(
             self.position_embeddings,
             patch_grid,
@@ -102,6 +109,14 @@ class FlexiViTEmbeddings(nn.Module):
             interpolation=self.config.position_interpolation,
             antialias=self.config.position_antialias,
         )
+
+    @torch.no_grad()
+    def freeze(self, patch_size: tuple[int, int], patch_grid: tuple[int, int]) -> None:
+        """Keeps the kernel of a patch size and the positions of a grid; a frozen budget asks for it."""
+        self.patch_embeddings.projection.freeze(patch_size)
+        self.frozen_positions = None
+        self.frozen_positions = self.position_embeddings_for(patch_grid).clone()
+        self.frozen_grid = patch_grid
 
     def forward(
         self, pixel_values: torch.Tensor, patch_size: int | Sequence[int] | None = None
@@ -138,6 +153,45 @@ class FlexiViTPreTrainedModel(EncoderPreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, FlexiViTEmbeddings):
             init.trunc_normal_(module.position_embeddings, mean=0.0, std=self.config.initializer_range)
+
+    def freeze_budget(
+        self, image_size: int | Sequence[int] | None = None, patch_size: int | Sequence[int] | None = None
+    ) -> None:
+        """Makes the kernel and the positions of one budget once, and the three projections of each attention one
+        product, for serving at that budget.
+
+        They are kept until `unfreeze_budget()`, `train()`, loading a state dict, or another `freeze_budget`; they
+        follow `.to()`, and are in no checkpoint. Calls at another image or patch size compute theirs as ever, and so
+        does a call whose weights take gradients. Weights that are changed in place by other means are not seen.
+
+        Args:
+            image_size (`int` or `(height, width)`, *optional*): in pixels; `config.image_size` when `None`.
+            patch_size (`int` or `(height, width)`, *optional*): in pixels; that of a call that names none when
+                `None`. A call that names none keeps the config's.
+
+        Raises:
+            ValueError: for a patch that does not fit the image, a model in training mode, with adapters, or with
+                weights that are quantised, offloaded or split over processes.
+        """
+        if self.training:
+            raise ValueError("`freeze_budget` is for inference, and the model is in training mode: `model.eval()`.")
+        check_no_adapters(self)
+        patch_size = self.config.resolve_patch_size(patch_size)
+        patch_grid = self.config.patch_grid_for(image_size, patch_size)
+        embeddings = self.base_model.embeddings
+        if not is_plain(embeddings.position_embeddings, embeddings.patch_embeddings.projection.weight):
+            raise ValueError(
+                "`freeze_budget` needs ordinary tensors as weights of the embeddings, and they are quantised, "
+                "offloaded or split over processes."
+            )
+        embeddings.freeze(patch_size, patch_grid)
+        for module in self.modules():
+            if isinstance(module, EncoderAttention):
+                module.freeze()
+
+    def unfreeze_budget(self) -> None:
+        """Ends `freeze_budget`; without effect where nothing is frozen."""
+        thaw(self)
 
     def draw_budget(self) -> dict[str, int | Sequence[int]]:
         """The budget of one training step for callers that need several forwards of the same one; none elsewhere."""
