@@ -168,6 +168,21 @@ class FlexiViTConfig(EncoderConfig):
         sizes = self.train_patch_sizes or [self.resolve_patch_size()]
         return [plain_size(size) for size in sorted(sizes, key=lambda size: math.prod(to_pair(size, "patch_size")))]
 
+    def parse_budget(self, text: str) -> int | tuple[int, int]:
+        """A patch size as a user types it: "16", or height and width, "10x15".
+
+        Raises:
+            ValueError: for a text that is none.
+        """
+        numbers = text.lower().split("x")
+        if len(numbers) > 2 or not all(number.strip().lstrip("-").isdecimal() for number in numbers):
+            raise ValueError(f"`budgets` of a FlexiViT must be patch sizes such as 16 or 10x15, got {text!r}.")
+        return int(numbers[0]) if len(numbers) == 1 else (int(numbers[0]), int(numbers[1]))
+
+    def format_budget(self, budget: int | Sequence[int]) -> str:
+        """The text that `parse_budget` reads as `budget`."""
+        return str(budget) if isinstance(budget, int) else "x".join(map(str, budget))
+
     def cheaper_budget(
         self, image_size: int | Sequence[int] | None = None, patch_size: int | Sequence[int] | None = None
     ) -> dict[str, Any] | None:

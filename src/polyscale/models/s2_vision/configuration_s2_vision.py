@@ -273,6 +273,30 @@ class S2VisionConfig(CheckedConfigMixin, TokenBudgetMixin, BackboneConfigMixin, 
         plan = self.plan_for(self.image_size if image_size is None else image_size, scales, img_sizes)
         return plan.feature_grid(self.resize_output_to_idx % self.num_scales, self.features_per_tile)
 
+    def parse_budget(self, text: str) -> list:
+        """Scales or sizes as a user types them: "1+2+3", "224+448", "224x336+448x672".
+
+        Raises:
+            ValueError: for a text that is none.
+        """
+        try:
+            if self.budget_argument == "scales":
+                numbers = [float(part) for part in text.split("+")]
+                return [int(number) if number.is_integer() else number for number in numbers]
+            sizes = [[int(side) for side in part.lower().split("x")] for part in text.split("+")]
+        except (ValueError, OverflowError):
+            sizes = [[]]
+        if any(len(size) not in (1, 2) for size in sizes):
+            example = "1+2" if self.budget_argument == "scales" else "224+448 or 224x336+448x672"
+            raise ValueError(
+                f"`budgets` of an S2 model must be its `{self.budget_argument}`, such as {example}, got {text!r}."
+            )
+        return [size[0] if len(size) == 1 else size for size in sizes]
+
+    def format_budget(self, budget: Sequence) -> str:
+        """The text that `parse_budget` reads as `budget`."""
+        return "+".join("x".join(map(str, part)) if isinstance(part, list | tuple) else str(part) for part in budget)
+
     def coarse_budget(self, options: Mapping[str, Any]) -> dict[str, Any] | None:
         """Arguments of the wrapped model for tiles outside of the budget; `None` where the first scale fills them.
 
@@ -326,6 +350,9 @@ class S2VisionConfig(CheckedConfigMixin, TokenBudgetMixin, BackboneConfigMixin, 
             ValueError: for both of them, or another number of scales than configured.
         """
         size = to_pair(tuple(image_size) if isinstance(image_size, Sequence) else image_size, "image_size")
+        for name, given in (("scales", scales), ("img_sizes", img_sizes)):
+            if given is not None and (isinstance(given, str) or not isinstance(given, Sequence)):
+                raise ValueError(f"`{name}` must be a list with one entry per scale, got {given!r}.")
         if scales is None and img_sizes is None:
             scales, img_sizes = self.scales, self.img_sizes
         elif (scales is None) != (img_sizes is None) and len(

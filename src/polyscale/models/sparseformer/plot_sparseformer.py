@@ -7,10 +7,11 @@ import colorsys
 from collections.abc import Sequence
 
 import torch
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw
 from transformers import PreTrainedModel
 
-from ...figures import seen_region
+from ...utils.images import to_rgb
+from ...utils.processors import seen_region
 
 
 _GAP = 4  # pixels between the cells of a grid
@@ -120,7 +121,7 @@ def draw_sparseformer(
     wrong = [token for token in tokens if not 0 <= token < num_tokens]
     if wrong:
         raise ValueError(f"`tokens` must be indices from 0 to {num_tokens - 1}, got {wrong}.")
-    image = ImageOps.exif_transpose(image).convert("RGB")
+    image = to_rgb(image)
     inputs = processor(image, return_tensors="pt").to(model.device)
     outputs = model(**inputs, output_sampling_points=True, output_sampling_rois=True)
     seen = seen_region(image, processor)

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from .arguments import parse_fields, parse_numbers, parse_size, split_list
+from .printing import reporting
 
 
 def train(
@@ -156,25 +157,16 @@ def train(
     if patch_size_probs is not None:
         options["train_patch_size_probs"] = parse_numbers(patch_size_probs)
 
-    try:
-        from ..evaluation.labels import read_label_map
-        from ..training import TrainingInterrupted, TrainingStopped, given_choices, make_recipe
-        from ..training import train as run
-    except KeyboardInterrupt:
-        raise typer.Exit(130) from None
-    try:
+    with reporting("train"):
+        from polyscale.evaluation.labels import read_label_map
+        from polyscale.training import given_choices, make_recipe
+        from polyscale.training import train as run
+
         choices["label_map"] = read_label_map(label_map) or None
         make = given_choices if resume else make_recipe
-        plan = make(recipe, options, **choices) or None
-        metrics = run(dataset, output_dir, plan, resume=resume)
-    except TrainingInterrupted as error:
-        typer.echo(f"polyscale train: {error}", err=True)
-        raise typer.Exit(error.exit_code) from error
-    except (OSError, ValueError, TrainingStopped) as error:
-        typer.echo(f"polyscale train: {' '.join(str(error).split())}", err=True)
-        raise typer.Exit(2) from error
-    seconds = metrics["train_seconds"]
-    typer.echo(f"Wrote {output_dir} after {seconds:.0f} s of training; its README.md is a model card.")
+        metrics = run(dataset, output_dir, make(recipe, options, **choices) or None, resume=resume)
+        seconds = metrics["train_seconds"]
+        typer.echo(f"Wrote {output_dir} after {seconds:.0f} s of training; its README.md is a model card.")
 
 
 __all__ = ["train"]

@@ -6,11 +6,7 @@ from typing import Annotated
 import typer
 
 from .arguments import parse_fields, parse_size, split_list
-
-
-def _fail(command: str, error: Exception) -> typer.Exit:
-    typer.echo(f"polyscale {command}: {error}", err=True)
-    return typer.Exit(2)
+from .printing import reporting
 
 
 def convert(
@@ -44,13 +40,10 @@ def convert(
     if replicates is not None:
         options["replicates"] = replicates
 
-    from ..conversion import convert_checkpoint
+    with reporting("convert"):
+        from polyscale.conversion import convert_checkpoint
 
-    try:
-        written = convert_checkpoint(source, out, to, overwrite=overwrite, **options)
-    except (ValueError, OSError, ImportError) as error:
-        raise _fail("convert", error) from error
-    typer.echo(f"Wrote {written}")
+        typer.echo(f"Wrote {convert_checkpoint(source, out, to, overwrite=overwrite, **options)}")
 
 
 def convert_patch_embed(
@@ -65,18 +58,16 @@ def convert_patch_embed(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is there.")] = False,
 ) -> None:
     """Resize the patch kernel in a weights file by PI-resize."""
-    from ..conversion import convert_patch_embed as run
+    with reporting("convert-patch-embed"):
+        from polyscale.conversion import convert_patch_embed as run
 
-    try:
         sizes = [parse_size(size) for size in split_list(patch_size)]
         size = sizes[0] if len(sizes) == 1 else sizes
         old_shape, new_shape = run(
             input, output, name, size, interpolation=interpolation, antialias=antialias, overwrite=overwrite
         )
-    except (ValueError, OSError) as error:
-        raise _fail("convert-patch-embed", error) from error
-    typer.echo(f"{name}: {old_shape} -> {new_shape}")
-    typer.echo(f"Wrote {output}")
+        typer.echo(f"{name}: {old_shape} -> {new_shape}")
+        typer.echo(f"Wrote {output}")
 
 
 __all__ = ["convert", "convert_patch_embed"]
