@@ -1,48 +1,59 @@
-"""What S2 has to know about the configuration of the model it wraps, whatever family that is."""
+"""What can be known about a vision model from its configuration, whatever family that is."""
 
-from transformers import PreTrainedConfig
+import json
+from functools import lru_cache
+from inspect import Parameter, signature
+
+import torch
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 from .validation import to_pair
 
 
-# Model types of transformers whose output begins with CLS alone; DeiT and DINO have more, SigLIP and ConvNets none.
-_ONE_PREFIX_TOKEN = (
-    "beit",
-    "clip_vision_model",
-    "clipseg_vision_model",
-    "data2vec-vision",
-    "dinov2",
-    "vit",
-    "vit_msn",
-)
-_CLS_AND_REGISTERS = ("dinov2_with_registers", "dinov3_vit")
-_UNSUPPORTED = {
-    "siglip2_vision_model": "it takes patches of one native resolution, not pictures; the "
-    "fixed-resolution SigLIP2 checkpoints have the "
-    "type 'siglip_vision_model'",
-    "vit_mae": "its encoder drops random patches",
-    "s2_vision": "it has several scales already",
-}
+def model_classes_of(config: PreTrainedConfig) -> tuple[type[PreTrainedModel], ...]:
+    """The classes that `AutoModel` may give for a config; none where it knows none."""
+    found = MODEL_MAPPING.get(type(config), None)
+    return () if found is None else found if isinstance(found, tuple) else (found,)
 
 
 def check_base(config: PreTrainedConfig) -> None:
-    """Raises ValueError for a model that S2 cannot wrap, with the reason."""
-    if config.model_type in _UNSUPPORTED:
-        raise ValueError(
-            f"`vision_config` of type {config.model_type!r} does not work at several scales: "
-            f"{_UNSUPPORTED[config.model_type]}."
-        )
+    """Raises ValueError for a model that cannot be applied at several scales, with the reason."""
     if getattr(config, "vision_config", None) is not None:
         raise ValueError(
             f"`vision_config` must be that of a vision model, got one of type {config.model_type!r}: "
             "give its `vision_config`."
         )
+    missing = [name for model in model_classes_of(config)[:1] for name in _required_inputs(model)]
+    if missing:
+        raise ValueError(
+            f"`vision_config` of type {config.model_type!r} does not work at several scales: its model takes no plain "
+            f"images, it needs {', '.join(f'`{name}`' for name in missing)} too. Of SigLIP2, the checkpoints of one "
+            "resolution have the type 'siglip_vision_model'."
+        )
+    if hasattr(config, "feature_grid_for") and config.feature_grid_for() is None:
+        raise ValueError(
+            f"`vision_config` of type {config.model_type!r} does not work at several scales: its tokens have no fixed "
+            "place in the image, so they cannot be laid out as maps. Give a model with one token per patch."
+        )
+
+
+def _required_inputs(model_class: type[PreTrainedModel]) -> list[str]:
+    """What the model's `forward` cannot do without, the images aside."""
+    parameters = list(signature(model_class.forward).parameters.values())[1:]
+    return [
+        parameter.name
+        for parameter in parameters
+        if parameter.default is Parameter.empty
+        and parameter.kind in (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
+        and parameter.name != model_class.main_input_name
+    ]
 
 
 def base_image_size(config: PreTrainedConfig) -> tuple[int, int] | None:
-    """(height, width) of the pictures that the model was made for; None where its config does not say."""
+    """(height, width) of the images that the model was made for; None where its config does not say."""
     size = getattr(config, "image_size", None)
-    return None if size is None else to_pair(tuple(size) if isinstance(size, list | tuple) else size, "image_size")
+    return None if size is None else to_pair(tuple(size) if isinstance(size, (list, tuple)) else size, "image_size")
 
 
 def base_width(config: PreTrainedConfig) -> int:
@@ -87,14 +98,43 @@ def base_output_shape(config: PreTrainedConfig) -> str:
 
 
 def base_num_prefix_tokens(config: PreTrainedConfig) -> int:
-    """Tokens in front of the model's output that have no place in the picture."""
+    """Tokens in front of the model's output that have no place in the image: what is left of its tokens without the
+    grid.
+
+    Raises:
+        ValueError: for a model whose tokens cannot be counted.
+    """
     if isinstance(getattr(config, "num_prefix_tokens", None), int):
         return config.num_prefix_tokens
-    if config.model_type in _ONE_PREFIX_TOKEN:
-        return 1
-    if config.model_type in _CLS_AND_REGISTERS:
-        return 1 + config.num_register_tokens
-    return 2 if config.model_type == "deit" else 0
+    size = base_image_size(config)
+    grid = None if size is None else base_feature_grid(config, size)
+    if grid is None or base_output_shape(config) == "bchw":
+        return 0
+    count = _count_output_tokens(type(config), config.to_json_string(use_diff=False), size) - grid[0] * grid[1]
+    if count < 0:
+        raise ValueError(
+            f"`vision_config` of type {config.model_type!r} gives fewer tokens than the {grid[0]} x {grid[1]} patches "
+            "of its `image_size`: its tokens are no grid of patches."
+        )
+    return count
+
+
+@lru_cache(maxsize=64)
+def _count_output_tokens(config_class: type[PreTrainedConfig], settings: str, size: tuple[int, int]) -> int:
+    """Tokens in the output of a model, prefix tokens among them; no weights and no values are made."""
+    config = config_class.from_dict(json.loads(settings))
+    if isinstance(getattr(config, "num_hidden_layers", None), int):
+        config.num_hidden_layers = 1  # every layer gives as many tokens as the first
+    try:
+        with torch.device("meta"), torch.no_grad():
+            model = AutoModel.from_config(config).eval()
+            images = torch.zeros(1, getattr(config, "num_channels", 3), *size)
+            return model(images, return_dict=True).last_hidden_state.shape[1]
+    except (NotImplementedError, RuntimeError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"The prefix tokens (CLS, registers) of a model of type {config.model_type!r} cannot be counted from its "
+            f"config ({error}): give `num_prefix_tokens`."
+        ) from error
 
 
 def base_feature_grid(config: PreTrainedConfig, tile: tuple[int, int]) -> tuple[int, int] | None:
@@ -106,7 +146,7 @@ def base_feature_grid(config: PreTrainedConfig, tile: tuple[int, int]) -> tuple[
     patch = getattr(config, "patch_size", None)
     if patch is None:
         return None
-    height, width = to_pair(tuple(patch) if isinstance(patch, list | tuple) else patch, "patch_size")
+    height, width = to_pair(tuple(patch) if isinstance(patch, (list, tuple)) else patch, "patch_size")
     if base_output_shape(config) == "bchw":
         reduction = 2 ** (len(config.hidden_sizes) - 1)
         height, width = height * reduction, width * reduction
@@ -123,4 +163,5 @@ __all__ = [
     "base_stage_widths",
     "base_width",
     "check_base",
+    "model_classes_of",
 ]

@@ -1,4 +1,4 @@
-"""Dynamic-S2: tiles by aspect ratio, each picture with its own number of tokens."""
+"""Dynamic-S2: tiles by aspect ratio, each image with its own number of tokens."""
 
 import numpy as np
 import pytest
@@ -34,7 +34,7 @@ def test_published_tilings(size, grid):
     assert dynamic_tile_grid(size, 3, 12, 448) == grid
 
 
-def test_ties_go_to_more_tiles_only_for_large_pictures():
+def test_ties_go_to_more_tiles_only_for_large_images():
     assert dynamic_tile_grid((10, 10), 1, 4, 448) == (1, 1)
     assert dynamic_tile_grid((4480, 4480), 1, 4, 448) == (2, 2)
 
@@ -54,7 +54,7 @@ def photographs():
 
 
 def reference(base, tiles, rows, columns):
-    """The tokens of one picture: tiles of the first scale (1), the second (2 x 2) with rows x columns in its place."""
+    """The tokens of one image: tiles of the first scale (1), the second (2 x 2) with rows x columns in its place."""
 
     def joined(part, grid):
         maps = base(part).last_hidden_state[:, 1:].transpose(1, 2).unflatten(2, (4, 4))
@@ -87,7 +87,7 @@ def test_what_the_processor_cuts_the_model_takes(model, photographs):
 def test_packed_tiles_give_the_same_as_padded(model, photographs):
     inputs = S2ImageProcessor.for_config(model.config)(photographs, return_tensors="pt")
     padded = model(**inputs)
-    tiles = torch.cat([picture[:count] for picture, count in zip(inputs["pixel_values"], (7, 5, 5), strict=True)])
+    tiles = torch.cat([image[:count] for image, count in zip(inputs["pixel_values"], (7, 5, 5), strict=True)])
     packed = model(tiles, image_sizes=inputs["image_sizes"])
     torch.testing.assert_close(packed.last_hidden_state, padded.last_hidden_state)
     for chunked in ({"tiles_per_forward": 2}, {"split_forward": True}):
@@ -95,7 +95,7 @@ def test_packed_tiles_give_the_same_as_padded(model, photographs):
         torch.testing.assert_close(other(**inputs)[0], padded[0], atol=1e-5, rtol=1e-4)
 
 
-def test_hidden_states_and_one_picture_alone(model, photographs):
+def test_hidden_states_and_one_image_alone(model, photographs):
     processor = S2ImageProcessor.for_config(model.config)
     batch = model(**processor(photographs, return_tensors="pt"), output_hidden_states=-2)
     alone = model(**processor(photographs[1], return_tensors="pt"), output_hidden_states=-2)
@@ -104,13 +104,13 @@ def test_hidden_states_and_one_picture_alone(model, photographs):
     torch.testing.assert_close(alone.pooler_output[0], batch.pooler_output[1], atol=1e-5, rtol=1e-4)
 
 
-def test_whole_pictures_are_tiled_by_the_model(model):
+def test_whole_images_are_tiled_by_the_model(model):
     """A tensor without `image_sizes`: the same scales, resized as the image processor resizes (antialiased)."""
-    pictures = torch.randn(2, 3, 64, 96)
-    outputs = model(pictures)
+    images = torch.randn(2, 3, 64, 96)
+    outputs = model(images)
     assert outputs.num_tokens.tolist() == [96, 96]
-    small = F.interpolate(pictures, size=(32, 32), mode="bicubic", antialias=True)
-    tiles = [pictures[:, :, row : row + 32, column : column + 32] for row in (0, 32) for column in (0, 32, 64)]
+    small = F.interpolate(images, size=(32, 32), mode="bicubic", antialias=True)
+    tiles = [images[:, :, row : row + 32, column : column + 32] for row in (0, 32) for column in (0, 32, 64)]
     for index in range(2):
         expected = reference(model.vision_model, torch.stack([small[index], *(tile[index] for tile in tiles)]), 2, 3)
         torch.testing.assert_close(outputs.last_hidden_state[index, 1:], expected, atol=1e-5, rtol=1e-4)

@@ -23,11 +23,11 @@ def make_model(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SETTINGS)
-def test_compiles_without_graph_breaks(name, pictures):
+def test_compiles_without_graph_breaks(name, images):
     torch.compiler.reset()
     model = make_model(name)
-    expected = model(pictures, output_hidden_states=-2)
-    outputs = torch.compile(model, fullgraph=True, backend="eager")(pictures, output_hidden_states=-2)
+    expected = model(images, output_hidden_states=-2)
+    outputs = torch.compile(model, fullgraph=True, backend="eager")(images, output_hidden_states=-2)
     torch.testing.assert_close(outputs.logits, expected.logits)
     torch.testing.assert_close(outputs.hidden_states[-2], expected.hidden_states[-2])
 
@@ -42,9 +42,9 @@ def test_compiles_without_graph_breaks(name, pictures):
         (OnnxExporter, OnnxConfig, "uneven"),
     ],
 )
-def test_exports_with_a_dynamic_batch(name, exporter, config, pictures):
+def test_exports_with_a_dynamic_batch(name, exporter, config, images):
     model = make_model(name)
-    exported = exporter().export(model, {"pixel_values": pictures}, config(dynamic=True))
+    exported = exporter().export(model, {"pixel_values": images}, config(dynamic=True))
     more = torch.randn(5, 3, 64, 64)
     with torch.no_grad():
         logits = torch.as_tensor(exported(pixel_values=more)["logits"])

@@ -29,8 +29,8 @@ def photograph():
     return Image.fromarray(ramp)
 
 
-def by_hand(picture: Image.Image) -> torch.Tensor:
-    values = torch.tensor(np.array(picture)).permute(2, 0, 1) / 255
+def by_hand(image: Image.Image) -> torch.Tensor:
+    values = torch.tensor(np.array(image)).permute(2, 0, 1) / 255
     mean, std = (torch.tensor(field)[:, None, None] for field in (CLIP_PROCESSOR.image_mean, CLIP_PROCESSOR.image_std))
     return (values - mean) / std
 
@@ -45,13 +45,13 @@ def test_ways_to_a_square(config, photograph):
         "crop": scaled.crop((21, 0, 85, 64)),
         "pad": padded.resize((64, 64), Image.Resampling.BICUBIC),
     }
-    for fit, picture in expected.items():
+    for fit, image in expected.items():
         for backend in (S2ImageProcessor, S2ImageProcessorPil):
             processor = backend.for_config(config, CLIP_PROCESSOR, fit=fit)
             pixel_values = processor(photograph, return_tensors="pt")["pixel_values"]
             assert pixel_values.shape == (1, 3, 64, 64)
             # one step of 255 is 0.015: the two backends round resized pixels differently
-            assert (pixel_values[0] - by_hand(picture)).abs().max() < 0.031
+            assert (pixel_values[0] - by_hand(image)).abs().max() < 0.031
             assert dict(processor.crop_size)["height"] == 64
 
 
@@ -94,7 +94,7 @@ def test_saves_reloads_and_serves_pipelines(options, photograph, tmp_path):
     np.testing.assert_allclose(tokens, features.last_hidden_state[0].detach()[: len(tokens)], atol=1e-4)
 
 
-def test_bad_pictures_and_choices_are_refused(config):
+def test_bad_images_and_choices_are_refused(config):
     for backend in (S2ImageProcessor, S2ImageProcessorPil):
         processor = backend.for_config(config, CLIP_PROCESSOR)
         for value in (np.nan, np.inf):

@@ -35,13 +35,13 @@ def test_equals_the_function_and_reloads(name, tmp_path):
         name, base.config.num_prefix_tokens if name == "flexivit" else 0
     )
     size = base.config.image_size
-    pictures = torch.randn(2, 3, size, size)
+    images = torch.randn(2, 3, size, size)
     shape = "bchw" if name == "convnext" else "bnc"
     expected = multiscale_forward(
-        base, pictures, scales=[1, 2], num_prefix_token=model.config.num_prefix_tokens, output_shape=shape
+        base, images, scales=[1, 2], num_prefix_token=model.config.num_prefix_tokens, output_shape=shape
     )
     with torch.no_grad():
-        outputs = model(pictures, output_hidden_states=True)
+        outputs = model(images, output_hidden_states=True)
     torch.testing.assert_close(outputs.last_hidden_state, expected)
     assert outputs.last_hidden_state.shape[1 if name == "convnext" else 2] == model.config.hidden_size
     assert outputs.pooler_output.shape == (2, model.config.pooled_size)
@@ -52,11 +52,11 @@ def test_equals_the_function_and_reloads(name, tmp_path):
     assert not info["unexpected_keys"]
     assert type(reloaded) is S2VisionWrapper
     with torch.no_grad():
-        torch.testing.assert_close(reloaded.eval()(pictures)[0], expected, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(reloaded.eval()(images)[0], expected, atol=1e-5, rtol=1e-4)
 
 
-def test_pictures_at_the_largest_scale(clip):
-    """Scales are multiples of the tile: the size of the picture does not change them."""
+def test_images_at_the_largest_scale(clip):
+    """Scales are multiples of the tile: the size of the image does not change them."""
     model = S2VisionWrapper.from_vision_model(clip, scales=[1, 2])
     large = torch.randn(1, 3, 64, 64)
     expected = multiscale_forward(clip, large, img_sizes=[32, 64], max_split_size=32, num_prefix_token=1)
@@ -72,7 +72,7 @@ def test_pictures_at_the_largest_scale(clip):
     )
 
 
-def test_pictures_that_are_not_square_keep_their_aspect_ratio(clip):
+def test_images_that_are_not_square_keep_their_aspect_ratio(clip):
     model = S2VisionWrapper.from_vision_model(clip, scales=[1, 2])
     wide = torch.randn(1, 3, 64, 128)
     expected = multiscale_forward(clip, wide, img_sizes=[(32, 64), (64, 128)], max_split_size=32, num_prefix_token=1)
@@ -81,20 +81,20 @@ def test_pictures_that_are_not_square_keep_their_aspect_ratio(clip):
     assert model.config.num_tokens_for((64, 128)) == 32
 
 
-def test_pooler_is_the_mean_over_tiles_of_each_scale(clip, pictures):
+def test_pooler_is_the_mean_over_tiles_of_each_scale(clip, images):
     model = S2VisionWrapper.from_vision_model(clip, scales=[1, 2])
-    small = torch.nn.functional.interpolate(pictures, size=32, mode="bicubic")
-    tiles = [pictures[:, :, row : row + 32, column : column + 32] for row in (0, 32) for column in (0, 32)]
+    small = torch.nn.functional.interpolate(images, size=32, mode="bicubic")
+    tiles = [images[:, :, row : row + 32, column : column + 32] for row in (0, 32) for column in (0, 32)]
     expected = torch.cat(
         [clip(small).pooler_output, torch.stack([clip(tile).pooler_output for tile in tiles]).mean(dim=0)], dim=1
     )
-    torch.testing.assert_close(model(pictures).pooler_output, expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(model(images).pooler_output, expected, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("wanted", [True, -2, [1], [0, -1], 3])
-def test_hidden_states_of_the_layers_asked_for(clip, pictures, wanted):
+def test_hidden_states_of_the_layers_asked_for(clip, images, wanted):
     model = S2VisionWrapper.from_vision_model(clip, scales=[1, 2])
-    states = model(pictures, output_hidden_states=wanted).hidden_states
+    states = model(images, output_hidden_states=wanted).hidden_states
     layers = (
         set(range(4)) if wanted is True else {layer % 4 for layer in ([wanted] if isinstance(wanted, int) else wanted)}
     )
@@ -102,45 +102,45 @@ def test_hidden_states_of_the_layers_asked_for(clip, pictures, wanted):
     for layer in layers:
         expected = multiscale_forward(
             lambda x, layer=layer: clip(x, output_hidden_states=True).hidden_states[layer],
-            pictures,
+            images,
             img_sizes=[32, 64],
             max_split_size=32,
             num_prefix_token=1,
         )
         torch.testing.assert_close(states[layer], expected)
-    assert model(pictures).hidden_states is None
+    assert model(images).hidden_states is None
 
 
-def test_attentions_have_the_tiles_of_a_picture_together(clip, pictures):
+def test_attentions_have_the_tiles_of_a_image_together(clip, images):
     model = S2VisionWrapper.from_vision_model(clip, scales=[1, 2])
     model.set_attn_implementation("eager")
-    attentions = model(pictures, output_attentions=True).attentions
+    attentions = model(images, output_attentions=True).attentions
     assert len(attentions) == 3
     assert attentions[0].shape == (2, 5, 2, 17, 17)
-    tile = clip(pictures[1:, :, :32, 32:], output_attentions=True).attentions[0]
+    tile = clip(images[1:, :, :32, 32:], output_attentions=True).attentions[0]
     torch.testing.assert_close(attentions[0][1, 2], tile[0], atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("options", [{"split_forward": True}, {"tiles_per_forward": 3}])
-def test_chunks_give_the_same(clip, pictures, options):
-    expected = S2VisionWrapper.from_vision_model(clip, scales=[1, 2])(pictures, output_hidden_states=True)
-    outputs = S2VisionWrapper.from_vision_model(clip, scales=[1, 2], **options)(pictures, output_hidden_states=True)
+def test_chunks_give_the_same(clip, images, options):
+    expected = S2VisionWrapper.from_vision_model(clip, scales=[1, 2])(images, output_hidden_states=True)
+    outputs = S2VisionWrapper.from_vision_model(clip, scales=[1, 2], **options)(images, output_hidden_states=True)
     for name in ("last_hidden_state", "pooler_output"):
         torch.testing.assert_close(outputs[name], expected[name], atol=1e-5, rtol=1e-4)
     for state, other in zip(outputs.hidden_states, expected.hidden_states, strict=True):
         torch.testing.assert_close(state, other, atol=1e-5, rtol=1e-4)
 
 
-def test_plain_checkpoints_load(clip, pictures, tmp_path):
+def test_plain_checkpoints_load(clip, images, tmp_path):
     clip.save_pretrained(tmp_path / "vision")
     model = S2VisionWrapper.from_vision_pretrained(tmp_path / "vision", scales=[1, 2]).eval()
-    expected = S2VisionWrapper.from_vision_model(clip, scales=[1, 2])(pictures)[0]
-    torch.testing.assert_close(model(pictures)[0], expected)
+    expected = S2VisionWrapper.from_vision_model(clip, scales=[1, 2])(images)[0]
+    torch.testing.assert_close(model(images)[0], expected)
     half = S2VisionForImageClassification.from_vision_pretrained(
         tmp_path / "vision", scales=[1, 2], num_labels=5, model_kwargs={"dtype": torch.bfloat16}
     )
     assert half.dtype == torch.bfloat16
-    assert half(pictures.bfloat16()).logits.shape == (2, 5)
+    assert half(images.bfloat16()).logits.shape == (2, 5)
 
     text = {
         "hidden_size": 16,
@@ -153,8 +153,8 @@ def test_plain_checkpoints_load(clip, pictures, tmp_path):
     whole = CLIPModel(CLIPConfig(vision_config=clip.config.to_dict(), text_config=text, projection_dim=8)).eval()
     whole.save_pretrained(tmp_path / "clip")
     model = S2VisionWrapper.from_vision_pretrained(tmp_path / "clip", scales=[1, 2]).eval()
-    expected = S2VisionWrapper.from_vision_model(whole.vision_model, scales=[1, 2])(pictures)[0]
-    torch.testing.assert_close(model(pictures)[0], expected)
+    expected = S2VisionWrapper.from_vision_model(whole.vision_model, scales=[1, 2])(images)[0]
+    torch.testing.assert_close(model(images)[0], expected)
 
 
 def test_checkpoints_that_lack_weights_are_refused(clip, tmp_path):
@@ -184,45 +184,45 @@ def test_wrapping_keeps_weights_dtype_mode_and_attention(clip):
     assert clip.config._attn_implementation == "sdpa"
 
 
-def test_attention_implementations_agree(clip, pictures):
+def test_attention_implementations_agree(clip, images):
     model = S2VisionWrapper.from_vision_model(clip, scales=[1, 2])
     results = []
     for implementation in ("eager", "sdpa"):
         model.set_attn_implementation(implementation)
-        results.append(model(pictures)[0])
+        results.append(model(images)[0])
     torch.testing.assert_close(*results, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("pooling", ["pooler", "mean"])
-def test_classifier(clip, pictures, pooling, tmp_path):
+def test_classifier(clip, images, pooling, tmp_path):
     model = S2VisionForImageClassification.from_vision_model(clip, scales=[1, 2], num_labels=3, pooling=pooling).eval()
-    outputs = model(pictures, labels=torch.tensor([0, 2]))
-    features = model.s2_vision(pictures)
+    outputs = model(images, labels=torch.tensor([0, 2]))
+    features = model.s2_vision(images)
     pooled = features.pooler_output if pooling == "pooler" else features.last_hidden_state[:, 1:].mean(dim=1)
     logits = pooled @ model.classifier.weight.T + model.classifier.bias
     torch.testing.assert_close(outputs.logits, logits)
     torch.testing.assert_close(outputs.loss, torch.nn.functional.cross_entropy(logits, torch.tensor([0, 2])))
     model.save_pretrained(tmp_path)
     reloaded = AutoModelForImageClassification.from_pretrained(tmp_path).eval()
-    torch.testing.assert_close(reloaded(pictures).logits, logits, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(reloaded(images).logits, logits, atol=1e-5, rtol=1e-4)
     headless = AutoModel.from_pretrained(tmp_path).eval()
-    torch.testing.assert_close(headless(pictures)[0], features[0], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(headless(images)[0], features[0], atol=1e-5, rtol=1e-4)
 
 
-def test_freezing_and_gradient_checkpointing(clip, pictures):
+def test_freezing_and_gradient_checkpointing(clip, images):
     model = S2VisionForImageClassification.from_vision_model(clip, scales=[1, 2], num_labels=3).train()
     labels = torch.tensor([0, 2])
-    model(pictures, labels=labels).loss.backward()
+    model(images, labels=labels).loss.backward()
     plain = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
     assert any("q_proj" in name for name in plain)
     model.zero_grad()
     model.activation_checkpointing_enable()
-    model(pictures, labels=labels).loss.backward()
+    model(images, labels=labels).loss.backward()
     for name, gradient in plain.items():
         torch.testing.assert_close(model.get_parameter(name).grad, gradient)
     model.s2_vision.freeze_base()
     model.zero_grad()
-    model(pictures, labels=labels).loss.backward()
+    model(images, labels=labels).loss.backward()
     assert {name for name, parameter in model.named_parameters() if parameter.grad is not None} == {
         "classifier.weight",
         "classifier.bias",
@@ -230,18 +230,18 @@ def test_freezing_and_gradient_checkpointing(clip, pictures):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision(clip, pictures, dtype):
+def test_half_precision(clip, images, dtype):
     model = S2VisionForImageClassification.from_vision_model(clip, scales=[1, 2], num_labels=3)
-    expected = model(pictures).logits
-    logits = model.to(dtype)(pictures.to(dtype)).logits
+    expected = model(images).logits
+    logits = model.to(dtype)(images.to(dtype)).logits
     assert logits.dtype == dtype
     torch.testing.assert_close(logits.float(), expected, atol=0.05, rtol=0.05)
 
 
-def test_backbone(pictures):
+def test_backbone(images):
     model = S2VisionBackbone.from_vision_model(make_base("clip"), scales=[1, 2], out_indices=[1, -1]).eval()
-    maps = model(pictures).feature_maps
-    states = model.s2_vision(pictures, output_hidden_states=True).hidden_states
+    maps = model(images).feature_maps
+    states = model.s2_vision(images, output_hidden_states=True).hidden_states
     assert model.channels == [32, 32]
     for part, layer in zip(maps, (1, 3), strict=True):
         torch.testing.assert_close(part, states[layer][:, 1:].transpose(1, 2).unflatten(2, (4, 4)))
@@ -256,20 +256,20 @@ def test_backbone(pictures):
     ]
 
 
-def test_around_a_flexivit_at_another_patch_size(pictures):
+def test_around_a_flexivit_at_another_patch_size(images):
     base = make_base("flexivit")
     model = S2VisionWrapper.from_vision_model(base, scales=[1, 2])
     expected = multiscale_forward(
         lambda x: base(x, patch_size=4).last_hidden_state,
-        pictures,
+        images,
         img_sizes=[32, 64],
         max_split_size=32,
         num_prefix_token=1,
     )
-    torch.testing.assert_close(model(pictures, patch_size=4)[0], expected)
+    torch.testing.assert_close(model(images, patch_size=4)[0], expected)
 
 
-def test_around_a_quadtree_vit(pictures):
+def test_around_a_quadtree_vit(images):
     """Its tokens are put on the grid of its smallest patches."""
     torch.manual_seed(0)
     config = QuadtreeViTConfig(
@@ -283,10 +283,10 @@ def test_around_a_quadtree_vit(pictures):
     )
     base = QuadtreeViTModel(config).eval()
     model = S2VisionWrapper.from_vision_model(base, scales=[1, 2])
-    outputs = model(pictures, num_tokens=16)
+    outputs = model(images, num_tokens=16)
     assert outputs.last_hidden_state.shape == (2, 1 + 16, 32)
     # with every patch at the smallest size, the tokens are a grid in another order
-    assert model(pictures, num_tokens=7, output_hidden_states=-1).last_hidden_state.shape == (2, 17, 32)
+    assert model(images, num_tokens=7, output_hidden_states=-1).last_hidden_state.shape == (2, 17, 32)
     assert torch.isfinite(outputs.last_hidden_state).all()
 
 
@@ -317,19 +317,19 @@ def test_bad_configs_are_refused(options, message):
         S2VisionConfig(vision_config=BASES["clip"](), **options)
 
 
-def test_bad_calls_are_refused(clip, pictures):
+def test_bad_calls_are_refused(clip, images):
     model = S2VisionWrapper.from_vision_model(clip, scales=[1, 2])
     with pytest.raises(ValueError, match="Give 2 scales or sizes, as configured"):
-        model(pictures, scales=[1, 2, 3])
+        model(images, scales=[1, 2, 3])
     with pytest.raises(ValueError, match="not both"):
-        model(pictures, scales=[1, 2], img_sizes=[32, 64])
+        model(images, scales=[1, 2], img_sizes=[32, 64])
     with pytest.raises(ValueError, match="3 channels"):
-        model(pictures[:, :2])
+        model(images[:, :2])
     with pytest.raises(ValueError, match=r"belongs to `config.dynamic=True`"):
-        model(pictures, image_sizes=torch.tensor([[64, 64]]))
+        model(images, image_sizes=torch.tensor([[64, 64]]))
     wrong = S2VisionWrapper.from_vision_model(clip, scales=[1, 2], num_prefix_tokens=0)
     with pytest.raises(ValueError, match="num_prefix_token"):
-        wrong(pictures)
+        wrong(images)
 
 
 def test_config_properties_and_round_trip(tmp_path):

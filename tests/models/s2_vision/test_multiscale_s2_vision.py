@@ -12,29 +12,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from polyscale.models.s2_vision.multiscale_s2_vision import (
-    cut_tiles,
-    join_tiles,
-    multiscale_forward,
-    plan_tiles,
-    token_grid,
-)
+from polyscale.models.s2_vision.multiscale_s2_vision import multiscale_forward
+from polyscale.models.s2_vision.tiling_s2_vision import cut_tiles, join_tiles, plan_tiles, token_grid
+from tests.golden import assert_golden
 
 
 GOLDEN = load_file(Path(__file__).parents[2] / "fixtures" / "s2_golden.safetensors")
 
 
-def toy_map(pictures):
-    return F.conv2d(pictures, GOLDEN["proj.weight"], GOLDEN["proj.bias"], stride=16)
+def toy_map(images):
+    return F.conv2d(images, GOLDEN["proj.weight"], GOLDEN["proj.bias"], stride=16)
 
 
-def toy_tokens(pictures):
-    tokens = toy_map(pictures).flatten(2).transpose(1, 2)
+def toy_tokens(images):
+    tokens = toy_map(images).flatten(2).transpose(1, 2)
     return torch.tanh(tokens + 0.1 * tokens.mean(dim=1, keepdim=True))
 
 
-def toy_with_cls(pictures):
-    tokens = toy_tokens(pictures)
+def toy_with_cls(images):
+    tokens = toy_tokens(images)
     return torch.cat([GOLDEN["cls"] + tokens.mean(dim=1, keepdim=True), tokens], dim=1)
 
 
@@ -61,17 +57,17 @@ CHUNKS = [{}, {"split_forward": True}, {"tiles_per_forward": 1}, {"tiles_per_for
 @pytest.mark.parametrize("chunks", CHUNKS, ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_equals_the_official_function(name, chunks):
-    model, pictures, options = CASES[name]
-    result = multiscale_forward(model, GOLDEN[pictures], **{**options, **chunks})
-    torch.testing.assert_close(result, GOLDEN[name], atol=2e-5, rtol=1e-5)
+    model, images, options = CASES[name]
+    result = multiscale_forward(model, GOLDEN[images], **{**options, **chunks})
+    assert_golden(result, GOLDEN[name])
 
 
-def reference(model, pictures, sizes, tile, uneven, target):
+def reference(model, images, sizes, tile, uneven, target):
     """Tile by tile and scale by scale, written down as it is described."""
     maps = []
     for height, width in sizes:
         rows, columns = math.ceil(height / tile[0]), math.ceil(width / tile[1])
-        scaled = F.interpolate(pictures, size=(height, width), mode="bicubic")
+        scaled = F.interpolate(images, size=(height, width), mode="bicubic")
         if uneven == "resize":
             scaled = F.interpolate(scaled, size=(rows * tile[0], columns * tile[1]), mode="bicubic")
         else:
@@ -89,11 +85,11 @@ def reference(model, pictures, sizes, tile, uneven, target):
     return torch.cat([F.interpolate(part, size=maps[target][1], mode="area") for part, _ in maps], dim=1)
 
 
-def four_by_four(pictures):
+def four_by_four(images):
     """A model of a fixed grid: 4 x 4 features of any tile, that see where in the tile they are."""
-    height, width = pictures.shape[-2:]
+    height, width = images.shape[-2:]
     ramp = torch.linspace(0, 1, height)[:, None] + torch.linspace(0, 2, width)
-    return F.adaptive_avg_pool2d(torch.tanh(pictures * (1 + ramp)), 4)
+    return F.adaptive_avg_pool2d(torch.tanh(images * (1 + ramp)), 4)
 
 
 @given(
@@ -107,11 +103,11 @@ def four_by_four(pictures):
 )
 @settings(max_examples=60, deadline=None)
 def test_any_shape_equals_the_reference(height, width, sizes, tile, uneven, chunk, target):
-    pictures = torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(height * width))
+    images = torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(height * width))
     target = target % len(sizes)
     result = multiscale_forward(
         four_by_four,
-        pictures,
+        images,
         img_sizes=sizes,
         max_split_size=tile,
         output_shape="bchw",
@@ -119,7 +115,7 @@ def test_any_shape_equals_the_reference(height, width, sizes, tile, uneven, chun
         tiles_per_forward=chunk,
         resize_output_to_idx=target,
     )
-    expected = reference(four_by_four, pictures, sizes, tile, uneven, target)
+    expected = reference(four_by_four, images, sizes, tile, uneven, target)
     torch.testing.assert_close(result, expected, atol=3e-5, rtol=1e-4)
 
 
@@ -133,11 +129,11 @@ def test_a_model_sees_only_tiles_of_the_split_size():
     for uneven in ("resize", "pad"):
         result = multiscale_forward(model, GOLDEN["x64"], img_sizes=[64, 96], max_split_size=64, uneven=uneven)
         assert result.shape == (2, 16, 24)
-    assert seen == [(10, 3, 64, 64)] * 2  # one batch: 1 + 4 tiles of two pictures
+    assert seen == [(10, 3, 64, 64)] * 2  # one batch: 1 + 4 tiles of two images
 
 
 @pytest.mark.parametrize("uneven", ["resize", "pad"])
-def test_the_feature_grid_is_that_of_the_picture(uneven):
+def test_the_feature_grid_is_that_of_the_image(uneven):
     wide = torch.randn(1, 3, 32, 64)
     sizes = [(32, 64), (64, 128), (96, 160)]
     for target, tokens in enumerate([2 * 4, 4 * 8, 6 * 10]):
@@ -156,25 +152,25 @@ def test_output_objects_and_tuples():
     maps = multiscale_forward(
         lambda x: BackboneOutput(feature_maps=(x, toy_map(x))), GOLDEN["x64"], scales=[1, 2], output_shape="bchw"
     )
-    torch.testing.assert_close(maps, GOLDEN["bchw_scales_1_2"], atol=2e-5, rtol=1e-5)
+    assert_golden(maps, GOLDEN["bchw_scales_1_2"])
 
 
 def test_half_precision_keeps_its_dtype_and_gradients_reach_the_input():
     result = multiscale_forward(lambda x: x.flatten(2).transpose(1, 2), GOLDEN["x64"].bfloat16(), scales=[1, 2])
     assert result.dtype == torch.bfloat16
     for chunks in CHUNKS:
-        pictures = GOLDEN["x64"].clone().requires_grad_()
-        multiscale_forward(toy_tokens, pictures, scales=[1, 2], **chunks).square().sum().backward()
-        expected = pictures.grad if not chunks else expected  # noqa: F821
-        torch.testing.assert_close(pictures.grad, expected, atol=1e-5, rtol=1e-4)
+        images = GOLDEN["x64"].clone().requires_grad_()
+        multiscale_forward(toy_tokens, images, scales=[1, 2], **chunks).square().sum().backward()
+        expected = images.grad if not chunks else expected  # noqa: F821
+        torch.testing.assert_close(images.grad, expected, atol=1e-5, rtol=1e-4)
 
 
 def test_cut_and_join_are_inverse():
-    pictures = torch.randn(3, 2, 12, 20)
-    tiles = cut_tiles(pictures, (2, 5))
-    assert torch.equal(tiles[0], pictures[0, :, :6, :4])
-    assert torch.equal(tiles[3], pictures[0, :, :6, 4:8])  # tile-major: (rows, columns, batch)
-    assert torch.equal(join_tiles(tiles, (2, 5)), pictures)
+    images = torch.randn(3, 2, 12, 20)
+    tiles = cut_tiles(images, (2, 5))
+    assert torch.equal(tiles[0], images[0, :, :6, :4])
+    assert torch.equal(tiles[3], images[0, :, :6, 4:8])  # tile-major: (rows, columns, batch)
+    assert torch.equal(join_tiles(tiles, (2, 5)), images)
 
 
 def test_token_grids():
@@ -211,10 +207,10 @@ def test_bad_arguments_are_refused_before_the_model_runs(options, message):
         multiscale_forward(never, GOLDEN["x64"], **options)
 
 
-@pytest.mark.parametrize("pictures", [torch.zeros(3, 8, 8), torch.zeros(0, 3, 8, 8), torch.zeros(1, 3, 8, 8).int()])
-def test_bad_pictures_are_refused(pictures):
-    with pytest.raises(ValueError, match="`input` must be floating-point pictures"):
-        multiscale_forward(toy_tokens, pictures, scales=[1])
+@pytest.mark.parametrize("images", [torch.zeros(3, 8, 8), torch.zeros(0, 3, 8, 8), torch.zeros(1, 3, 8, 8).int()])
+def test_bad_images_are_refused(images):
+    with pytest.raises(ValueError, match="`input` must be floating-point images"):
+        multiscale_forward(toy_tokens, images, scales=[1])
 
 
 def test_outputs_that_are_no_features_are_refused():

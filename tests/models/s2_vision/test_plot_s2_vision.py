@@ -28,15 +28,15 @@ def test_tiles_have_borders(model):
     assert tuple(drawn[20, 20]) == (90, 90, 90)
 
 
-def test_features_of_each_scale(model, pictures):
-    first, second = scale_features(model, pictures[:1])
+def test_features_of_each_scale(model, images):
+    first, second = scale_features(model, images[:1])
     assert first.shape == (16, 4, 4)
     assert second.shape == (16, 8, 8)
     both = multiscale_forward(
-        model.vision_model, pictures[:1], img_sizes=[32, 64], max_split_size=32, num_prefix_token=1
+        model.vision_model, images[:1], img_sizes=[32, 64], max_split_size=32, num_prefix_token=1
     )
     torch.testing.assert_close(first.flatten(1).T, both[0, 1:, :16])
     pooled = torch.nn.functional.avg_pool2d(second[None], 2)[0]
     torch.testing.assert_close(pooled.flatten(1).T, both[0, 1:, 16:], atol=1e-5, rtol=1e-4)
     convnet = S2VisionWrapper.from_vision_model(make_base("convnext"), scales=[1, 2])
-    assert scale_features(convnet, pictures[:1])[1].shape == (16, 4, 4)
+    assert scale_features(convnet, images[:1])[1].shape == (16, 4, 4)

@@ -7,7 +7,7 @@ from transformers import PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 from transformers.models.auto.configuration_auto import AutoConfig
 
-from ...layers.config_checks import checked_config, choice, non_negative, positive, size
+from ...layers.config_checks import checked_config, choice, non_negative, pixel_size, positive
 from ...layers.encoder_config import EncoderConfig
 from ...utils.validation import to_pair
 from .selection_quadtree_vit import check_multiple, check_token_budget
@@ -95,7 +95,8 @@ class QuadtreeViTConfig(EncoderConfig):
         patch_bias (`bool`, *optional*, defaults to `True`): whether the patch embedding has a bias.
 
     Raises:
-        ValueError: for an unknown name or choice, sizes that do not divide each other, or a width that does not fit sinusoids.
+        ValueError: for an unknown name or choice, sizes that do not divide each other, or a width that does not fit
+            sinusoids.
 
     Example:
 
@@ -115,7 +116,7 @@ class QuadtreeViTConfig(EncoderConfig):
         "scorer_backbone_config": SubConfigSpec(config_class=AutoConfig, model_type="resnet", optional=True)
     }
 
-    image_size: int | list[int] | tuple[int, int] = size(256)
+    image_size: int | list[int] | tuple[int, int] = pixel_size(256)
     min_patch_size: int = positive(16)
     max_patch_size: int = positive(64)
     num_tokens: int | None = positive(None)
@@ -134,10 +135,11 @@ class QuadtreeViTConfig(EncoderConfig):
     large_patch_embedding: Literal["resize", "aggregate"] = "resize"
     merge_layer: int = non_negative(0)
     position_embedding: Literal["sinusoidal", "learned"] = "sinusoidal"
-    position_grid: int | list[int] | tuple[int, int] | None = size(None)
+    position_grid: int | list[int] | tuple[int, int] | None = pixel_size(None)
     patch_bias: bool = True
 
     def __post_init__(self, **kwargs):
+        count_levels(self.min_patch_size, self.max_patch_size)
         coarsest, finest = self.num_tokens_range(self.image_size)
         if self.num_tokens is None and self.split_threshold is None:
             self.num_tokens = check_token_budget(max(int(finest * DEFAULT_BUDGET), coarsest), coarsest, finest, True)
@@ -222,6 +224,15 @@ class QuadtreeViTConfig(EncoderConfig):
         height, width = to_pair(self.image_size if image_size is None else image_size, "image_size")
         self.patch_grid_for((height, width))
         return height // self.min_patch_size, width // self.min_patch_size
+
+    def cheaper_budget(
+        self, image_size: int | Sequence[int] | None = None, num_tokens: int | None = None
+    ) -> dict[str, Any] | None:
+        """About a quarter of the tokens; `None` where there is no such budget. Arguments: `num_tokens_for`."""
+        coarsest, finest = self.num_tokens_range(image_size)
+        usual = self.max_num_tokens_for(image_size, num_tokens)
+        cheaper = check_token_budget(max(usual // 4, coarsest), coarsest, finest, True)
+        return {"num_tokens": cheaper} if cheaper < usual else None
 
     def resolve_budget(self, **changes) -> dict[str, Any]:
         """The fields; `num_tokens` alone ends a threshold."""

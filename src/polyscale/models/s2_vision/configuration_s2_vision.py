@@ -1,14 +1,14 @@
 """S2 configuration."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import SubConfigSpec
 
-from ...layers.config_checks import CheckedConfigMixin, checked_config, non_negative, positive, size
-from ...layers.token_budget import TokenBudgetMixin
+from ...layers.config_checks import CheckedConfigMixin, checked_config, non_negative, pixel_size, positive
+from ...layers.token_budget import TokenBudgetMixin, budget_argument_of
 from ...utils.validation import to_pair
 from ...utils.vision_configs import (
     base_feature_grid,
@@ -21,12 +21,7 @@ from ...utils.vision_configs import (
     check_base,
 )
 from .dynamic_tiling_s2_vision import dynamic_tile_grid
-from .multiscale_s2_vision import (
-    TilePlan,
-    check_scale_index,
-    plan_tiles,
-    scale_list,
-)
+from .tiling_s2_vision import TilePlan, check_num_tiles, check_scale_index, plan_tiles, scale_list
 
 
 @checked_config
@@ -56,6 +51,14 @@ class S2VisionConfig(CheckedConfigMixin, TokenBudgetMixin, BackboneConfigMixin, 
         split_forward (`bool`, *optional*, defaults to `False`): whether tiles go through the model one place at a
             time: the memory of about one scale.
         tiles_per_forward (`int`, *optional*): how many tiles go through the model at a time; all when `None`.
+        antialias (`bool`, *optional*): whether images are shrunk to the lower scales with antialias; the published
+            code does not, which is what `None` means. `swap_vision_tower` makes `None` True: a LLaVA model is used to
+            images shrunk by an image processor, with antialias.
+        num_tiles (`int`, *optional*): how many tiles of the scales above the smallest go through the model, those that
+            show most detail; all when `None`.
+        tile_fill (`str`, *optional*): what stands in for the other tiles: `"coarse"` (the same tile at a cheaper
+            budget of the wrapped model) or `"first_scale"` (the features of the smallest scale, enlarged); `"coarse"`
+            where the wrapped model has a cheaper budget when `None`.
         pooling (`str`, *optional*, defaults to `"pooler"`): what a head reads: `"pooler"` (`pooler_output`) or
             `"mean"` (over the patch tokens).
         dynamic (`bool`, *optional*, defaults to `False`): Dynamic-S2 (NVILA, arXiv 2412.04468): the last scale has as
@@ -82,7 +85,7 @@ class S2VisionConfig(CheckedConfigMixin, TokenBudgetMixin, BackboneConfigMixin, 
     """
 
     model_type = "s2_vision"
-    changeable_fields = ("scales", "img_sizes", "max_tiles")
+    changeable_fields = ("scales", "img_sizes", "max_tiles", "num_tiles")
     fixed_fields = {
         "num_tokens": "its tokens are those of the wrapped model at one scale, whatever the other scales are"
     }
@@ -91,13 +94,16 @@ class S2VisionConfig(CheckedConfigMixin, TokenBudgetMixin, BackboneConfigMixin, 
     vision_config: dict | PreTrainedConfig | None = None
     scales: list | tuple | None = None
     img_sizes: list | tuple | None = None
-    max_split_size: int | list[int] | tuple[int, int] | None = size(None)
+    max_split_size: int | list[int] | tuple[int, int] | None = pixel_size(None)
     resize_output_to_idx: int = 0
     num_prefix_tokens: int | None = non_negative(None)
     output_shape: Literal["bnc", "bchw"] | None = None
     uneven: Literal["resize", "pad"] = "resize"
     split_forward: bool = False
     tiles_per_forward: int | None = positive(None)
+    antialias: bool | None = None
+    num_tiles: int | None = non_negative(None)
+    tile_fill: Literal["coarse", "first_scale"] | None = None
     pooling: Literal["pooler", "mean"] = "pooler"
     dynamic: bool = False
     max_tiles: int = positive(12)
@@ -111,6 +117,8 @@ class S2VisionConfig(CheckedConfigMixin, TokenBudgetMixin, BackboneConfigMixin, 
             self.scales = [1, 2]
         out_indices, out_features = kwargs.pop("out_indices", None), kwargs.pop("out_features", None)
         super().__post_init__(**kwargs)
+        if isinstance(self.vision_config, S2VisionConfig):
+            raise ValueError("`vision_config` is that of an S2 model, which has several scales already.")
         check_base(self.vision_config)
         if self.num_prefix_tokens is None:
             self.num_prefix_tokens = base_num_prefix_tokens(self.vision_config)
@@ -127,11 +135,20 @@ class S2VisionConfig(CheckedConfigMixin, TokenBudgetMixin, BackboneConfigMixin, 
             )
         plan = self.plan_for(self.tile_size)
         check_scale_index(self.resize_output_to_idx, len(plan.sizes))
+        if self.num_tiles is not None:
+            check_num_tiles(self.num_tiles, sum(plan.num_tiles(scale) for scale in plan.higher_scales))
+        if self.tile_fill == "coarse" and self.coarse_budget({}) is None:
+            raise ValueError(
+                f"`tile_fill='coarse'` needs a model with a cheaper budget inside, got one of type "
+                f"{self.vision_config.model_type!r}: use 'first_scale'."
+            )
         if self.dynamic:
             self._check_dynamic()
 
     def _check_dynamic(self) -> None:
         multiples = self.scale_multiples
+        if self.num_tiles is not None:
+            raise ValueError("`num_tiles` needs the same tiles for every image; with `dynamic=True` use `max_tiles`.")
         if self.output_shape == "bchw":
             raise ValueError("`dynamic=True` needs a model with tokens (`output_shape='bnc'`), not a ConvNet.")
         if self.tile_size[0] != self.tile_size[1]:
@@ -190,13 +207,13 @@ class S2VisionConfig(CheckedConfigMixin, TokenBudgetMixin, BackboneConfigMixin, 
 
     @property
     def scale_multiples(self) -> list[float]:
-        """Height of a square picture at each scale, in tiles."""
+        """Height of a square image at each scale, in tiles."""
         sizes = self._static_plan(self.tile_size, self.scales, self.img_sizes).sizes
         return [height / self.tile_size[0] for height, _ in sizes]
 
     @property
     def image_size(self) -> int | tuple[int, int]:
-        """The size at the largest scale, which pictures are best given in: int where it is a square."""
+        """The size at the largest scale, which images are best given in: int where it is a square."""
         height, width = max(self.plan_for(self.tile_size).sizes)
         return height if height == width else (height, width)
 
@@ -207,7 +224,7 @@ class S2VisionConfig(CheckedConfigMixin, TokenBudgetMixin, BackboneConfigMixin, 
 
     @property
     def patch_size(self) -> int | None:
-        """Pixels of a picture of `image_size` a token: what `LlavaProcessor` counts with. With `dynamic`, of the
+        """Pixels per token, in an image of `image_size`: what `LlavaProcessor` counts with. With `dynamic`, of the
         last scale.
         """
         if self.features_per_tile is None:
@@ -218,7 +235,7 @@ class S2VisionConfig(CheckedConfigMixin, TokenBudgetMixin, BackboneConfigMixin, 
 
     @property
     def num_tokens(self) -> int | None:
-        """Tokens of a square picture, prefix tokens not counted: see `num_tokens_for`."""
+        """Tokens of a square image, prefix tokens not counted: see `num_tokens_for`."""
         return self.num_tokens_for(self.tile_size)
 
     @property
@@ -248,6 +265,22 @@ class S2VisionConfig(CheckedConfigMixin, TokenBudgetMixin, BackboneConfigMixin, 
         plan = self.plan_for(self.image_size if image_size is None else image_size, scales, img_sizes)
         return plan.feature_grid(self.resize_output_to_idx % self.num_scales, self.features_per_tile)
 
+    def coarse_budget(self, options: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Arguments of the wrapped model for tiles outside of the budget; `None` where the first scale fills them.
+
+        Args:
+            options: the arguments of the call; a budget among them is what the cheaper one is cheaper than.
+        """
+        cheaper = getattr(self.vision_config, "cheaper_budget", None)
+        if cheaper is None or self.tile_fill == "first_scale":
+            return None
+        argument = budget_argument_of(self.vision_config)
+        return cheaper(self.tile_size, **{name: options[name] for name in (argument,) if name in options})
+
+    def coarse_grid(self, coarse: Mapping[str, Any]) -> tuple[int, int] | None:
+        """(rows, columns) of a tile's tokens at that budget; `None` where they are no grid."""
+        return self.vision_config.token_grid_for(self.tile_size, **coarse)
+
     def resolve_budget(self, **changes) -> dict[str, Any]:
         """The fields; `scales` end `img_sizes` and the other way round, as many of them as before.
 
@@ -274,10 +307,10 @@ class S2VisionConfig(CheckedConfigMixin, TokenBudgetMixin, BackboneConfigMixin, 
         scales: Sequence[float] | None = None,
         img_sizes: Sequence[int | Sequence[int]] | None = None,
     ) -> TilePlan:
-        """The tiles of a picture.
+        """The tiles of an image.
 
         Args:
-            image_size: (height, width) of the picture in pixels, or int.
+            image_size: (height, width) of the image in pixels, or int.
             scales: in place of the configured scales, as many of them.
             img_sizes: likewise, as sizes.
 
@@ -307,10 +340,10 @@ class S2VisionConfig(CheckedConfigMixin, TokenBudgetMixin, BackboneConfigMixin, 
         return plan_tiles(reference, scales, img_sizes, self.tile_size, self.uneven)
 
     def _reference_size(self, size: tuple[int, int], scales: Sequence[float]) -> tuple[int, int]:
-        """What scale 1 means for a picture of `size`: a picture of its aspect ratio that just covers a tile at
+        """What scale 1 means for an image of `size`: an image of its aspect ratio that just covers a tile at
         the smallest scale of at most 1.
         """
-        numbers = [scale for scale in scales if isinstance(scale, int | float) and scale > 0]
+        numbers = [scale for scale in scales if isinstance(scale, (int, float)) and scale > 0]
         smallest = min([1, *numbers])
         factor = max(tile / side for tile, side in zip(self.tile_size, size, strict=True)) / smallest
         return tuple(max(1, round(side * factor)) for side in size)

@@ -41,7 +41,7 @@ from .image_processing_s2_vision import S2ImageProcessor
 DEFAULT_SCALES = "336,672,1008"
 IMAGE_TOKEN = "<image>"
 PAD_TOKEN = "<pad>"
-# How LLaVA brings pictures to a square, by its `image_aspect_ratio`; anything else is its centre crop.
+# How LLaVA brings images to a square, by its `image_aspect_ratio`; anything else is its centre crop.
 _FITS = {"pad": "pad", "resize": "squash"}
 _LORA_KEY = re.compile(r"base_model\.model\.(?P<name>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
 _NOT_WEIGHTS = re.compile(r".*(rotary_emb\.inv_freq|position_ids)")
@@ -198,7 +198,7 @@ def _check_supported(record: dict[str, Any], tower: S2VisionConfig) -> None:
             "'mlp2x_gelu' and no other."
         )
     if record.get("mm_use_im_start_end"):
-        raise ValueError("`mm_use_im_start_end` is true: LlavaProcessor puts no tokens around a picture.")
+        raise ValueError("`mm_use_im_start_end` is true: LlavaProcessor puts no tokens around an image.")
     width = record.get("mm_hidden_size", tower.hidden_size)
     if width != tower.hidden_size:
         raise ValueError(

@@ -40,7 +40,7 @@ def _base_settings(base: BaseImageProcessor) -> dict:
 
 
 class S2ImageProcessorMixin(FiniteImagesMixin):
-    """What both backends of the S2 image processor share; a backend says how pictures are padded, resized,
+    """What both backends of the S2 image processor share; a backend says how images are padded, resized,
     cropped and normalised.
     """
 
@@ -68,7 +68,7 @@ class S2ImageProcessorMixin(FiniteImagesMixin):
         """The image processor of an S2 model.
 
         Args:
-            config: the S2 config; pictures come out at its largest scale, or as tiles with `config.dynamic`.
+            config: the S2 config; images come out at its largest scale, or as tiles with `config.dynamic`.
             base: the wrapped model's own image processor, for mean, standard deviation, rescaling and resampling.
             fit: "squash", "crop" or "pad"; as the base does ("crop" if it crops, else "squash") when None.
             kwargs: other fields of the processor.
@@ -112,7 +112,7 @@ class S2ImageProcessorMixin(FiniteImagesMixin):
         return {"size": final, "crop_size": final, "do_resize": True}
 
     def tile_grid_for(self, image_size: Sequence[int]) -> tuple[int, int]:
-        """(rows, columns) of tiles in the last scale of a picture of (height, width) pixels, with Dynamic-S2."""
+        """(rows, columns) of tiles in the last scale of an image of (height, width) pixels, with Dynamic-S2."""
         if self.tile_size is None:
             raise ValueError("`tile_grid_for` belongs to Dynamic-S2: this processor has no `tile_size`.")
         return dynamic_tile_grid(image_size, self.tile_multiples[-1], self.max_tiles, self.tile_size)
@@ -122,7 +122,7 @@ class S2ImageProcessorMixin(FiniteImagesMixin):
         super()._validate_preprocess_kwargs(**kwargs)
 
     def _fitted(self, image, fit: str, size: SizeDict, resample, image_mean):
-        """One picture (channels, height, width) -> `size`."""
+        """One image (channels, height, width) -> `size`."""
         target = SizeDict(height=size.height, width=size.width)
         if fit == "pad":
             image = self._pad_to_square(image, image_mean)
@@ -133,7 +133,7 @@ class S2ImageProcessorMixin(FiniteImagesMixin):
     def _cut(
         self, image, tile_size: int, tile_multiples: Sequence[int], max_tiles: int, resample
     ) -> tuple[list, tuple[int, int]]:
-        """One picture -> its tiles (Dynamic-S2), scale by scale, row by row; and (height, width) in pixels of its
+        """One image -> its tiles (Dynamic-S2), scale by scale, row by row; and (height, width) in pixels of its
         last scale.
         """
         rows, columns = dynamic_tile_grid(image.shape[-2:], tile_multiples[-1], max_tiles, tile_size)
@@ -166,10 +166,10 @@ class S2ImageProcessorMixin(FiniteImagesMixin):
         return_tensors: str | None = None,
         **kwargs,
     ) -> BatchFeature:
-        """Pictures -> `pixel_values` (batch, channels, height, width).
+        """Images -> `pixel_values` (batch, channels, height, width).
 
-        With Dynamic-S2: `pixel_values` (batch, most tiles a picture can have, channels, tile, tile), zeros after the
-        tiles of a picture that has fewer, so that pictures of all shapes fit in one batch; and `image_sizes` (batch,
+        With Dynamic-S2: `pixel_values` (batch, most tiles of an image, channels, tile, tile), zeros after the
+        tiles of an image that has fewer, so that images of all shapes fit in one batch; and `image_sizes` (batch,
         2), the size of its last scale in pixels.
         """
 
@@ -181,24 +181,24 @@ class S2ImageProcessorMixin(FiniteImagesMixin):
                 images = [self._fitted(image, fit, crop_size, resample, image_mean) for image in images]
             return BatchFeature({"pixel_values": [normalized(image) for image in images]}, tensor_type=return_tensors)
 
-        pictures, sizes = [], []
+        stacks, sizes = [], []
         for image in images:
             tiles, size = self._cut(image, tile_size, tile_multiples, max_tiles, resample)
-            pictures.append(self._stack([normalized(tile) for tile in tiles]))
+            stacks.append(self._stack([normalized(tile) for tile in tiles]))
             sizes.append(size)
         most = sum(multiple**2 for multiple in tile_multiples[:-1]) + max_tiles
-        pictures = [self._with_empty_tiles(tiles, most) for tiles in pictures]
-        return BatchFeature({"pixel_values": pictures, "image_sizes": sizes}, tensor_type=return_tensors)
+        stacks = [self._with_empty_tiles(tiles, most) for tiles in stacks]
+        return BatchFeature({"pixel_values": stacks, "image_sizes": sizes}, tensor_type=return_tensors)
 
 
 class S2ImageProcessor(S2ImageProcessorMixin, TorchvisionBackend):
-    """Pictures -> `pixel_values` at the largest scale of an S2 model, or its tiles with Dynamic-S2.
+    """Images -> `pixel_values` at the largest scale of an S2 model, or its tiles with Dynamic-S2.
 
     Best made with `S2ImageProcessor.for_config(config, base)`. The fields are those of the base model's processor,
     `size` and `crop_size` (both: the largest scale), and `fit`, `tile_size`, `tile_multiples` and `max_tiles`.
 
     Raises:
-        ValueError: for pictures with NaN or infinite values, or an unknown `fit`.
+        ValueError: for images with NaN or infinite values, or an unknown `fit`.
     """
 
     def _pad_to_square(self, image: torch.Tensor, image_mean) -> torch.Tensor:

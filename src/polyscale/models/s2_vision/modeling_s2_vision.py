@@ -12,16 +12,23 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
 from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPooling, ImageClassifierOutput
-from transformers.models.auto.modeling_auto import MODEL_MAPPING
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
+from ...layers.call_checks import CheckedModelMixin, check_words, classification_loss
+from ...layers.wrapping import check_has_no_head, take_flags, wrap_in_memory
 from ...utils.validation import check_pixel_values
 from ...utils.vision_configs import base_stage_widths
 from .configuration_s2_vision import S2VisionConfig
-from .multiscale_s2_vision import TilePlan, as_tokens, run_tiles, token_grid
-from .tile_outputs_s2_vision import TileOutputs
+from .dynamic_tiling_s2_vision import block_sizes, only_real_tiles, plans_for_blocks
+from .multiscale_s2_vision import TileFeatures
+from .running_s2_vision import TileRunner
+from .tile_budget_s2_vision import run_best_tiles
+from .tiling_s2_vision import TilePlan, run_tiles, token_grid
+
+
+_OUTPUTS = ("last_hidden_state", "pooler_output", "hidden_states", "attentions")
 
 
 @dataclass
@@ -32,18 +39,31 @@ class S2VisionOutput(BaseModelOutputWithPooling):
             width, rows, columns).
         pooler_output: (batch, scales * pooled width).
         hidden_states: a tuple of tensors like `last_hidden_state`; None at layers that were not asked for.
-        attentions: one tensor a layer of the wrapped model, (batch, tiles of all scales, heads, tokens, tokens).
-        token_mask: (batch, num_tokens), True at real tokens; only where pictures have different numbers of them.
-        num_tokens: (batch,) tokens of each picture, prefix tokens not counted; only with `dynamic`.
-        block_sizes: (batch, 2) rows and columns of tiles in the last scale of each picture; only with `dynamic`.
+        attentions: one tensor for each layer of the wrapped model, (batch, tiles, heads, tokens, tokens): the tiles of
+            all scales; with `num_tiles` those of the smallest scale, then those that ran, the best first.
+        token_mask: (batch, num_tokens), True at real tokens; only where images have different numbers of them.
+        num_tokens: (batch,) tokens of each image, prefix tokens not counted; only with `dynamic`.
+        block_sizes: (batch, 2) rows and columns of tiles in the last scale of each image; only with `dynamic`.
+        tile_mask: (batch, tiles of the higher scales), True at tiles that went through the wrapped model at its own
+            budget; only with `num_tiles`.
     """
 
     token_mask: torch.Tensor | None = None
     num_tokens: torch.Tensor | None = None
     block_sizes: torch.Tensor | None = None
+    tile_mask: torch.Tensor | None = None
 
 
-class S2VisionPreTrainedModel(PreTrainedModel):
+def _padded(images: list[torch.Tensor | tuple | None]) -> torch.Tensor | tuple | None:
+    """The same part of the output of each image (1, ...) as one batch, zeros after what is shorter; layer by layer."""
+    if images[0] is None:
+        return None
+    if isinstance(images[0], tuple):
+        return tuple(_padded(list(layer)) for layer in zip(*images, strict=True))
+    return nn.utils.rnn.pad_sequence([image[0] for image in images], batch_first=True)
+
+
+class S2VisionPreTrainedModel(CheckedModelMixin, PreTrainedModel):
     config: S2VisionConfig
     base_model_prefix = "s2_vision"
     main_input_name = "pixel_values"
@@ -54,6 +74,10 @@ class S2VisionPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+
+    def __init__(self, config: S2VisionConfig, *args, **kwargs):
+        take_flags(self, config.vision_config)  # the flags above are what the best of models inside can do
+        super().__init__(config, *args, **kwargs)
 
     @classmethod
     def from_vision_model(cls, vision_model: PreTrainedModel, **kwargs) -> "S2VisionPreTrainedModel":
@@ -66,25 +90,8 @@ class S2VisionPreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: for a model with a head.
         """
-        expected = MODEL_MAPPING.get(type(vision_model.config), None)
-        expected = expected if isinstance(expected, tuple) else (expected,)
-        if type(vision_model) not in expected:
-            names = (
-                " or ".join(option.__name__ for option in expected if option is not None)
-                or "a model that AutoModel knows"
-            )
-            raise ValueError(
-                f"`vision_model` must be {names}, a model without a head, got "
-                f"{type(vision_model).__name__}: a classifier's logits are no "
-                "features. Give the model inside it."
-            )
-        for module in vision_model.modules():
-            module._is_hf_initialized = True  # keeps `post_init` from drawing new weights
-        attention = vision_model.config._attn_implementation  # a config around this one resets it
-        config = S2VisionConfig(vision_config=vision_model.config, **kwargs)
-        config.dtype = vision_model.dtype
-        config._attn_implementation = attention
-        model = cls(config, vision_model=vision_model)
+        check_has_no_head(vision_model, "vision_model")
+        model = wrap_in_memory(cls, vision_model, lambda inner: S2VisionConfig(vision_config=inner, **kwargs))
         for module in model.children():
             if not isinstance(module, PreTrainedModel):  # a head; the model in memory stays where and as it is
                 module.to(device=vision_model.device, dtype=vision_model.dtype)
@@ -137,12 +144,6 @@ class S2VisionWrapper(S2VisionPreTrainedModel):
         """Takes the wrapped model out of training: its weights get no gradients."""
         self.vision_model.requires_grad_(False)
 
-    def _chunk(self, batch: int) -> int | None:
-        """How many tiles go through the wrapped model at a time; None for all."""
-        if self.config.tiles_per_forward is None and self.config.split_forward:
-            return batch
-        return self.config.tiles_per_forward
-
     @can_return_tuple
     def forward(
         self,
@@ -150,22 +151,30 @@ class S2VisionWrapper(S2VisionPreTrainedModel):
         scales: Sequence[float] | None = None,
         img_sizes: Sequence[int | Sequence[int]] | None = None,
         image_sizes: torch.Tensor | None = None,
+        num_tiles: int | None = None,
+        tile_scores: torch.Tensor | None = None,
         output_hidden_states: bool | int | list[int] | None = None,
         output_attentions: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> S2VisionOutput:
         """
         Args:
-            pixel_values: (batch, channels, height, width), any height and width, best at the largest scale. With
-                `image_sizes`: the tiles that `S2ImageProcessor(dynamic=True)` cuts, (batch, tiles, channels, tile,
-                tile) padded to the same number of tiles, or (all tiles, channels, tile, tile) one picture after the
-                other.
-            scales: in place of the configured scales, as many of them; what they mean is said at `S2VisionConfig`.
-            img_sizes: in place of them, the sizes in pixels: int or (height, width).
-            image_sizes: only with `config.dynamic`: (batch, 2), height and width in pixels of the last scale of each
-                picture.
-            output_hidden_states: True for all layers of the wrapped model, or the index or indices of those that are
-                wanted; only those are put together.
+            pixel_values (`torch.Tensor`): (batch, channels, height, width), any height and width, best at the largest
+                scale. With `image_sizes`: the tiles that `S2ImageProcessor(dynamic=True)` cuts, (batch, tiles,
+                channels, tile, tile) padded to the same number of tiles, or (all tiles, channels, tile, tile) one
+                image after the other.
+            scales (`list[float]`, *optional*): in place of the configured scales, as many of them; what they mean is
+                said at `S2VisionConfig`.
+            img_sizes (`list`, *optional*): in place of them, the sizes in pixels: int or (height, width).
+            image_sizes (`torch.Tensor`, *optional*): only with `config.dynamic`: (batch, 2), height and width in
+                pixels of the last scale of each image.
+            num_tiles (`int`, *optional*, defaults to `config.num_tiles`): how many tiles of the higher scales go
+                through the wrapped model, those with the highest scores; the others are filled as `config.tile_fill`
+                says.
+            tile_scores (`torch.Tensor`, *optional*): (batch, tiles of the higher scales), in the order of the scales
+                and row by row; in place of the detail that a tile shows and the first scale does not.
+            output_hidden_states (`bool` or `int` or `list[int]`, *optional*): `True` for all layers of the wrapped
+                model, or the index or indices of those that are wanted; only those are put together.
             kwargs: passed to the wrapped model (`patch_size=` of a FlexiViT, `interpolate_pos_encoding=` of a CLIP).
 
         Returns:
@@ -173,117 +182,83 @@ class S2VisionWrapper(S2VisionPreTrainedModel):
 
         Raises:
             ValueError: for a wrong shape of `pixel_values`, another number of scales than configured, features that
-                are no grid, or `image_sizes` that do not fit the tiles.
+                are no grid, `image_sizes` that do not fit the tiles, or a tile budget out of range.
         """
+        check_words(self, kwargs, self.vision_model)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         output_attentions = bool(
             getattr(self.config, "output_attentions", False) if output_attentions is None else output_attentions
         )
         kwargs.pop("num_items_in_batch", None)
-        collector = TileOutputs(self.vision_model, self.config, output_hidden_states, output_attentions, kwargs)
+        runner = TileRunner(self.vision_model, self.config, output_hidden_states, output_attentions, kwargs)
         if image_sizes is not None:
-            return self._forward_cut(pixel_values, image_sizes, collector)
+            return self._forward_cut(pixel_values, image_sizes, runner)
 
         check_pixel_values(pixel_values, self.config.num_channels)
         size = tuple(side.__index__() for side in pixel_values.shape[-2:])
         plan = self.config.plan_for(size, scales, img_sizes)
-        batch = pixel_values.shape[0]
-        run_tiles(pixel_values, plan, collector.take, self._chunk(batch), antialias=self.config.dynamic)
-        values = {
-            name: value if isinstance(value, torch.Tensor) else self._joined(*value)
-            for name, value in collector.merged(plan, batch).items()
-        }
-        counts = {}
+        features = self._features(plan, pixel_values.shape[0])
+        num_tiles = self.config.num_tiles if num_tiles is None else num_tiles
+        more = {}
+        if num_tiles is not None:
+            more["tile_mask"] = run_best_tiles(runner, features, pixel_values, num_tiles, tile_scores, self._antialias)
+        else:
+            if tile_scores is not None:
+                raise ValueError("`tile_scores` needs `num_tiles`, the number of tiles that run.")
+            run_tiles(
+                pixel_values,
+                plan,
+                lambda tiles: features.add(runner.run(tiles)),
+                runner.chunk_for(features.batch),
+                self._antialias,
+            )
         if self.config.dynamic:
-            count = values["last_hidden_state"].shape[1] - self.config.num_prefix_tokens
-            counts["num_tokens"] = torch.full((batch,), count, device=pixel_values.device)
-            counts["block_sizes"] = torch.tensor([plan.tile_grid(-1)], device=pixel_values.device).expand(batch, 2)
-        return self._output(values, collector, counts)
+            count = features.merged("last_hidden_state").shape[1] - self.config.num_prefix_tokens
+            more["num_tokens"] = torch.full((features.batch,), count, device=pixel_values.device)
+            more["block_sizes"] = torch.tensor([plan.tile_grid(-1)], device=pixel_values.device).expand(
+                features.batch, 2
+            )
+        return S2VisionOutput(**{name: features.merged(name) for name in _OUTPUTS}, **more)
 
-    def _joined(self, features: torch.Tensor, prefix: torch.Tensor | None) -> torch.Tensor:
-        """Maps as tokens where the wrapped model has tokens."""
-        return as_tokens(features, prefix) if features.ndim == 4 and self.config.output_shape == "bnc" else features
+    @property
+    def _antialias(self) -> bool:
+        return self.config.dynamic or bool(self.config.antialias)
 
-    def _padded(self, name: object, pictures: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Tokens of each picture, (tokens, width), with zeros after them: (batch, most tokens, width)"""
-        if name == "pooler_output":
-            return torch.stack(tuple(pictures))
-        return nn.utils.rnn.pad_sequence(list(pictures), batch_first=True)
-
-    def _output(self, values: dict, collector: TileOutputs, more: dict) -> S2VisionOutput:
-        num_attentions = sum(isinstance(name, tuple) and name[0] == "attentions" for name in values)
-        return S2VisionOutput(
-            last_hidden_state=values["last_hidden_state"],
-            pooler_output=values["pooler_output"],
-            hidden_states=collector.layers(values, "hidden_states", collector.num_hidden_states),
-            attentions=collector.layers(values, "attentions", num_attentions),
-            **more,
+    def _features(self, plan: TilePlan, batch: int) -> TileFeatures:
+        config = self.config
+        return TileFeatures(
+            plan, batch, config.resize_output_to_idx, config.num_prefix_tokens, config.features_per_tile
         )
 
-    def _block_sizes(self, image_sizes: torch.Tensor) -> list[tuple[int, int]]:
-        """(rows, columns) of tiles in the last scale of each picture."""
-        if not self.config.dynamic:
-            raise ValueError("`image_sizes` belongs to `config.dynamic=True`: without it, pictures are given whole.")
-        tile = self.config.tile_size[0]
-        sizes = torch.as_tensor(image_sizes).tolist()
-        for size in sizes:
-            if len(size) != 2 or any(side < tile or side % tile for side in size):
-                raise ValueError(
-                    "`image_sizes` must hold (height, width) in pixels of the last scale of each "
-                    f"picture, multiples of the tile of {tile}, "
-                    f"got {size}."
-                )
-        return [(height // tile, width // tile) for height, width in sizes]
-
     def _forward_cut(
-        self, pixel_values: torch.Tensor, image_sizes: torch.Tensor, collector: TileOutputs
+        self, pixel_values: torch.Tensor, image_sizes: torch.Tensor, runner: TileRunner
     ) -> S2VisionOutput:
         """Dynamic-S2 on tiles that an image processor has cut."""
-        blocks = self._block_sizes(image_sizes)
-        tile = self.config.tile_size
-        multiples = [round(multiple) for multiple in self.config.scale_multiples[:-1]]
-        squares = [(tile[0] * multiple, tile[1] * multiple) for multiple in multiples]
-        plans = [TilePlan((*squares, (tile[0] * rows, tile[1] * columns)), tile, "resize") for rows, columns in blocks]
+        config = self.config
+        if not config.dynamic:
+            raise ValueError("`image_sizes` belongs to `config.dynamic=True`: without it, images are given whole.")
+        blocks = block_sizes(image_sizes, config.tile_size[0])
+        plans = plans_for_blocks(blocks, config.scale_multiples, config.tile_size)
         counts = [sum(plan.num_tiles(scale) for scale in range(len(plan.sizes))) for plan in plans]
-        tiles = self._only_real_tiles(pixel_values, counts)
-        for chunk in tiles.split(self._chunk(len(blocks)) or len(tiles)):
-            collector.take(chunk)
-
-        streams = {name: torch.cat(tensors).split(counts) for name, tensors in collector.streams.items()}
-        pictures: dict[object, list[torch.Tensor]] = {}
-        for index, plan in enumerate(plans):
-            merged = collector.merged(plan, 1, {name: [parts[index]] for name, parts in streams.items()})
-            for name, value in merged.items():
-                value = value if isinstance(value, torch.Tensor) else self._joined(*value)
-                pictures.setdefault(name, []).append(value[0])
-
-        num_tokens = [len(tokens) - self.config.num_prefix_tokens for tokens in pictures["last_hidden_state"]]
-        values = {name: self._padded(name, parts) for name, parts in pictures.items() if name[0] != "attentions"}
-        more = {
-            "num_tokens": torch.tensor(num_tokens, device=tiles.device),
-            "block_sizes": torch.tensor(blocks, device=tiles.device),
-        }
-        more["token_mask"] = torch.arange(max(num_tokens), device=tiles.device) < more["num_tokens"][:, None]
-        return self._output(values, collector, more)
-
-    def _only_real_tiles(self, pixel_values: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
-        """(batch, tiles, channels, tile, tile) or (all tiles, channels, tile, tile) -> (all real tiles, channels,
-        tile, tile)
-        """
-        shape = tuple(pixel_values.shape)
-        if pixel_values.ndim == 5 and shape[0] == len(counts) and shape[1] >= max(counts):
-            pixel_values = torch.cat([tiles[:count] for tiles, count in zip(pixel_values, counts, strict=True)])
-        elif pixel_values.ndim != 4 or shape[0] != sum(counts):
-            raise ValueError(
-                f"`pixel_values` of shape {shape} does not fit `image_sizes`, which say {list(counts)} "
-                f"tiles for {len(counts)} pictures: expected "
-                "(pictures, tiles, channels, tile, tile) or (all tiles, channels, tile, tile)."
-            )
-        check_pixel_values(pixel_values, self.config.num_channels)
-        if tuple(pixel_values.shape[-2:]) != self.config.tile_size:
-            raise ValueError(f"`pixel_values` must hold tiles of {self.config.tile_size} pixels, got {shape}.")
-        return pixel_values
+        tiles = only_real_tiles(pixel_values, counts, config.tile_size)
+        check_pixel_values(tiles, config.num_channels)
+        parts = runner.run_in_chunks(tiles, len(blocks))
+        by_image = {part: None if tensor is None else tensor.split(counts) for part, tensor in parts.items()}
+        images = []
+        for place, plan in enumerate(plans):
+            features = self._features(plan, 1)
+            features.add({part: None if split is None else split[place] for part, split in by_image.items()})
+            images.append({name: features.merged(name) for name in _OUTPUTS})
+        num_tokens = torch.tensor(
+            [image["last_hidden_state"].shape[1] - config.num_prefix_tokens for image in images], device=tiles.device
+        )
+        return S2VisionOutput(
+            **{name: _padded([image[name] for image in images]) for name in _OUTPUTS},
+            num_tokens=num_tokens,
+            block_sizes=torch.tensor(blocks, device=tiles.device),
+            token_mask=torch.arange(int(num_tokens.max()), device=tiles.device) < num_tokens[:, None],
+        )
 
 
 class S2VisionForImageClassification(S2VisionPreTrainedModel):
@@ -305,19 +280,30 @@ class S2VisionForImageClassification(S2VisionPreTrainedModel):
         scales: Sequence[float] | None = None,
         img_sizes: Sequence[int | Sequence[int]] | None = None,
         image_sizes: torch.Tensor | None = None,
+        num_tiles: int | None = None,
+        tile_scores: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> ImageClassifierOutput:
         """
         Args:
-            pixel_values, scales, img_sizes, image_sizes: as in `S2VisionWrapper.forward`.
+            pixel_values, scales, img_sizes, image_sizes, num_tiles, tile_scores: as in `S2VisionWrapper.forward`.
             labels: (batch,) class indices, or (batch, num_labels) for multi-label problems; gives `loss`.
 
         Returns:
             `logits` (batch, num_labels), and `loss` when `labels` are given.
         """
-        outputs = self.s2_vision(pixel_values, scales=scales, img_sizes=img_sizes, image_sizes=image_sizes, **kwargs)
+        check_words(self, kwargs, self.s2_vision, self.s2_vision.vision_model)
+        outputs = self.s2_vision(
+            pixel_values,
+            scales=scales,
+            img_sizes=img_sizes,
+            image_sizes=image_sizes,
+            num_tiles=num_tiles,
+            tile_scores=tile_scores,
+            **kwargs,
+        )
         logits = self.classifier(self._pool(outputs))
-        loss = self.loss_function(labels, logits, self.config, **kwargs) if labels is not None else None
+        loss = classification_loss(self, labels, logits, self.config, kwargs)
         return ImageClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
@@ -341,8 +327,7 @@ class S2VisionBackbone(BackboneMixin, S2VisionPreTrainedModel):
         super().__init__(config)
         if config.dynamic:
             raise ValueError(
-                "`dynamic=True` gives each picture a feature map of its own size: use `S2VisionWrapper`, "
-                "not a backbone."
+                "`dynamic=True` gives each image a feature map of its own size: use `S2VisionWrapper`, not a backbone."
             )
         widths = base_stage_widths(config.vision_config)
         self.num_features = [config.num_scales * width for width in widths]
@@ -366,6 +351,7 @@ class S2VisionBackbone(BackboneMixin, S2VisionPreTrainedModel):
             `feature_maps`: one (batch, scales * width, rows, columns) a stage; with
             `config.reshape_hidden_states=False` (batch, tokens, scales * width), prefix tokens included.
         """
+        check_words(self, kwargs, self.s2_vision, self.s2_vision.vision_model)
         outputs = self.s2_vision(pixel_values, scales=scales, img_sizes=img_sizes, **kwargs)
         feature_maps = ()
         for stage, hidden_states in zip(self.stage_names, outputs.hidden_states, strict=True):

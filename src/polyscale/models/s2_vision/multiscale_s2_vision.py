@@ -1,242 +1,70 @@
 """When Do We Not Need Larger Vision Models? (S2, arXiv 2403.13043): any vision model at several scales.
 
-Faithful to bfshi/scaling_on_scales (`s2wrapper`) on the square pictures it takes; pictures and tiles of other shapes
-follow its `dev_any_shape` branch, with the token count that branch promises.
+From what a model says about tiles to features of the image, and the function of the official package.
 """
 
-import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from operator import index
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
-import torch.nn.functional as F
 
-from ...utils.validation import check_choice, to_pair
+from ...utils.validation import check_choice
+from .tiling_s2_vision import (
+    TilePlan,
+    area_resize,
+    check_chunks,
+    check_scale_index,
+    join_tiles,
+    plan_tiles,
+    run_tiles,
+    token_grid,
+)
 
 
 OUTPUT_SHAPES = ("bnc", "bchw")
-UNEVEN = ("resize", "pad")
+
+# A part of a model's output: its name, and its place where there is one for each layer.
+Part = tuple[str, int | None]
 
 
-@dataclass(frozen=True)
-class TilePlan:
-    """How a picture becomes tiles of one size, at each scale.
+def named_parts(values: Mapping[str, torch.Tensor | tuple]) -> dict[Part, torch.Tensor | None]:
+    """Each tensor of a model's output under a key of its own: name -> (name, `None`), its n-th layer -> (name, n)."""
+    parts = {}
+    for name, value in values.items():
+        if isinstance(value, tuple):
+            parts |= {(name, layer): tensor for layer, tensor in enumerate(value)}
+        else:
+            parts[name, None] = value
+    return parts
+
+
+def tokens_as_map(tokens: torch.Tensor, tile: tuple[int, int], grid: tuple[int, int] | None) -> torch.Tensor:
+    """Tokens (n, rows * columns, width) of tiles -> maps (n, width, rows, columns).
 
     Args:
-        sizes: (height, width) in pixels of the picture at each scale.
-        tile: (height, width) in pixels of every tile.
-        uneven: what becomes of a size that is no multiple of the tile: "resize" or "pad".
+        tokens: without prefix tokens.
+        tile: (height, width) of a tile in pixels.
+        grid: (rows, columns) that is expected; found from the number of tokens where it is `None` or another one.
     """
-
-    sizes: tuple[tuple[int, int], ...]
-    tile: tuple[int, int]
-    uneven: str = "resize"
-
-    def tile_grid(self, scale: int) -> tuple[int, int]:
-        """(rows, columns) of tiles at a scale."""
-        return tuple(-(-side // tile) for side, tile in zip(self.sizes[scale], self.tile, strict=True))
-
-    def num_tiles(self, scale: int) -> int:
-        rows, columns = self.tile_grid(scale)
-        return rows * columns
-
-    def feature_grid(self, scale: int, features_per_tile: tuple[int, int]) -> tuple[int, int]:
-        """(rows, columns) of features that the picture itself covers at a scale: padding and enlargement of tiles
-        add none.
-        """
-        return tuple(
-            -(-side * features // tile)
-            for side, tile, features in zip(self.sizes[scale], self.tile, features_per_tile, strict=True)
-        )
+    if grid is None or grid[0] * grid[1] != tokens.shape[1]:
+        grid = token_grid(tokens.shape[1], tile)
+    return tokens.transpose(1, 2).unflatten(2, grid)
 
 
-def plan_tiles(
-    input_size: Sequence[int],
-    scales: Sequence[float] | None = None,
-    img_sizes: Sequence[int | Sequence[int]] | None = None,
-    max_split_size: int | Sequence[int] | None = None,
-    uneven: str = "resize",
-) -> TilePlan:
-    """The tiles of a picture of `input_size` (height, width); arguments and errors as in `multiscale_forward`."""
-    if (scales is None) == (img_sizes is None):
-        given = "neither" if scales is None else "both"
-        raise ValueError(f"Give either `scales` or `img_sizes`, not both and not neither: got {given}.")
-    check_choice("uneven", uneven, UNEVEN)
-    if img_sizes is not None:
-        sizes = tuple(to_pair(size, "img_sizes") for size in scale_list(img_sizes, "img_sizes"))
-    else:
-        sizes = tuple(_scaled_size(input_size, scale) for scale in scale_list(scales, "scales"))
-    tile = to_pair(tuple(input_size) if max_split_size is None else max_split_size, "max_split_size")
-    return TilePlan(sizes, tile, uneven)
+def map_as_tokens(features: torch.Tensor, prefix: torch.Tensor) -> torch.Tensor:
+    """(batch, width, rows, columns) and (batch, prefix, width) -> (batch, prefix + rows * columns, width)"""
+    return torch.cat([prefix, features.flatten(2).transpose(1, 2)], dim=1)
 
 
-def scale_list(values: Sequence, name: str) -> list:
-    """The entries of `scales` or `img_sizes`; a symbolic int of a tracer becomes a constant.
-
-    Raises:
-        ValueError: for anything but a sequence with at least one entry.
-    """
-    if isinstance(values, str) or not isinstance(values, Sequence) or len(values) == 0:
-        raise ValueError(f"`{name}` must be a list with one entry for each scale, got {values!r}.")
-    return [index(value) if isinstance(value, int) and not isinstance(value, bool) else value for value in values]
-
-
-def _scaled_size(input_size: Sequence[int], scale: float) -> tuple[int, int]:
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < math.inf:
-        raise ValueError(f"`scales` must hold positive numbers, got {scale!r}.")
-    height, width = (int(side * scale) for side in input_size)
-    if height < 1 or width < 1:
-        raise ValueError(
-            f"`scales` holds {scale!r}, which leaves an empty tile of a picture of {tuple(input_size)} "
-            "pixels (height, width): "
-            "use a larger scale or a larger picture."
-        )
-    return height, width
-
-
-def resize_picture(picture: torch.Tensor, size: tuple[int, int], antialias: bool = False) -> torch.Tensor:
-    """(batch, channels, height, width) -> (batch, channels, *size): bicubic, computed in float32."""
-    if tuple(picture.shape[-2:]) == tuple(size):
-        return picture
-    resized = F.interpolate(picture.float(), size=size, mode="bicubic", antialias=antialias)
-    return resized.to(picture.dtype)
-
-
-def area_resize(features: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """(batch, width, rows, columns) -> (batch, width, *size): the mean over the area, computed in float32."""
-    if tuple(features.shape[-2:]) == tuple(size):
-        return features
-    return F.interpolate(features.float(), size=size, mode="area").to(features.dtype)
-
-
-def cut_tiles(picture: torch.Tensor, tile_grid: tuple[int, int]) -> torch.Tensor:
-    """(batch, channels, height, width) -> (rows * columns * batch, channels, tile height, tile width), row by row."""
-    rows, columns = tile_grid
-    batch, channels, height, width = picture.shape
-    tiles = picture.reshape(batch, channels, rows, height // rows, columns, width // columns)
-    return tiles.permute(2, 4, 0, 1, 3, 5).reshape(-1, channels, height // rows, width // columns)
-
-
-def join_tiles(maps: torch.Tensor, tile_grid: tuple[int, int]) -> torch.Tensor:
-    """The inverse of `cut_tiles`: (rows * columns * batch, width, h, w) -> (batch, width, rows * h, columns * w)."""
-    rows, columns = tile_grid
-    _, width, height, breadth = maps.shape
-    grid = maps.reshape(rows, columns, -1, width, height, breadth)
-    return grid.permute(2, 3, 0, 4, 1, 5).reshape(-1, width, rows * height, columns * breadth)
-
-
-def _window(start: int, stop: int, old: int, new: int) -> tuple[int, int]:
-    """The part of a signal of length `old` from which a bicubic resize to `new` makes the entries from `start` to
-    `stop`.
-
-    It begins and ends where old and new pixels have a border in common, so that the part can be resized on its own.
-    """
-    step = old // math.gcd(old, new)
-    taps = 3
-    first = max(0, start * old // new - taps) // step * step
-    last = -(-(-(-stop * old // new) + taps) // step) * step
-    return first, min(last, old)
-
-
-def _resized_part(
-    picture: torch.Tensor, size: tuple[int, int], corner: tuple[int, int], extent: tuple[int, int]
-) -> torch.Tensor:
-    """What `resize_picture(picture, size)` shows at `corner` (top, left) over `extent`, without making the rest."""
-    region, offset, part_size = [], [], []
-    for old, new, start, length in zip(picture.shape[-2:], size, corner, extent, strict=True):
-        first, last = _window(start, min(start + length, new), old, new)
-        region.append(slice(first, last))
-        offset.append(start - first * new // old)
-        part_size.append((last - first) * new // old)
-    part = resize_picture(picture[:, :, region[0], region[1]], tuple(part_size))
-    return part[:, :, offset[0] : offset[0] + extent[0], offset[1] : offset[1] + extent[1]]
-
-
-def _pad_to(picture: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    height, width = picture.shape[-2:]
-    if (height, width) == tuple(size):
-        return picture
-    return F.pad(picture, (0, size[1] - width, 0, size[0] - height))
-
-
-def _whole_scale(picture: torch.Tensor, plan: TilePlan, scale: int, antialias: bool) -> torch.Tensor:
-    """The picture at a scale, its sides multiples of the tile's."""
-    rows, columns = plan.tile_grid(scale)
-    full_size = (rows * plan.tile[0], columns * plan.tile[1])
-    scaled = resize_picture(picture, plan.sizes[scale], antialias)
-    return _pad_to(scaled, full_size) if plan.uneven == "pad" else resize_picture(scaled, full_size)
-
-
-def _tiles_one_by_one(picture: torch.Tensor, plan: TilePlan, antialias: bool) -> Iterator[torch.Tensor]:
-    """The tiles in the order of `cut_tiles`, scale by scale; each (batch, channels, *tile), made when it is asked
-    for.
-    """
-    height, width = plan.tile
-    for scale, size in enumerate(plan.sizes):
-        rows, columns = plan.tile_grid(scale)
-        even = size == (rows * height, columns * width)
-        in_parts = not antialias and (even or plan.uneven == "pad")
-        whole = None if in_parts else _whole_scale(picture, plan, scale, antialias)
-        for row in range(rows):
-            for column in range(columns):
-                corner = (row * height, column * width)
-                if whole is not None:
-                    yield whole[:, :, corner[0] : corner[0] + height, corner[1] : corner[1] + width]
-                else:
-                    yield _pad_to(_resized_part(picture, size, corner, plan.tile), plan.tile)
-
-
-def _in_chunks(tiles: Iterator[torch.Tensor], chunk: int) -> Iterator[torch.Tensor]:
-    """Tensors of any batch size -> tensors of batch size `chunk`, the last one smaller where it does not come out
-    even.
-    """
-    waiting, count = [], 0
-    for tile in tiles:
-        waiting.append(tile)
-        count += tile.shape[0]
-        while count >= chunk:
-            joined = torch.cat(waiting) if len(waiting) > 1 else waiting[0]
-            yield joined[:chunk]
-            waiting, count = [joined[chunk:]], count - chunk
-    if count:
-        yield torch.cat(waiting)
-
-
-def token_grid(num_tokens: int, tile: tuple[int, int]) -> tuple[int, int]:
-    """(rows, columns) of the tokens of a tile of (height, width) pixels, patches taken to be square.
-
-    Raises:
-        ValueError: if the tokens are no such grid.
-    """
-    height, width = tile
-    if height == width:
-        side = math.isqrt(num_tokens)
-        if side * side == num_tokens:
-            return side, side
-    else:
-        patch = max(1, math.isqrt(height * width // max(num_tokens, 1)))
-        for size in (patch, patch + 1, patch - 1):
-            for grid in ((height // size, width // size), (-(-height // size), -(-width // size))) if size else ():
-                if grid[0] * grid[1] == num_tokens:
-                    return grid
-    raise ValueError(
-        f"The model gives {num_tokens} tokens for a tile of {height} x {width} pixels, which is no grid. "
-        "If some are prefix tokens (CLS, "
-        "registers), say how many: `num_prefix_token` (`num_prefix_tokens` in a config)."
-    )
-
-
-class ScaleMerger:
-    """Puts what a model says about tiles together again: one tensor over all scales.
+class TileFeatures:
+    """What a model says about tiles, put together again: one tensor over all scales for each part of its output.
 
     Args:
         plan: the tiles.
-        batch: pictures.
+        batch: number of images.
         resize_output_to_idx: the scale whose feature grid the output has.
-        num_prefix_token: tokens in front of each tile's that have no place; averaged over the tiles of a scale.
-        features_per_tile: (rows, columns) of a tile's features; found from their number when None, or when they are
-            others.
+        num_prefix_tokens: tokens in front of each tile's that have no place; averaged over the tiles of a scale.
+        features_per_tile: (rows, columns) of a tile's features; found from their number where it is `None`, or where
+            they are others.
     """
 
     def __init__(
@@ -244,103 +72,78 @@ class ScaleMerger:
         plan: TilePlan,
         batch: int,
         resize_output_to_idx: int = 0,
-        num_prefix_token: int = 0,
+        num_prefix_tokens: int = 0,
         features_per_tile: tuple[int, int] | None = None,
     ):
         self.plan = plan
         self.batch = batch
         self.target = resize_output_to_idx % len(plan.sizes)
-        self.num_prefix_token = num_prefix_token
+        self.num_prefix_tokens = num_prefix_tokens
         self.features_per_tile = features_per_tile
-        self._waiting: list[torch.Tensor] = []
-        self._maps: list[torch.Tensor] = []
-        self._prefixes: list[torch.Tensor] = []
+        self._waiting: dict[Part, list[torch.Tensor]] = {}
+        self._scales: dict[Part, list[tuple[torch.Tensor, torch.Tensor | None]]] = {}
 
-    def add(self, features: torch.Tensor) -> None:
-        """The next tiles' output, in the order of the tiles: tokens (n, tokens, width), maps (n, width, h, w) or
-        vectors (n, width).
+    def add(self, parts: Mapping[Part, torch.Tensor | None]) -> None:
+        """What the model says about the next tiles, in the order of the plan.
+
+        Args:
+            parts: tokens (n, tokens, width), maps (n, width, rows, columns) or vectors (n, width); `None` for a layer
+                that was not asked for. "attentions" are of any shape and stay one for each tile.
         """
-        self._waiting.append(features)
-        while len(self._maps) < len(self.plan.sizes):
-            needed = self.plan.num_tiles(len(self._maps)) * self.batch
-            if sum(part.shape[0] for part in self._waiting) < needed:
-                return
-            joined = torch.cat(self._waiting) if len(self._waiting) > 1 else self._waiting[0]
-            self._waiting = [joined[needed:]]
-            self._merge_scale(joined[:needed])
+        for part, tensor in parts.items():
+            waiting = self._waiting.setdefault(part, [])
+            if tensor is not None:
+                waiting.append(tensor)
+            if waiting and part[0] != "attentions":
+                self._merge_full_scales(part)
 
-    def _merge_scale(self, features: torch.Tensor) -> None:
-        scale = len(self._maps)
-        if features.ndim == 2 or self.num_prefix_token:
-            prefix = features if features.ndim == 2 else features[:, : self.num_prefix_token]
-            prefix = prefix.unflatten(0, (-1, self.batch)).mean(dim=0)
-            if features.ndim == 2:
-                self._maps.append(prefix)
+    def _merge_full_scales(self, part: Part) -> None:
+        scales = self._scales.setdefault(part, [])
+        while len(scales) < len(self.plan.sizes):
+            needed = self.plan.num_tiles(len(scales)) * self.batch
+            waiting = self._waiting[part]
+            if sum(tensor.shape[0] for tensor in waiting) < needed:
                 return
-            self._prefixes.append(prefix)
-            features = features[:, self.num_prefix_token :]
+            joined = torch.cat(waiting) if len(waiting) > 1 else waiting[0]
+            self._waiting[part] = [joined[needed:]]
+            scales.append(self._merged_scale(joined[:needed], len(scales)))
+
+    def _merged_scale(self, features: torch.Tensor, scale: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """One vector or map an image, and the mean prefix tokens if `features` are tokens."""
+        if features.ndim == 2:
+            return self._tile_mean(features), None
+        prefix = None
         if features.ndim == 3:
-            grid = self.features_per_tile
-            if grid is None or grid[0] * grid[1] != features.shape[1]:
-                grid = token_grid(features.shape[1], self.plan.tile)
-            features = features.transpose(1, 2).unflatten(2, grid)
+            prefix = self._tile_mean(features[:, : self.num_prefix_tokens])
+            features = tokens_as_map(features[:, self.num_prefix_tokens :], self.plan.tile, self.features_per_tile)
         per_tile = tuple(features.shape[-2:])
         features = join_tiles(features, self.plan.tile_grid(scale))
         if self.plan.uneven == "pad":
             rows, columns = self.plan.feature_grid(scale, per_tile)
             features = features[:, :, :rows, :columns]
-        self._maps.append(area_resize(features, self.plan.feature_grid(self.target, per_tile)))
+        return area_resize(features, self.plan.feature_grid(self.target, per_tile)), prefix
 
-    def result(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The map (batch, scales * width, rows, columns) or vector (batch, scales * width), and the prefix tokens
-        if any.
+    def _tile_mean(self, values: torch.Tensor) -> torch.Tensor:
+        return values.unflatten(0, (-1, self.batch)).mean(dim=0)
+
+    def merged(self, name: str) -> torch.Tensor | tuple | None:
+        """A part over all scales: tokens (batch, prefix + tokens, scales * width), a map (batch, scales * width, rows,
+        columns) or a vector (batch, scales * width); a tuple of them where there is one for each layer; `None` where
+        the model said nothing. Attentions are (batch, tiles, ...).
         """
-        prefix = torch.cat(self._prefixes, dim=-1) if self._prefixes else None
-        return torch.cat(self._maps, dim=1), prefix
+        if (name, None) in self._waiting:
+            return self._merged_part((name, None))
+        layers = [part for part in self._waiting if part[0] == name]
+        return tuple(self._merged_part(part) for part in layers) or None
 
-
-def as_tokens(features: torch.Tensor, prefix: torch.Tensor | None) -> torch.Tensor:
-    """(batch, width, rows, columns) and (batch, prefix, width) -> (batch, prefix + rows * columns, width)"""
-    tokens = features.flatten(2).transpose(1, 2)
-    return tokens if prefix is None else torch.cat([prefix, tokens], dim=1)
-
-
-def run_tiles(
-    picture: torch.Tensor,
-    plan: TilePlan,
-    run: Callable[[torch.Tensor], None],
-    tiles_per_forward: int | None = None,
-    antialias: bool = False,
-) -> None:
-    """Gives every tile of every scale to `run`: all at once, or `tiles_per_forward` at a time, made when they are
-    needed.
-    """
-    if tiles_per_forward is None:
-        scales = range(len(plan.sizes))
-        run(
-            torch.cat(
-                [cut_tiles(_whole_scale(picture, plan, scale, antialias), plan.tile_grid(scale)) for scale in scales]
-            )
-        )
-        return
-    for tiles in _in_chunks(_tiles_one_by_one(picture, plan, antialias), tiles_per_forward):
-        run(tiles)
-
-
-def check_chunks(tiles_per_forward: int | None) -> None:
-    if tiles_per_forward is not None and (isinstance(tiles_per_forward, bool) or tiles_per_forward < 1):
-        raise ValueError(
-            f"`tiles_per_forward` must be at least 1, or None for all at once, got {tiles_per_forward!r}."
-        )
-
-
-def check_scale_index(resize_output_to_idx: int, num_scales: int) -> None:
-    if not -num_scales <= resize_output_to_idx < num_scales:
-        raise ValueError(
-            f"`resize_output_to_idx` must name one of the {num_scales} scales ({-num_scales} to "
-            f"{num_scales - 1}), got "
-            f"{resize_output_to_idx}."
-        )
+    def _merged_part(self, part: Part) -> torch.Tensor | None:
+        if part[0] == "attentions":
+            return torch.cat(self._waiting[part]).unflatten(0, (-1, self.batch)).transpose(0, 1)
+        if part not in self._scales:
+            return None
+        features, prefixes = zip(*self._scales[part], strict=True)
+        joined = torch.cat(features, dim=1)
+        return joined if prefixes[0] is None else map_as_tokens(joined, torch.cat(prefixes, dim=-1))
 
 
 def features_of(output: object, output_shape: str) -> torch.Tensor:
@@ -372,7 +175,7 @@ def features_of(output: object, output_shape: str) -> torch.Tensor:
     expected = {"bnc": 3, "bchw": 4}[output_shape]
     if output.ndim == 2:
         raise ValueError(
-            "`model` gives a classifier's logits, or another single vector a picture, of shape "
+            "`model` gives a classifier's logits, or another single vector an image, of shape "
             f"{tuple(output.shape)} where features are "
             "expected: (batch, tokens, width) or (batch, width, rows, columns). Pass the model without its head."
         )
@@ -400,28 +203,28 @@ def multiscale_forward(
     uneven: str = "resize",
     tiles_per_forward: int | None = None,
 ) -> torch.Tensor:
-    """Features of a picture at several scales, concatenated on channels: the token count is that of one scale.
+    """Features of an image at several scales, concatenated on channels: the token count is that of one scale.
 
     Each scale is the input resized (bicubic, not antialiased), cut into tiles of `max_split_size`, and given to the
     model; the tiles' features are joined to one map a scale, and all maps resized ("area") to one grid. The
     arguments are those of `s2wrapper.forward`.
 
     Args:
-        model: a function or model from pictures (n, channels, height, width) to features: (n, tokens, width) or (n,
+        model: a function or model from images (n, channels, height, width) to features: (n, tokens, width) or (n,
             width, rows, columns), an output object with `last_hidden_state`, or a tuple that begins with one of these.
-        input: pictures of shape (batch, channels, height, width), any height and width.
+        input: images of shape (batch, channels, height, width), any height and width.
         scales: the scales, as factors of the input's height and width.
         img_sizes: in place of `scales`, the size in pixels at each scale: int (a square) or (height, width).
         max_split_size: size in pixels of the tiles, int or (height, width); the input's size when None.
         resize_output_to_idx: the scale (its place in the list) whose feature grid the output has.
-        num_prefix_token: tokens in front of the model's output that have no place in the picture (CLS, registers).
+        num_prefix_token: tokens in front of the model's output that have no place in the image (CLS, registers).
             They are averaged over the tiles of a scale.
         output_shape: "bnc" (tokens: a ViT) or "bchw" (maps: a ConvNet); the model's output and this function's.
         split_forward: whether the tiles go through the model one place at a time (`batch` tiles): the memory of
             about one scale.
         uneven: how a size that is no multiple of `max_split_size` is cut, so that the model still sees tiles of that
-            size: "resize" enlarges the scaled picture to whole tiles, "pad" adds zeros at its bottom and right. The
-            feature grid is that of the scaled picture in both cases.
+            size: "resize" enlarges the scaled image to whole tiles, "pad" adds zeros at its bottom and right. The
+            feature grid is that of the scaled image in both cases.
         tiles_per_forward: how many tiles go through the model at a time; all when None.
 
     Returns:
@@ -435,7 +238,7 @@ def multiscale_forward(
     Example:
 
     ```python
-    >>> features = multiscale_forward(model, pictures, scales=[1, 2], num_prefix_token=1)
+    >>> features = multiscale_forward(model, images, scales=[1, 2], num_prefix_token=1)
     ```
     """
     check_choice("output_shape", output_shape, OUTPUT_SHAPES)
@@ -445,7 +248,7 @@ def multiscale_forward(
         )
     if input.ndim != 4 or input.shape[0] == 0 or not input.is_floating_point():
         raise ValueError(
-            "`input` must be floating-point pictures of shape (batch, channels, height, width), at least one, got "
+            "`input` must be floating-point images of shape (batch, channels, height, width), at least one, got "
             f"{tuple(input.shape)} of {input.dtype}."
         )
     check_chunks(tiles_per_forward)
@@ -454,28 +257,22 @@ def multiscale_forward(
     if split_forward and tiles_per_forward is None:
         tiles_per_forward = input.shape[0]
 
-    merger = ScaleMerger(plan, input.shape[0], resize_output_to_idx, num_prefix_token)
-    run_tiles(input, plan, lambda tiles: merger.add(features_of(model(tiles), output_shape)), tiles_per_forward)
-    features, prefix = merger.result()
-    return features if output_shape == "bchw" else as_tokens(features, prefix)
+    features = TileFeatures(plan, input.shape[0], resize_output_to_idx, num_prefix_token)
+
+    def run(tiles: torch.Tensor) -> None:
+        features.add(named_parts({"features": features_of(model(tiles), output_shape)}))
+
+    run_tiles(input, plan, run, tiles_per_forward)
+    return features.merged("features")
 
 
 __all__ = [
     "OUTPUT_SHAPES",
-    "UNEVEN",
-    "ScaleMerger",
-    "TilePlan",
-    "area_resize",
-    "as_tokens",
-    "check_chunks",
-    "check_scale_index",
-    "cut_tiles",
+    "Part",
+    "TileFeatures",
     "features_of",
-    "join_tiles",
+    "map_as_tokens",
     "multiscale_forward",
-    "plan_tiles",
-    "resize_picture",
-    "run_tiles",
-    "scale_list",
-    "token_grid",
+    "named_parts",
+    "tokens_as_map",
 ]

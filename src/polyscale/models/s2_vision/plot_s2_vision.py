@@ -8,7 +8,8 @@ from PIL import Image, ImageDraw
 
 from ...figures import features_to_rgb, make_grid, preprocess, seen_region
 from .modeling_s2_vision import S2VisionWrapper
-from .multiscale_s2_vision import TilePlan, multiscale_forward
+from .multiscale_s2_vision import multiscale_forward
+from .tiling_s2_vision import TilePlan
 
 
 if TYPE_CHECKING:
@@ -19,10 +20,10 @@ LINE = (255, 64, 0)
 
 
 def draw_tiles(image: Image.Image, plan: TilePlan, scale: int, max_side: int = 480) -> Image.Image:
-    """A picture at one scale, with the borders of its tiles.
+    """An image at one scale, with the borders of its tiles.
 
     Args:
-        image: the picture, of any size.
+        image: the image, of any size.
         plan: its tiles: `config.plan_for((height, width))`.
         scale: the scale, by its place.
         max_side: longest side of the drawing in pixels.
@@ -79,12 +80,12 @@ def scale_features(model: S2VisionWrapper, pixel_values: torch.Tensor) -> list[t
 
 
 def draw_s2(model, processor, image: Image.Image, budgets: Sequence | None = None) -> "Figure":
-    """A picture at every scale of an S2 model: above with its tiles, below the features as colours.
+    """An image at every scale of an S2 model: above with its tiles, below the features as colours.
 
     Args:
         model: an S2 model.
         processor: its image processor.
-        image: the picture.
+        image: the image.
         budgets: None; the scales belong to the checkpoint.
 
     Raises:

@@ -1,0 +1,112 @@
+"""Tiles through the model that S2 wraps, and what it says about them, part by part."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from .configuration_s2_vision import S2VisionConfig
+from .multiscale_s2_vision import Part, features_of, named_parts
+
+
+def _wanted(output_hidden_states: bool | int | Sequence[int] | None, count: int) -> set[int]:
+    """The places in a tuple of `count` hidden states that are asked for."""
+    if output_hidden_states is None or output_hidden_states is False:
+        return set()
+    if output_hidden_states is True:
+        return set(range(count))
+    layers = [output_hidden_states] if isinstance(output_hidden_states, int) else output_hidden_states
+    return {layer % count for layer in layers if -count <= layer < count}
+
+
+def _pooled(outputs: ModelOutput, num_prefix_tokens: int) -> torch.Tensor:
+    """One vector a tile: the model's own, else CLS, else the mean over its tokens."""
+    if outputs.get("pooler_output") is not None:
+        return outputs["pooler_output"].flatten(1)
+    features = outputs["last_hidden_state"]
+    if features.ndim == 4:
+        return features.mean(dim=(2, 3))
+    return features[:, 0] if num_prefix_tokens else features.mean(dim=1)
+
+
+class TileRunner:
+    """The wrapped model with all that stays the same over the tiles of one call.
+
+    Args:
+        model: the wrapped model.
+        config: of S2.
+        output_hidden_states: the layers that are wanted, as in `S2VisionWrapper.forward`.
+        output_attentions: whether attentions are wanted.
+        options: other arguments of the wrapped model.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        config: S2VisionConfig,
+        output_hidden_states: bool | int | Sequence[int] | None,
+        output_attentions: bool,
+        options: dict[str, Any],
+    ):
+        self.model = model
+        self.config = config
+        self.output_hidden_states = output_hidden_states
+        self.output_attentions = output_attentions
+        draw_budget = getattr(model, "draw_budget", None)
+        drawn = {} if draw_budget is None else draw_budget()  # one draw a call, however many forwards it takes
+        self.options = {**drawn, **options}
+
+    def chunk_for(self, batch: int) -> int | None:
+        """How many tiles go through the wrapped model at a time; `None` for all."""
+        if self.config.tiles_per_forward is None and self.config.split_forward:
+            return batch
+        return self.config.tiles_per_forward
+
+    def run(self, tiles: torch.Tensor, **budget) -> dict[Part, torch.Tensor | None]:
+        """What the wrapped model says about tiles (n, channels, height, width).
+
+        Args:
+            tiles: at least one.
+            budget: arguments of the wrapped model in place of those of the call.
+        """
+        outputs = self.model(
+            tiles,
+            output_hidden_states=self.output_hidden_states,
+            output_attentions=self.output_attentions,
+            return_dict=True,
+            **{**self.options, **budget},
+        )
+        to_grid = getattr(self.model, "tokens_to_grid", None)
+        tile = tuple(tiles.shape[-2:])
+
+        def placed(tensor: torch.Tensor | None) -> torch.Tensor | None:
+            if tensor is None or tensor.ndim != 3 or to_grid is None:
+                return tensor
+            return to_grid(tensor, outputs, tile)
+
+        values = {
+            "last_hidden_state": placed(features_of(outputs, self.config.output_shape)),
+            "pooler_output": _pooled(outputs, self.config.num_prefix_tokens),
+        }
+        states = outputs.get("hidden_states") or ()
+        wanted = _wanted(self.output_hidden_states, len(states))
+        if wanted:
+            values["hidden_states"] = tuple(
+                placed(state) if layer in wanted else None for layer, state in enumerate(states)
+            )
+        if self.output_attentions and outputs.get("attentions"):
+            values["attentions"] = tuple(outputs["attentions"])
+        return named_parts(values)
+
+    def run_in_chunks(self, tiles: torch.Tensor, batch: int, **budget) -> dict[Part, torch.Tensor | None]:
+        """`run` on any number of tiles, as many at a time as the config says for a batch of `batch` images."""
+        chunks = [self.run(chunk, **budget) for chunk in tiles.split(self.chunk_for(batch) or len(tiles))]
+        return {
+            part: None if tensor is None else torch.cat([chunk[part] for chunk in chunks])
+            for part, tensor in chunks[0].items()
+        }
+
+
+__all__ = ["TileRunner"]
