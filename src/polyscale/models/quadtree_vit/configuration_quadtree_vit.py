@@ -111,7 +111,7 @@ class QuadtreeViTConfig(EncoderConfig):
 
     model_type = "quadtree_vit"
     budget_argument = "num_tokens"
-    changeable_fields = ("num_tokens", "split_threshold", "image_size")
+    changeable_fields = ("num_tokens", "split_threshold", "image_size", "merge_tokens_to")
     sub_configs_defaults = {
         "scorer_backbone_config": SubConfigSpec(config_class=AutoConfig, model_type="resnet", optional=True)
     }
@@ -203,7 +203,8 @@ class QuadtreeViTConfig(EncoderConfig):
             if self.split_threshold is not None:
                 return None
             num_tokens = self.num_tokens
-        return check_token_budget(num_tokens, coarsest, finest, self.round_num_tokens)
+        num_tokens = check_token_budget(num_tokens, coarsest, finest, self.round_num_tokens)
+        return num_tokens if self.merge_tokens_to is None else min(num_tokens, self.merge_tokens_to)
 
     @property
     def tokens_vary(self) -> bool:

@@ -5,7 +5,6 @@ and goes through one patch embedding; sinusoidal positions of the patch centre, 
 no position.
 """
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -19,6 +18,7 @@ from ...layers.resizing import resize_abs_pos_embed
 from ...utils.validation import check_pixel_values
 from .configuration_quadtree_vit import QuadtreeViTConfig
 from .patch_scorers_quadtree_vit import make_patch_scorer
+from .positions_quadtree_vit import sinusoid
 from .pyramid_quadtree_vit import (
     PatchAggregation,
     embedding_pyramid,
@@ -48,14 +48,6 @@ class TokenizerOutput(NamedTuple):
     token_mask: torch.Tensor
     is_padded: bool
     split_scores: tuple[torch.Tensor, ...]
-
-
-def sinusoid(positions: torch.Tensor, width: int) -> torch.Tensor:
-    """(positions,) -> (positions, width), float32: the sine at each frequency, then the cosine at each."""
-    half = width // 2
-    steps = torch.arange(half, dtype=torch.float32, device=positions.device)
-    angles = positions.float()[:, None] * torch.exp(steps * (-math.log(10000.0) / (half - 1)))
-    return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
 class QuadtreeViTPatchEmbeddings(nn.Module):
