@@ -63,7 +63,7 @@ class FlexiViTConfig(EncoderConfig):
     model_type = "flexivit"
     keys_to_ignore_at_inference = ["hidden_states", "attentions"]
     budget_argument = "patch_size"
-    changeable_fields = ("patch_size", "num_tokens", "image_size")
+    changeable_fields = ("patch_size", "num_tokens", "image_size", "merge_tokens_to")
 
     attribute_map = {**EncoderConfig.attribute_map, "uneven": "remainder"}
 
@@ -154,14 +154,18 @@ class FlexiViTConfig(EncoderConfig):
     def token_grid_for(
         self, image_size: int | Sequence[int] | None = None, patch_size: int | Sequence[int] | None = None
     ) -> tuple[int, int]:
-        """(rows, columns) of the tokens: those of the patches. Arguments and errors: `patch_grid_for`."""
-        return self.patch_grid_for(image_size, patch_size)
+        """(rows, columns) of the tokens: those of the patches; `None` where tokens are merged. Arguments and errors:
+        `patch_grid_for`.
+        """
+        grid = self.patch_grid_for(image_size, patch_size)
+        return grid if self.num_tokens_for(image_size, patch_size) == math.prod(grid) else None
 
     def num_tokens_for(
         self, image_size: int | Sequence[int] | None = None, patch_size: int | Sequence[int] | None = None
     ) -> int:
         """How many tokens an image costs, prefix tokens not counted. Arguments and errors: `patch_grid_for`."""
-        return math.prod(self.patch_grid_for(image_size, patch_size))
+        count = math.prod(self.patch_grid_for(image_size, patch_size))
+        return count if self.merge_tokens_to is None else min(count, self.merge_tokens_to)
 
     def default_budgets(self) -> list[int | list[int]]:
         """The patch sizes it was trained with, smallest first, else its own one."""
