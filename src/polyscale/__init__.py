@@ -62,7 +62,7 @@ from .models.sparseformer import (
 )
 
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Imported at first use: what they need is not needed by a model.
 _LAZY = {
