@@ -5,7 +5,8 @@
 
 Each variant is compared with the same weights at all tokens: the share of images with the same top-1 (of the
 classifier, or without one the nearest other image by the full embedding), the cosine of the pooled embeddings, and
-milliseconds per image. Intervals are 95 % of a paired bootstrap over the images, of the difference to the published quadtree.
+milliseconds per image. Intervals are 95 % of a paired bootstrap over the images, of the difference to the published
+quadtree.
 """
 
 import argparse
