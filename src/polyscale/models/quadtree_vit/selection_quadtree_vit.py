@@ -26,6 +26,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from ...utils.validation import check_int, check_number, check_tensor, to_pair
+
 
 # Bits of an int64 that a packed key may use; longer keys are sorted in several passes.
 KEY_BITS = 62
@@ -261,8 +263,8 @@ def select_nodes(
         raise ValueError("Give `num_tokens` (a budget), `split_threshold` (each picture its own), or both.")
     if num_tokens is not None:
         num_tokens = check_token_budget(num_tokens, coarsest, finest, round_down)
-    if split_threshold is not None and split_threshold != split_threshold:
-        raise ValueError("`split_threshold` is NaN: give a score above which patches are split.")
+    if split_threshold is not None:
+        check_number("split_threshold", split_threshold)
 
     flat_scores = torch.cat([score.flatten(1) for score in scores], dim=1).detach()
     _check_values(flat_scores)
@@ -334,8 +336,12 @@ def quadtree_tokens(
 
 
 def _check_reverse(tokens, patch_centers, patch_sizes, image_size, min_patch_size, token_mask) -> None:
-    if tokens.ndim != 3:
-        raise ValueError(f"`tokens` must have the shape (batch, tokens, width), got {tuple(tokens.shape)}.")
+    check_tensor("tokens", tokens, ("batch", "tokens", "width"))
+    check_tensor("patch_centers", patch_centers, ("batch", "tokens", "2"))
+    check_tensor("patch_sizes", patch_sizes, ("batch", "tokens"), floating=False)
+    check_int("min_patch_size", min_patch_size, 1)
+    if token_mask is not None and (not isinstance(token_mask, torch.Tensor) or token_mask.dtype != torch.bool):
+        raise ValueError(f"`token_mask` must be a tensor of booleans of shape (batch, tokens), got {token_mask!r}.")
     batch_and_tokens = tuple(tokens.shape[:2])
     if tuple(patch_centers.shape) != (*batch_and_tokens, 2):
         raise ValueError(
@@ -378,7 +384,7 @@ def reverse_quadtree(
     Raises:
         ValueError: for shapes that do not fit together.
     """
-    height, width = image_size if isinstance(image_size, Sequence) else (image_size, image_size)
+    height, width = to_pair(image_size, "image_size")
     _check_reverse(tokens, patch_centers, patch_sizes, (height, width), min_patch_size, token_mask)
     rows, columns = height // min_patch_size, width // min_patch_size
     batch, num_tokens, channels = tokens.shape
