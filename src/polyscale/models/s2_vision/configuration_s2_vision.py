@@ -325,7 +325,7 @@ class S2VisionConfig(CheckedConfigMixin, TokenBudgetMixin, BackboneConfigMixin, 
         for name, other in (("scales", "img_sizes"), ("img_sizes", "scales")):
             if name not in changes:
                 continue
-            if len(changes[name]) != self.num_scales:
+            if len(scale_list(changes[name], name)) != self.num_scales:
                 raise ValueError(
                     f"`{name}` must name {self.num_scales} scales, as many as the weights behind the features were "
                     f"made for, got {len(changes[name])}: another number of scales needs new weights."
@@ -355,14 +355,13 @@ class S2VisionConfig(CheckedConfigMixin, TokenBudgetMixin, BackboneConfigMixin, 
                 raise ValueError(f"`{name}` must be a list with one entry per scale, got {given!r}.")
         if scales is None and img_sizes is None:
             scales, img_sizes = self.scales, self.img_sizes
-        elif (scales is None) != (img_sizes is None) and len(
-            scales if img_sizes is None else img_sizes
-        ) != self.num_scales:
-            raise ValueError(
-                f"Give {self.num_scales} scales or sizes, as configured: got "
-                f"{list(scales if img_sizes is None else img_sizes)}. The output's width "
-                "depends on their number, and the weights behind it on that width."
-            )
+        elif (scales is None) != (img_sizes is None):
+            name, given = ("scales", scales) if img_sizes is None else ("img_sizes", img_sizes)
+            if len(scale_list(given, name)) != self.num_scales:
+                raise ValueError(
+                    f"Give {self.num_scales} `{name}`, as many as configured: got {list(given)}. The output's width "
+                    "depends on their number, and the weights behind it on that width."
+                )
         plan = self._static_plan(size, scales, img_sizes)
         return plan if not self.dynamic else self._dynamic_plan(size, plan)
 

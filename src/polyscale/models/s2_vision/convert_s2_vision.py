@@ -96,7 +96,8 @@ def _convert_vila(source: Path, out: Path) -> None:
 
 
 def _save_image_processor(model: S2VisionWrapper, source: Path, out: Path, fit: str | None = None) -> None:
-    base = AutoImageProcessor.from_pretrained(source) if (source / "preprocessor_config.json").is_file() else None
+    has_processor = (source / "preprocessor_config.json").is_file()
+    base = AutoImageProcessor.from_pretrained(source, trust_remote_code=False) if has_processor else None
     S2ImageProcessor.for_config(model.config, base, fit).save_pretrained(out)
 
 
