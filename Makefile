@@ -1,4 +1,4 @@
-# Every target works alone on a fresh machine with Python >= 3.10 and a network: it makes `.venv`, installs what it
+# Every target works alone on a fresh machine with Python >= 3.11 and a network: it makes `.venv`, installs what it
 # needs there once, and runs.
 
 PYTHON ?= python3
@@ -6,9 +6,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO_PICTURE := outputs/demo.png
 RUFF := $(shell sed -n 's/.*"\(ruff==[^"]*\)".*/\1/p' pyproject.toml)
-PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n 2 --dist loadgroup
+SETTINGS := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+PYTEST := $(SETTINGS) $(BIN)/python -m pytest -n 2 --dist loadgroup
+LOWEST := .venv-lowest
+# Versions of the lower bounds have wheels for Python 3.11 and 3.12.
+LOWEST_PYTHON ?= $(PYTHON)
+LOWEST_PYTEST := $(SETTINGS) $(LOWEST)/bin/python -m pytest -n 2 --dist loadgroup
+# Slow, but not the same for every version of what they use.
+LOWEST_SLOW := $(addprefix tests/matrix/test_,save_load.py export.py training.py) tests/test_llava_swap.py
 
-.PHONY: demo test test-fast quality benchmark
+.PHONY: demo test test-fast test-lowest quality benchmark
 
 # Classify the sample photographs with the bundled checkpoint at each patch size.
 demo: $(VENV)/.installed
@@ -22,6 +29,11 @@ test: $(VENV)/.installed-dev
 test-fast: $(VENV)/.installed-dev
 	$(PYTEST) -m "not slow"
 
+# With the lowest version of every dependency that pyproject.toml allows, in an environment of its own.
+test-lowest: $(LOWEST)/.installed
+	$(LOWEST_PYTEST) -m "not slow"
+	$(LOWEST_PYTEST) -m slow $(LOWEST_SLOW)
+
 # Lint and format, with the pinned ruff.
 quality: $(VENV)/.installed-ruff
 	$(BIN)/ruff check
@@ -34,7 +46,7 @@ benchmark: $(VENV)/.installed-dev
 	done
 
 $(BIN)/python:
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "polyscale needs Python 3.10 or newer")'
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "polyscale needs Python 3.11 or newer")'
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: pyproject.toml | $(BIN)/python
@@ -47,4 +59,10 @@ $(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
 
 $(VENV)/.installed-ruff: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install '$(RUFF)'
+	touch $@
+
+$(LOWEST)/.installed: pyproject.toml tests/lowest.py
+	$(LOWEST_PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python tests/lowest.py > $(LOWEST)/constraints.txt
+	$(LOWEST)/bin/python -m pip install --constraint $(LOWEST)/constraints.txt --editable '.[dev]'
 	touch $@

@@ -9,6 +9,7 @@ Importing polyscale registers every family with the Auto classes of transformers
 
 from importlib import import_module
 
+from . import dual_encoders as _dual_encoders  # noqa: F401 (registers them)
 from .layers.resizing import interpolate_resize_patch_embed, pi_resize_patch_embed, resize_abs_pos_embed
 from .llava import packed as _packed  # noqa: F401 (registers what a saved LLaVA with packed tokens needs)
 from .models.auto import register_family
@@ -55,6 +56,7 @@ from .models.sparseformer import (
     SparseFormerModelWithProjection,
     SparseFormerVideoConfig,
     SparseFormerVideoModel,
+    SparseFormerVideoModelWithProjection,
     SparseFormerVideoProcessor,
 )
 
@@ -71,7 +73,7 @@ _LAZY = {
     "remove_token_merging": ".token_merging",
     "sample_photographs": ".assets",
     "set_token_budget": ".llava",
-    "swap_vision_tower": ".llava",
+    "swap_vision_tower": ".towers",
 }
 
 
@@ -119,6 +121,7 @@ __all__ = [
     "SparseFormerModelWithProjection",
     "SparseFormerVideoConfig",
     "SparseFormerVideoModel",
+    "SparseFormerVideoModelWithProjection",
     "SparseFormerVideoProcessor",
     "VanillaTokenizer",
     "apply_token_merging",

@@ -4,17 +4,28 @@ Each family reads its sources in its own module, `models/<family>/convert_<famil
 the output written, so that a failed conversion leaves nothing behind.
 """
 
+import hashlib
+import inspect
+import json
 import os
+import pickle
 import shutil
+import struct
 import tempfile
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from .checkpoints import resolve_checkpoint
 from .layers.resizing import pi_resize_patch_embed
 from .models.auto import families, family_of
 from .utils.checkpoint_files import (
@@ -23,7 +34,15 @@ from .utils.checkpoint_files import (
     load_safetensors_file,
     load_torch_file,
 )
-from .utils.validation import check_choice
+from .utils.validation import check_choice, closest_name
+
+
+# What the parsers of torch, NumPy, safetensors and the libraries that models come from raise at a file that lies.
+_PARSER_ERRORS = (
+    *(ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, RecursionError, RuntimeError),
+    *(TypeError, pickle.UnpicklingError, struct.error, zipfile.BadZipFile, zlib.error),
+    *(SafetensorError, StrictDataclassError),
+)
 
 
 def _converter(model_type: str) -> Callable[..., Any]:
@@ -63,10 +82,68 @@ def _move_into_place(result: Path, out: Path, workplace: Path) -> None:
         raise
 
 
-def _check_free(out: Path, name: str, overwrite: bool) -> None:
+def _is_checkpoint(folder: Path) -> bool:
+    """Whether a folder is one that `save_pretrained` wrote, and holds no other folders."""
+    try:
+        record = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return "model_type" in record and not any(entry.is_dir() for entry in folder.iterdir())
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def _check_free(out: Path, name: str, overwrite: bool, source: Path | None) -> None:
+    """Refuses an output that is there, unless it may be replaced: a checkpoint (or file) that is not the source."""
     is_empty_folder = out.is_dir() and not any(out.iterdir())
-    if out.exists() and not is_empty_folder and not overwrite:
+    if not out.exists() or is_empty_folder:
+        return
+    if not overwrite:
         raise ValueError(f"`{name}` {out} exists already. Name another, or overwrite it with `overwrite=True`.")
+    if source is not None and source.exists() and source.resolve().is_relative_to(out.resolve()):
+        raise ValueError(f"`{name}` {out} holds the source {source}, which would be deleted. Name another.")
+    if out.is_dir() and not _is_checkpoint(out):
+        raise ValueError(
+            f"`{name}` {out} is not replaced: it is no checkpoint (a folder of files with a config.json that names a "
+            "`model_type`). Name another, or delete it yourself."
+        )
+
+
+@contextmanager
+def _only_writer(out: Path) -> Iterator[None]:
+    """Keeps other processes of this machine from writing to `out`."""
+    key = hashlib.sha256(f"{Path.home()}\n{out.resolve()}".encode()).hexdigest()[:24]
+    lock = FileLock(Path(tempfile.gettempdir()) / f"polyscale-{key}.lock", timeout=0)
+    try:
+        with lock:
+            yield
+    except Timeout:
+        raise ValueError(f"`out` {out} is being written by another conversion. Wait for it or name another.") from None
+
+
+def _check_options(convert: Callable[..., Any], to: str, options: dict[str, Any]) -> None:
+    """Refuses options that a family's converter does not take."""
+    parameters = inspect.signature(convert).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return
+    known = list(parameters)[2:]  # after source and out
+    for name in options:
+        if name not in known:
+            nearest = closest_name(name, known)
+            hint = f"Did you mean `{nearest}`?" if nearest else f"Its options: {', '.join(known)}."
+            raise ValueError(f"The conversion to {to!r} has no option `{name}`. {hint}")
+
+
+@contextmanager
+def _readable(source: Any) -> Iterator[None]:
+    """What breaks a parser at a file is the file's fault, and said so."""
+    try:
+        yield
+    except _PARSER_ERRORS as error:
+        if isinstance(error, ValueError | OSError):
+            raise
+        if not isinstance(source, str | os.PathLike):
+            raise
+        reason = str(error).strip().split("\n")[0] or "no reason given"
+        raise ValueError(f"`{source}` cannot be converted ({type(error).__name__}: {reason}).") from error
 
 
 def convert_checkpoint(
@@ -80,46 +157,66 @@ def convert_checkpoint(
     """Converts a checkpoint of another library and writes model, image processor and labels to the folder `out`.
 
     Args:
-        source: what to convert; for "flexivit" see `polyscale.models.flexivit.convert_flexivit.load_flexivit_source`.
-        out: the folder to write; it appears complete, or not at all.
-        to: model type of the result.
-        overwrite: whether to replace `out` if it is there and not empty.
+        source (`str`, `os.PathLike` or `torch.nn.Module`): what to convert: the name of a bundled checkpoint, or for
+            "flexivit" see `polyscale.models.flexivit.convert_flexivit.load_flexivit_source`.
+        out (`str` or `os.PathLike`): the folder to write; it appears complete, or not at all.
+        to (`str`, *optional*, defaults to `"flexivit"`): model type of the result.
+        overwrite (`bool`, *optional*, defaults to `False`): whether to replace `out` if it is a checkpoint. A folder
+            that is none, or that holds the source, is never deleted.
         options: for the family's converter, for instance config fields (`patch_size=16`).
 
     Returns:
-        The path of `out`.
+        `Path`: of `out`.
 
     Raises:
-        ValueError: for an unknown model type, an `out` that is not empty, a source of unknown layout, tensors that do
-            not fit, or a pickle that holds more than tensors.
+        ValueError: for an unknown model type or option, an `out` that is not empty or is being written by another
+            process, a source of unknown layout, a damaged file, tensors that do not fit, or a pickle that holds more
+            than tensors.
         OSError: if a file is missing, or a download is needed and not possible.
     """
     convert = _converter(to)
+    _check_options(convert, to, options)
+    if not isinstance(source, str | os.PathLike | torch.nn.Module | dict):
+        raise ValueError(f"`source` must be a path, a name or a model, got a {type(source).__name__}.")
+    path = None
+    if isinstance(source, str | os.PathLike):
+        source = resolve_checkpoint(source)
+        path = Path(source)
     out = Path(out).expanduser().absolute()
-    _check_free(out, "out", overwrite)
-    with _workplace(out) as workplace:
-        result = workplace / out.name
-        result.mkdir()
-        convert(source, result, **options)
-        _move_into_place(result, out, workplace)
+    with _only_writer(out):
+        _check_free(out, "out", overwrite, path)
+        with _workplace(out) as workplace:
+            result = workplace / out.name
+            result.mkdir()
+            with _readable(source):
+                convert(source, result, **options)
+            _move_into_place(result, out, workplace)
     return out
 
 
+def _dicts_in(checkpoint: Any) -> list[dict]:
+    """What a training script saved and the dicts inside it, outermost first; each once, for one may hold itself."""
+    found, waiting = {}, [checkpoint]
+    while waiting:
+        value = waiting.pop(0)
+        if isinstance(value, dict) and id(value) not in found:
+            found[id(value)] = value
+            waiting.extend(value.values())
+    return list(found.values())
+
+
+def _is_kernel(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.ndim == 4 and value.is_floating_point()
+
+
 def _find_holder(checkpoint: Any, name: str) -> dict | None:
-    """The dict with the entry `name` in what a training script saved: itself, or one inside it."""
-    if not isinstance(checkpoint, dict):
-        return None
-    if isinstance(checkpoint.get(name), torch.Tensor):
-        return checkpoint
-    return next((found for inner in checkpoint.values() if (found := _find_holder(inner, name)) is not None), None)
+    """The dict with the kernel `name` in what a training script saved."""
+    return next((inner for inner in _dicts_in(checkpoint) if _is_kernel(inner.get(name))), None)
 
 
 def _kernel_names(checkpoint: Any) -> list[str]:
     """Names of everything in a checkpoint that could be a patch kernel."""
-    if not isinstance(checkpoint, dict):
-        return []
-    names = [str(name) for name, value in checkpoint.items() if isinstance(value, torch.Tensor) and value.ndim == 4]
-    return names + [name for inner in checkpoint.values() for name in _kernel_names(inner)]
+    return [str(name) for inner in _dicts_in(checkpoint) for name, value in inner.items() if _is_kernel(value)]
 
 
 def convert_patch_embed(
@@ -135,13 +232,16 @@ def convert_patch_embed(
     """Resizes the patch kernel in a weights file by PI-resize and writes the file anew; all else stays as it is.
 
     Args:
-        input: `.safetensors`, `.pt` or `.pth`.
-        output: the file to write, of the same kind; it appears complete, or not at all.
-        name: of the kernel, of shape (width, channels, height, width).
-        patch_size: int or (height, width) of the new kernel, in pixels.
-        interpolation: "bicubic" or "bilinear"; see `polyscale.pi_resize_patch_embed`.
-        antialias: see there.
-        overwrite: whether to replace `output` if it is there.
+        input (`str` or `os.PathLike`): `.safetensors`, `.pt` or `.pth`.
+        output (`str` or `os.PathLike`): the file to write, of the same kind; it appears complete, or not at all.
+        name (`str`, *optional*, defaults to `"patch_embed.proj.weight"`): of the kernel, of shape (width, channels,
+            height, width).
+        patch_size (`int` or `(height, width)`, *optional*, defaults to 16): of the new kernel, in pixels.
+        interpolation (`str`, *optional*, defaults to `"bicubic"`): `"bicubic"` or `"bilinear"`; see
+            `polyscale.pi_resize_patch_embed`.
+        antialias (`bool`, *optional*, defaults to `True`): see there.
+        overwrite (`bool`, *optional*, defaults to `False`): whether to replace `output` if it is there. The input
+            itself is never replaced.
 
     Returns:
         Shapes of the old and the new kernel.
@@ -161,7 +261,7 @@ def convert_patch_embed(
         )
     if output.is_dir():
         raise ValueError(f"`output` must be a file, {output} is a folder.")
-    _check_free(output, "output", overwrite)
+    _check_free(output, "output", overwrite, input)
 
     is_safetensors = suffixes[0] in SAFETENSORS_SUFFIXES
     checkpoint, metadata = load_safetensors_file(input) if is_safetensors else (load_torch_file(input), None)
@@ -169,7 +269,7 @@ def convert_patch_embed(
     if holder is None:
         kernels = _kernel_names(checkpoint)
         raise ValueError(
-            f"`name` {name!r} is no tensor in `{input}`. Kernels in it: {', '.join(kernels[:8]) or 'none'}."
+            f"`name` {name!r} is no patch kernel in `{input}`. Kernels in it: {', '.join(kernels[:8]) or 'none'}."
         )
     old_shape = tuple(holder[name].shape)
     holder[name] = pi_resize_patch_embed(holder[name].detach(), patch_size, interpolation, antialias).contiguous()

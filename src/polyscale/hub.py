@@ -8,7 +8,7 @@ one folder, their imports rewritten, and an `auto_map` that names every head and
 import ast
 import json
 import os
-import shutil
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -22,6 +22,7 @@ from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, VIDEO_PROCESSO
 
 
 _PACKAGE = __name__.partition(".")[0]
+_WEIGHTS = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
 
 
 def _is_ours(module_name: str) -> bool:
@@ -137,6 +138,22 @@ def _add_auto_map(path: Path, auto_map: dict) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
+def _put_into(scratch: Path, folder: Path) -> None:
+    """Moves files into a folder that keeps its own mode; a link there is replaced, and not what it points at.
+
+    Weights of an earlier save that the new one does not have are removed: a loader would prefer them, or mix both.
+    """
+    written = sorted(path for path in scratch.rglob("*") if path.is_file())
+    for path in written:
+        target = folder / path.relative_to(scratch)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(path, target)
+    kept = {path.name for path in written}
+    for path in folder.iterdir():
+        if _WEIGHTS.fullmatch(path.name) and path.name not in kept:
+            path.unlink()
+
+
 def save_with_code(model: PreTrainedModel, save_directory: str | os.PathLike, processor=None, **kwargs) -> Path:
     """Saves a model, and its processor if given, together with the code that both need.
 
@@ -147,7 +164,8 @@ def save_with_code(model: PreTrainedModel, save_directory: str | os.PathLike, pr
 
     Args:
         model: a model of any polyscale family, with any head.
-        save_directory: created if missing; files of the same names are replaced.
+        save_directory: created if missing. Files of the same names are replaced (a link itself, not what it points
+            at), weights of an earlier save removed, other files left alone.
         processor: the image or video processor of the same family.
         kwargs: passed to `model.save_pretrained`, e.g. `max_shard_size`.
 
@@ -186,7 +204,7 @@ def save_with_code(model: PreTrainedModel, save_directory: str | os.PathLike, pr
             _add_auto_map(scratch / processor_file, processor_map)
         for file_name, source in sources.items():
             (scratch / file_name).write_text(source, encoding="utf-8")
-        shutil.copytree(scratch, folder, dirs_exist_ok=True)
+        _put_into(scratch, folder)
     return folder
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from polyscale.layers.encoder import ClassifierHead, DropPath, EncoderLayer, PrefixTokens, TokenPooler
+from polyscale.layers.encoder import DropPath, EncoderClassificationHead, EncoderLayer, PrefixTokens, TokenPooler
 from polyscale.layers.encoder_config import EncoderConfig
 
 
@@ -104,7 +104,9 @@ def test_masked_mean_leaves_padding_out():
 
 
 def test_distilled_head_averages_both_classifiers():
-    head = ClassifierHead(make_config(use_distillation_token=True, use_distillation_head=True, num_labels=4))
+    head = EncoderClassificationHead(
+        make_config(use_distillation_token=True, use_distillation_head=True, num_labels=4)
+    )
     tokens = torch.randn(2, 7, 8)
     expected = 0.5 * head.classifier(tokens[:, 0]) + 0.5 * head.distillation_classifier(tokens[:, 1])
     torch.testing.assert_close(head(tokens[:, 0], tokens), expected)

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from polyscale import interpolate_resize_patch_embed, pi_resize_patch_embed, resize_abs_pos_embed
 from polyscale.layers.resizing import interpolation_matrix, pseudo_inverse_matrix
+from tests.golden import assert_golden
 
 
 GOLDEN = Path(__file__).parents[1] / "fixtures" / "flexivit_golden.safetensors"
@@ -28,10 +29,6 @@ def parse(size: str) -> tuple[int, int]:
     return int(height), int(width)
 
 
-def assert_as_golden(actual, expected):
-    assert ((actual - expected).abs() <= 2e-5 + 1e-5 * expected.abs()).all()
-
-
 def plain_pi_resize(kernel, new_size, interpolation, antialias):
     """The definition: one large resize matrix, made of resized unit patches, and its pseudo-inverse."""
     height, width = kernel.shape[-2:]
@@ -43,18 +40,18 @@ def plain_pi_resize(kernel, new_size, interpolation, antialias):
 
 @pytest.mark.parametrize("size", KERNEL_SIZES)
 def test_pi_resize_equals_golden(golden, size):
-    assert_as_golden(pi_resize_patch_embed(golden["kernel16"], parse(size)), golden[f"pi.{size}"])
+    assert_golden(pi_resize_patch_embed(golden["kernel16"], parse(size)), golden[f"pi.{size}"])
 
 
 @pytest.mark.parametrize("size", KERNEL_SIZES)
 def test_interpolate_resize_equals_golden(golden, size):
-    assert_as_golden(interpolate_resize_patch_embed(golden["kernel16"], parse(size)), golden[f"interpolate.{size}"])
+    assert_golden(interpolate_resize_patch_embed(golden["kernel16"], parse(size)), golden[f"interpolate.{size}"])
 
 
 @pytest.mark.parametrize("grid", GRIDS)
 def test_positions_equal_golden(golden, grid):
     resized = resize_abs_pos_embed(golden["pos7x7"], parse(grid), (7, 7), num_prefix_tokens=0)
-    assert_as_golden(resized, golden[f"pos.{grid}"])
+    assert_golden(resized, golden[f"pos.{grid}"])
 
 
 @pytest.mark.parametrize(("interpolation", "antialias"), MODES)

@@ -226,7 +226,7 @@ SPARSEFORMER = Family(
     dropout_overrides={"drop_path_rate": 0.2},
     deeper_overrides=_SPARSEFORMER_DEEPER,
     lora_targets=("qkv", "fc1"),
-    head_modules=("classifier",),
+    head_modules=("head",),
     common_overrides=_ONE_REPEAT,
     common_skips={"test_inputs_embeds": _NO_TEXT_EMBEDDING},
 )
@@ -259,7 +259,7 @@ SPARSEFORMER_VIDEO = Family(
     dropout_overrides={"drop_path_rate": 0.2},
     deeper_overrides=_SPARSEFORMER_DEEPER,
     lora_targets=("qkv", "fc1"),
-    head_modules=("classifier",),
+    head_modules=("head",),
     common_overrides=_ONE_REPEAT,
     common_skips={"test_inputs_embeds": _NO_TEXT_EMBEDDING},
 )

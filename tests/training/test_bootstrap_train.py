@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 from polyscale import FlexiViTConfig, FlexiViTForImageClassification, FlexiViTImageProcessor, SparseFormerModel
 from polyscale.cli import app
 from polyscale.training import make_recipe, train
-from polyscale.training.data import AugmentedImages, collate_pictures, load_image_dataset, training_transform
+from polyscale.training.data import load_image_dataset
+from polyscale.training.transforms import AugmentedImages, TrainingTransform, collate_images
 
 from .conftest import make_picture, make_split
 
@@ -55,8 +56,8 @@ def test_pictures_need_no_labels(unlabelled_folder, tmp_path):
     for source, count in ((unlabelled_folder, 24), (tmp_path / "x.parquet", 6), (tmp_path / "labelled.parquet", 6)):
         split = load_image_dataset(source, labelled=False)["train"]
         assert split.column_names == ["image"]
-        rows = AugmentedImages(split, training_transform("none", (8, 8), [0.5] * 3, [0.5] * 3))
-        assert collate_pictures([rows[0], rows[1]])["pixel_values"].shape == (2, 3, 8, 8)
+        rows = AugmentedImages(split, TrainingTransform("none", (8, 8), [0.5] * 3, [0.5] * 3))
+        assert collate_images([rows[0], rows[1]])["pixel_values"].shape == (2, 3, 8, 8)
         assert len(rows) == count
 
 
@@ -132,10 +133,10 @@ def test_an_interrupted_run_resumes_to_the_same_weights(flexivit, unlabelled_fol
     recipe = small_recipe(flexivit, epochs=2, save_steps=2, ema_decay=0.9)
     train(unlabelled_folder, tmp_path / "whole", recipe)
 
-    from polyscale.training import callbacks
+    from polyscale.models.sparseformer import callbacks_sparseformer
 
     with monkeypatch.context() as patch:
-        patch.setattr(callbacks.LossScaleCallback, "on_step_end", StopAfter(5).on_step_end)
+        patch.setattr(callbacks_sparseformer.LossScaleCallback, "on_step_end", StopAfter(5).on_step_end)
         with pytest.raises(KeyboardInterrupt):
             train(unlabelled_folder, tmp_path / "broken", recipe)
     train(unlabelled_folder, tmp_path / "broken", recipe, resume=True)

@@ -9,8 +9,8 @@ from torch import nn
 from polyscale import FlexiViTConfig, FlexiViTForImageClassification
 from polyscale.training import PatchSizeCallback
 from polyscale.training.callbacks import DatasetEpochCallback
-from polyscale.training.data import AugmentedImages
 from polyscale.training.ema import EMACallback
+from polyscale.training.transforms import AugmentedImages
 
 
 def tiny_model(**options) -> FlexiViTForImageClassification:
@@ -60,12 +60,21 @@ def test_evaluation_and_explicit_sizes_are_left_alone():
     assert model.flexivit.embeddings.resolve_patch_size(None) == (4, 4)
 
 
-def test_the_end_of_training_gives_the_drawing_back():
+def test_the_end_of_a_step_gives_the_drawing_back():
     model = tiny_model().train()
     sizes_of_a_run(model, [0])
-    PatchSizeCallback().on_train_end(None, None, None, model=model)
+    PatchSizeCallback().on_step_end(None, None, None, model=model)
     assert model.flexivit.embeddings.step_patch_size is None
     assert {model.flexivit.embeddings.resolve_patch_size(None) for _ in range(60)} == {(2, 2), (4, 4), (4, 8)}
+
+
+def test_a_step_that_ends_with_an_exception_leaves_no_size_behind():
+    model = tiny_model().train()
+    (size,) = sizes_of_a_run(model, [0])
+    model.train()  # what a Trainer calls before each forward
+    assert model.flexivit.embeddings.resolve_patch_size(None) == size
+    model.eval().train()
+    assert model.flexivit.embeddings.step_patch_size is None
 
 
 def test_a_model_without_train_sizes_is_left_alone():
@@ -99,7 +108,7 @@ def test_ema_is_the_recurrence(tmp_path):
     ema.on_save(args, SimpleNamespace(global_step=4, is_world_process_zero=True), None)
     assert load_file(tmp_path / "checkpoint-4" / "ema.safetensors")["weight"].numpy() == pytest.approx(expected)
 
-    resumed = EMACallback(decay=0.9)
+    resumed = EMACallback(decay=0.9, checkpoint=tmp_path / "checkpoint-4")
     resumed.on_train_begin(args, SimpleNamespace(global_step=4), None, model=model)
     resumed.copy_to(model)
     assert model.weight.detach().numpy() == pytest.approx(expected)

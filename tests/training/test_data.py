@@ -3,13 +3,8 @@ import pytest
 import torch
 from PIL import Image
 
-from polyscale.training.data import (
-    AugmentedImages,
-    ImageCollator,
-    evaluation_split,
-    load_image_dataset,
-    training_transform,
-)
+from polyscale.training.data import evaluation_split, load_image_dataset
+from polyscale.training.transforms import AugmentedImages, ImageCollator, TrainingTransform
 
 from .conftest import LABELS, make_picture, make_split
 
@@ -54,16 +49,16 @@ def _written(folder):
 
 
 def test_no_augmentation_is_resize_and_normalise():
-    transform = training_transform("none", (8, 8), *STATS)
+    transform = TrainingTransform("none", (8, 8), *STATS)
     flat = Image.new("RGB", (16, 16), (255, 0, 51))
     torch.testing.assert_close(transform(flat)[:, 3, 5], torch.tensor([2.0, -2.0, (0.2 - 0.5) / 0.25]))
     with pytest.raises(ValueError, match="`augmentation` must be one of"):
-        training_transform("magic", (8, 8), *STATS)
+        TrainingTransform("magic", (8, 8), *STATS)
 
 
 @pytest.mark.parametrize("augmentation", ["crop", "resized-crop", "trivial"])
 def test_augmentation_changes_pictures_not_shapes(augmentation):
-    rows = AugmentedImages(make_split(2), training_transform(augmentation, (12, 10), *STATS))
+    rows = AugmentedImages(make_split(2), TrainingTransform(augmentation, (12, 10), *STATS))
     first = rows[0]["pixel_values"]
     assert first.shape == (3, 12, 10)
     assert first.dtype == torch.float32
@@ -88,5 +83,5 @@ def test_collator_mixes_pictures_and_labels_alike():
 
 def test_greyscale_pictures_become_rgb():
     split = make_split(1).map(lambda row: {"image": make_picture(0, 0).convert("L")})
-    row = AugmentedImages(split, training_transform("none", (8, 8), *STATS))[0]
+    row = AugmentedImages(split, TrainingTransform("none", (8, 8), *STATS))[0]
     assert row["pixel_values"].shape == (3, 8, 8)

@@ -8,7 +8,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Tr
 from typer.testing import CliRunner
 
 from polyscale.cli import app
-from polyscale.training import RECIPES, make_recipe, train
+from polyscale.training import RECIPES, PatchSizeCallback, make_recipe, train
 
 from .conftest import LABELS, make_picture
 
@@ -38,9 +38,12 @@ def test_a_trained_model_knows_its_classes_through_the_pipeline(trained):
     assert metrics["eval_top1"] >= 0.9
     assert not output.with_name("model.training").exists()
     assert sorted(path.name for path in output.iterdir()) == [
+        "README.md",
         "config.json",
+        "curve.png",
         "model.safetensors",
         "preprocessor_config.json",
+        "training.json",
     ]
     classifier = pipeline("image-classification", model=str(output))
     for label, name in enumerate(LABELS):
@@ -75,10 +78,8 @@ def test_an_interrupted_run_resumes_to_the_same_weights(parquet_folder, tmp_path
     recipe = small_recipe(epochs=2, save_steps=4, ema_decay=0.9, augmentation="crop")
     train(parquet_folder, tmp_path / "whole", recipe)
 
-    from polyscale.training import callbacks
-
     with monkeypatch.context() as patch:
-        patch.setattr(callbacks.PatchSizeCallback, "on_step_end", StopAfter(7).on_step_end)
+        patch.setattr(PatchSizeCallback, "on_step_end", StopAfter(7).on_step_end)
         with pytest.raises(KeyboardInterrupt):
             train(parquet_folder, tmp_path / "broken", recipe)
     assert not (tmp_path / "broken").exists()

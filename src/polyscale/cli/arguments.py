@@ -33,7 +33,7 @@ def split_list(text: str | None) -> list[str] | None:
 
 
 def parse_fields(entries: list[str] | None, option: str = "--set") -> dict[str, Any]:
-    """["patch_size=16", "remainder=pad"] -> {"patch_size": 16, "remainder": "pad"}: JSON where it is JSON, else text."""
+    """["patch_size=16", "pooling=cls"] -> {"patch_size": 16, "pooling": "cls"}: JSON where it is JSON, else text."""
     fields: dict[str, Any] = {}
     for entry in entries or []:
         name, separator, value = entry.partition("=")

@@ -1,6 +1,6 @@
 """What the configs of all families share: names and values are checked when a config is made and when it is changed.
 
-A field's type and choices stand in its annotation, its range in the function that makes it (`positive`, `size`, ...).
+A field's type and choices stand in its annotation, its range in the function that makes it (`positive`, `rate`, ...).
 Rules that hold between fields are methods `validate_...`: transformers runs them when a config is made and when it is
 saved, our models when they are made. They do not run on assignment: two fields are changed one after the other.
 """
@@ -145,6 +145,15 @@ class CheckedConfigMixin:
             check(value)
         super().__setattr__(name, value)
 
+    def check_fit(self) -> None:
+        """Raises ConfigError where fields of this family do not fit together, such as after several assignments."""
+        for check in type(self).__class_validators__:
+            if not hasattr(PreTrainedConfig, check.__name__):
+                try:
+                    check(self)
+                except (TypeError, ValueError) as error:
+                    raise ConfigError(str(error)) from error
+
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
         """As in transformers. Names in `config_dict` are taken as those of a file; those in `kwargs` as typed.
@@ -238,12 +247,12 @@ def _check_size(value: Any) -> None:
             raise ValueError(str(error).removeprefix("`size` ")) from None
 
 
-def at_least(minimum: int, default: int | None) -> Any:
-    """A field for numbers of at least `minimum`."""
+def at_least(minimum: int, default: int | None, reason: str | None = None) -> Any:
+    """A field for numbers of at least `minimum`; the error names the reason, if there is one to name."""
 
     def check(value: Any) -> None:
         if value is not None and value < minimum:
-            raise ValueError(f"must be at least {minimum}, got {value!r}.")
+            raise ValueError(f"must be at least {minimum}, got {value!r}{'' if reason is None else f': {reason}'}.")
 
     return validated_field(check, default=default)
 
@@ -283,7 +292,7 @@ def choice(choices: Collection[str], default: str) -> Any:
     return validated_field(check, default=default)
 
 
-def size(default: int | None) -> Any:
+def pixel_size(default: int | None) -> Any:
     """A field for sizes: an int, or (height, width), in pixels."""
     return validated_field(_check_size, default=default)
 
@@ -299,5 +308,5 @@ __all__ = [
     "non_negative",
     "positive",
     "rate",
-    "size",
+    "pixel_size",
 ]

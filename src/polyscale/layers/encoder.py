@@ -4,7 +4,7 @@ One encoder for ViT (arXiv 2010.11929), DeiT (2012.12877), DINOv2 (2304.07193) a
 parameters have the names of transformers' ViT, so that its tensor-parallel plans and LoRA recipes carry over.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -15,6 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
+from .call_checks import CheckedModelMixin
 from .encoder_config import EncoderConfig
 
 
@@ -204,7 +205,7 @@ class PrefixTokens(nn.Module):
 
 
 class TokenPooler(nn.Module):
-    """All tokens of a picture -> one vector, as `config.pooling` says. (batch, tokens, hidden) -> (batch, pooled)."""
+    """All tokens of an image -> one vector, as `config.pooling` says. (batch, tokens, hidden) -> (batch, pooled)."""
 
     def __init__(self, config: EncoderConfig):
         super().__init__()
@@ -237,7 +238,7 @@ class TokenPooler(nn.Module):
         return self.layernorm(pooled)
 
 
-class ClassifierHead(nn.Module):
+class EncoderClassificationHead(nn.Module):
     """`pooler_output` -> logits; with DeiT's second classifier, the mean of both, as timm evaluates."""
 
     def __init__(self, config: EncoderConfig):
@@ -255,21 +256,7 @@ class ClassifierHead(nn.Module):
         return logits
 
 
-def is_observed(model: PreTrainedModel, modules: Iterable[nn.Module], kwargs: dict) -> bool:
-    """Whether somebody else than a head sees what modules compute: an output that the model records is asked for, or
-    there is a forward hook.
-
-    Args:
-        model: its `_can_record_outputs` are asked for by `output_...` in `kwargs` or in its config.
-        modules: in whose way a hook would be.
-        kwargs: of the classifier's forward.
-    """
-    outputs = (f"output_{name}" for name in model._can_record_outputs)
-    is_recorded = any(kwargs.get(name, getattr(model.config, name, False)) for name in outputs)
-    return is_recorded or any(module._forward_hooks or module._forward_pre_hooks for module in modules)
-
-
-class EncoderPreTrainedModel(PreTrainedModel):
+class EncoderPreTrainedModel(CheckedModelMixin, PreTrainedModel):
     """Flags and weight initialisation of models on this encoder; `hidden_states` and `attentions` are recorded."""
 
     main_input_name = "pixel_values"
@@ -283,19 +270,12 @@ class EncoderPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": EncoderLayer, "attentions": EncoderAttention}
 
-    def reads_prefix_only(self, model: nn.Module, **kwargs) -> bool:
-        """Whether a classifier may leave the patch tokens of the last layer uncomputed.
+    def get_input_embeddings(self) -> nn.Module:
+        """The patch projection: its output is the first that depends on weights."""
+        return self.base_model.embeddings.patch_embeddings.projection
 
-        It may where its pooling does not read them and nobody else does: no `hidden_states` or `attentions` are asked
-        for, and there is no hook to see them.
-
-        Args:
-            model: the model without its head.
-            kwargs: of the classifier's forward.
-        """
-        if self.config.pooling not in ("cls", "pooler") or len(model.layers) == 0:
-            return False
-        return not is_observed(self, (model, model.layernorm, model.pooler, *model.layers[-1].modules()), kwargs)
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.base_model.embeddings.patch_embeddings.projection = value
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -308,14 +288,13 @@ class EncoderPreTrainedModel(PreTrainedModel):
 
 
 __all__ = [
-    "ClassifierHead",
     "DropPath",
     "EncoderAttention",
+    "EncoderClassificationHead",
     "EncoderLayer",
     "EncoderPreTrainedModel",
     "LayerScale",
     "PrefixTokens",
     "TokenPooler",
-    "is_observed",
     "make_encoder_layers",
 ]

@@ -12,9 +12,9 @@ from .config_checks import (
     activation,
     checked_config,
     non_negative,
+    pixel_size,
     positive,
     rate,
-    size,
 )
 from .token_budget import TokenBudgetMixin
 
@@ -72,6 +72,9 @@ class EncoderConfig(CheckedConfigMixin, TokenBudgetMixin, BackboneConfigMixin, P
         num_channels (`int`, *optional*, defaults to 3): channels of an image.
         image_size (`int` or `(height, width)`, *optional*, defaults to 224): in pixels: the size the positions were
             made for.
+        keep_all_tokens (`bool`, *optional*, defaults to `False`): whether a classifier computes every token of the
+            last layer, also those that its head does not read. Without it they are computed where
+            `output_hidden_states` or `output_attentions` asks for them.
         apply_layernorm (`bool`, *optional*, defaults to `True`): whether a backbone normalises its feature maps.
         reshape_hidden_states (`bool`, *optional*, defaults to `True`): whether a backbone gives maps, not tokens.
 
@@ -106,7 +109,8 @@ class EncoderConfig(CheckedConfigMixin, TokenBudgetMixin, BackboneConfigMixin, P
     num_register_tokens: int = non_negative(0)
     prefix_positions: Literal["none", "cls", "all"] = "none"
     num_channels: int = positive(3)
-    image_size: int | list[int] | tuple[int, int] = size(224)
+    image_size: int | list[int] | tuple[int, int] = pixel_size(224)
+    keep_all_tokens: bool = False
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
     apply_layernorm: bool = True
@@ -178,6 +182,13 @@ class EncoderConfig(CheckedConfigMixin, TokenBudgetMixin, BackboneConfigMixin, P
         if self.prefix_positions == "cls":
             return int(self.use_cls_token) + int(self.use_distillation_token)
         return 0
+
+    @property
+    def num_pooled_tokens(self) -> int | None:
+        """How many tokens, the first ones, pooling and head read; `None` where pooling reads all."""
+        if self.pooling in ("mean", "cls_mean"):
+            return None
+        return 2 if self.use_distillation_head else 1
 
     @property
     def pooled_size(self) -> int:

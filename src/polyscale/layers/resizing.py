@@ -11,11 +11,14 @@ stored one is still right (`_version` is not bumped by fused optimisers or by `.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
+from threading import Lock
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from transformers.utils.generic import maybe_autocast
 
 from ..utils.validation import to_pair
 
@@ -28,6 +31,12 @@ def _cubic(distance: np.ndarray, a: float) -> np.ndarray:
     near = ((a + 2) * distance - (a + 3)) * distance**2 + 1
     far = a * (((distance - 5) * distance + 8) * distance - 4)
     return np.where(distance <= 1, near, np.where(distance < 2, far, 0.0))
+
+
+def _read_only(matrix: np.ndarray) -> np.ndarray:
+    """Callers share the matrices that the caches keep."""
+    matrix.setflags(write=False)
+    return matrix
 
 
 @lru_cache(maxsize=1024)
@@ -49,7 +58,7 @@ def interpolation_matrix(old: int, new: int, interpolation: str, antialias: bool
         stretch = max(scale, 1.0)
         distance = np.abs(np.arange(old)[None] + 0.5 - centers[:, None]) / stretch
         weights = np.maximum(0.0, 1 - distance) if interpolation == "bilinear" else _cubic(distance, a=-0.5)
-        return weights / weights.sum(axis=1, keepdims=True)
+        return _read_only(weights / weights.sum(axis=1, keepdims=True))
 
     source = centers - 0.5
     if interpolation == "bilinear":
@@ -63,7 +72,7 @@ def interpolation_matrix(old: int, new: int, interpolation: str, antialias: bool
     matrix = np.zeros((new, old))
     for tap, weight in taps.items():
         np.add.at(matrix, (np.arange(new), np.clip(first + tap, 0, old - 1)), weight)
-    return matrix
+    return _read_only(matrix)
 
 
 @lru_cache(maxsize=1024)
@@ -73,11 +82,14 @@ def pseudo_inverse_matrix(old: int, new: int, interpolation: str, antialias: boo
     A is the transposed pseudo-inverse of the interpolation matrix. Singular values below 1e-5 of the largest count as
     zero, which is where float32 implementations cut.
     """
-    return np.linalg.pinv(interpolation_matrix(old, new, interpolation, antialias), rcond=1e-5).T
+    return _read_only(np.linalg.pinv(interpolation_matrix(old, new, interpolation, antialias), rcond=1e-5).T)
 
 
 _matrix_makers = {"interpolate": interpolation_matrix, "pi": pseudo_inverse_matrix}
+# The matrices of the latest sizes; an image size and a patch size need up to four.
 _matrices_on_device: dict[tuple, torch.Tensor] = {}
+_MAX_MATRICES = 256
+_lock = Lock()
 
 
 def _matrix_data(method: str, old: int, new: int, interpolation: str, antialias: bool) -> list[list[float]]:
@@ -103,7 +115,10 @@ def _matrix(
             data = np.ascontiguousarray(_matrix_makers[method](old, new, interpolation, antialias), dtype=np.float32)
             matrix = torch.tensor(data).to(device)
         if type(matrix) is torch.Tensor and device.type != "meta":  # a tracer's stand-in tensor must not be kept
-            _matrices_on_device[key] = matrix
+            with _lock:
+                while len(_matrices_on_device) >= _MAX_MATRICES:
+                    del _matrices_on_device[next(iter(_matrices_on_device))]  # the oldest
+                _matrices_on_device[key] = matrix
     return matrix
 
 
@@ -112,7 +127,7 @@ def _resize_separable(
 ) -> torch.Tensor:
     """(..., rows, columns) -> (..., *new_size): two matrix products in float32, outside of autocast."""
     rows, columns = grid.shape[-2:]
-    with torch.autocast(device_type=grid.device.type, enabled=False):
+    with maybe_autocast(device_type=grid.device.type, enabled=False):
         resized = grid.float()
         if columns != new_size[1]:
             resized = resized @ _matrix(method, columns, new_size[1], interpolation, antialias, grid.device).T
@@ -172,7 +187,57 @@ def interpolate_resize_patch_embed(
     new_size = to_pair(new_patch_size, "new_patch_size")
     if interpolation in INTERPOLATIONS:
         return _resize_separable(patch_embed, new_size, "interpolate", interpolation, antialias)
-    return F.interpolate(patch_embed, new_size, mode=interpolation, antialias=antialias)
+    resized = F.interpolate(patch_embed.float(), new_size, mode=interpolation, antialias=antialias)
+    return resized.to(patch_embed.dtype)
+
+
+@dataclass(frozen=True)
+class KernelResize:
+    """How a model resizes its patch kernel: called with a kernel and a new size, it gives the new kernel.
+
+    Args:
+        method (`str`, *optional*, defaults to `"pi"`): "pi" (pseudo-inverse resize) or "interpolate".
+        interpolation (`str`, *optional*, defaults to `"bilinear"`): "bilinear" or "bicubic".
+        antialias (`bool`, *optional*, defaults to `False`): whether the image resize that is followed is antialiased.
+    """
+
+    method: str = "pi"
+    interpolation: str = "bilinear"
+    antialias: bool = False
+
+    def __call__(self, patch_embed: torch.Tensor, new_patch_size: tuple[int, int]) -> torch.Tensor:
+        resize = pi_resize_patch_embed if self.method == "pi" else interpolate_resize_patch_embed
+        return resize(patch_embed, new_patch_size, self.interpolation, self.antialias)
+
+
+def resize_patches(
+    pixel_values: torch.Tensor, patch_size: tuple[int, int], kernel_size: tuple[int, int], resize: KernelResize
+) -> torch.Tensor:
+    """Resizes every patch of an image to the size of a kernel, so that the kernel's products with the new patches are
+    those of the resized kernel with the old ones: <R k, x> = <k, R' x>.
+
+    Args:
+        pixel_values (`torch.Tensor`): (batch, channels, height, width).
+        patch_size (`tuple[int, int]`): (height, width) of a patch, in pixels; an incomplete last row or column of
+            patches is dropped.
+        kernel_size (`tuple[int, int]`): (height, width) of the kernel, in pixels.
+        resize (`KernelResize`): what resizes the kernel.
+
+    Returns:
+        `torch.Tensor`: (batch, channels, rows * kernel height, columns * kernel width), in the dtype of the image.
+    """
+    if patch_size == kernel_size:
+        return pixel_values
+    rows, columns = (side // patch for side, patch in zip(pixel_values.shape[-2:], patch_size, strict=True))
+    pixels = pixel_values[..., : rows * patch_size[0], : columns * patch_size[1]]
+    with maybe_autocast(device_type=pixels.device.type, enabled=False):
+        row_matrix, column_matrix = (
+            _matrix(resize.method, old, new, resize.interpolation, resize.antialias, pixels.device)
+            for old, new in zip(kernel_size, patch_size, strict=True)
+        )  # (patch, kernel) each
+        resized = pixels.float().unflatten(-1, (columns, patch_size[1])) @ column_matrix
+        resized = row_matrix.T @ resized.flatten(-2).unflatten(-2, (rows, patch_size[0]))
+    return resized.flatten(-3, -2).to(pixel_values.dtype)
 
 
 def resize_abs_pos_embed(
@@ -225,9 +290,11 @@ def resize_abs_pos_embed(
 
 __all__ = [
     "INTERPOLATIONS",
+    "KernelResize",
     "interpolate_resize_patch_embed",
     "interpolation_matrix",
     "pi_resize_patch_embed",
     "pseudo_inverse_matrix",
     "resize_abs_pos_embed",
+    "resize_patches",
 ]

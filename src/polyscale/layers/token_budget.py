@@ -11,6 +11,10 @@ from transformers import PreTrainedConfig
 from transformers.utils import ModelOutput
 
 
+# Every word in which some family is asked for a budget; `register_family` adds those of each.
+_BUDGET_WORDS: set[str] = set()
+
+
 class TokenBudgetMixin:
     """What the config of a family says about its token budget. Goes in front of `PreTrainedConfig`.
 
@@ -138,6 +142,19 @@ class TokenBudgetMixin:
         return [(group, self.budget_from_code(*budget)) for budget, group in places.items()]
 
 
+def add_budget_words(config_class: type[PreTrainedConfig]) -> None:
+    """Notes the budget words of a family: what its budget argument, changeable and fixed fields are called."""
+    words = {*getattr(config_class, "changeable_fields", ()), *getattr(config_class, "fixed_fields", {})}
+    argument = getattr(config_class, "budget_argument", None)
+    words |= {argument} if isinstance(argument, str) else set()
+    _BUDGET_WORDS.update(words - {"image_size"})
+
+
+def registered_budget_words() -> frozenset[str]:
+    """The budget words of all registered families."""
+    return frozenset(_BUDGET_WORDS)
+
+
 def budget_argument_of(config: PreTrainedConfig) -> str | None:
     """The name of the budget argument of a model's `forward`; `None` for any model without one."""
     return getattr(config, "budget_argument", None)
@@ -183,7 +200,7 @@ def token_budget(config: PreTrainedConfig, budget: Any) -> Iterator[None]:
         for name, value in fields.items():
             setattr(config, name, value)
     except StrictDataclassError as error:
-        raise ValueError(f"`budgets` holds {budget!r}, which is no {name} of {config.model_type!r}.") from error
+        raise ValueError(f"`budgets` holds {budget!r}, no {name} of {config.model_type!r}: {error}") from error
     try:
         yield
     finally:
@@ -235,11 +252,13 @@ def plain_size(size: int | Sequence[int]) -> int | list[int]:
 
 __all__ = [
     "TokenBudgetMixin",
+    "add_budget_words",
     "budget_argument_of",
     "budget_kwargs",
     "count_tokens",
     "default_budgets_of",
     "format_budget",
     "plain_size",
+    "registered_budget_words",
     "token_budget",
 ]

@@ -20,6 +20,8 @@ from transformers import (
     PreTrainedModel,
 )
 
+from ..layers.token_budget import add_budget_words
+
 
 @dataclass(frozen=True)
 class Family:
@@ -39,13 +41,14 @@ class Family:
     drawing: Callable | str | None = None
     budget_drawing: Callable | str | None = None
     training_callbacks: tuple[Callable | str, ...] = ()
+    training_config: Callable | str | None = None
 
     @property
     def model_type(self) -> str:
         return self.config_class.model_type
 
     def function(self, part: str) -> Callable | None:
-        """The function in the field `part` ("converter", "drawing", "budget_drawing"), imported, or `None`."""
+        """The function in the field `part` ("converter", "drawing", "training_config", ...), imported, or `None`."""
         return _imported(getattr(self, part))
 
     def callbacks(self) -> list[Any]:
@@ -76,6 +79,7 @@ def register_family(
     drawing: Callable | str | None = None,
     budget_drawing: Callable | str | None = None,
     training_callbacks: tuple[Callable | str, ...] = (),
+    training_config: Callable | str | None = None,
 ) -> Family:
     """Makes a family known to the Auto classes of transformers and to every tool of this library.
 
@@ -97,6 +101,9 @@ def register_family(
         budget_drawing (`Callable` or `str`, *optional*): function (axis, model, processor, image, budget) that draws
             one image as the model cuts it up at a budget.
         training_callbacks (`tuple`, *optional*): functions that make a `TrainerCallback` each, for every training.
+        training_config (`Callable` or `str`, *optional*): function (image_size, num_channels, preset=None, base=None,
+            **options) -> config to train images of (height, width) pixels with: of a size that fits them, of a preset,
+            or the config `base` of a checkpoint, with some fields changed. When `None`, the config class is called.
 
     Returns:
         `Family`: what was registered. A second registration of a `model_type` replaces the first.
@@ -118,6 +125,7 @@ def register_family(
         drawing,
         budget_drawing,
         tuple(training_callbacks),
+        training_config,
     )
     AutoConfig.register(config.model_type, config, exist_ok=True)
     AutoModel.register(config, model, exist_ok=True)
@@ -133,6 +141,7 @@ def register_family(
         AutoImageProcessor.register(config, image_processor_classes=family.image_processors, exist_ok=True)
     if video_processor is not None:
         AutoVideoProcessor.register(config, video_processor, exist_ok=True)
+    add_budget_words(config)
     _FAMILIES[config.model_type] = family
     return family
 

@@ -1,9 +1,20 @@
 """Recipes on `transformers.Trainer`."""
 
-from .callbacks import PatchSizeCallback
-from .recipe import RECIPES, TrainingRecipe, make_recipe
+from ..models.flexivit.callbacks_flexivit import PatchSizeCallback
+from .interruption import TrainingInterrupted, TrainingStopped
+from .recipe import RECIPES, TrainingRecipe, given_choices, make_recipe
 from .train import train
 from .trainer import ImageClassificationTrainer
 
 
-__all__ = ["RECIPES", "ImageClassificationTrainer", "PatchSizeCallback", "TrainingRecipe", "make_recipe", "train"]
+__all__ = [
+    "RECIPES",
+    "ImageClassificationTrainer",
+    "PatchSizeCallback",
+    "TrainingInterrupted",
+    "TrainingRecipe",
+    "TrainingStopped",
+    "given_choices",
+    "make_recipe",
+    "train",
+]

@@ -1,32 +1,36 @@
 """Bootstrapping a SparseFormer from a ViT (arXiv 2312.01987): new sampling layers in front of the ViT's own blocks.
 
-The student learns to give the teacher's final token, on pictures without labels.
+The student learns to give the teacher's final token, on images without labels.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoModel, PreTrainedModel, Trainer
+from transformers import AutoModel, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from ..checkpoints import resolve_checkpoint
 from ..models.sparseformer.configuration_sparseformer import SparseFormerConfig, bootstrapped_operations
 from ..models.sparseformer.convert_sparseformer_vit import ViTLoadingReport, load_vit_weights, read_vit_blocks
 from ..models.sparseformer.modeling_sparseformer import SparseFormerModel
 from ..utils.validation import to_pair
-from .callbacks import LossScaleCallback
-from .trainer import pictures_for_teacher
+from .recipe import TrainingRecipe
+from .starting_point import load_whole
+from .trainer import BudgetTrainer, images_for_teacher
 
 
 # What the class token is called in the ViTs of transformers.
 _CLASS_TOKENS = ("cls_token", "class_embedding")
-# Pictures that the variance of the teacher's tokens is measured on.
-_VARIANCE_PICTURES = 256
+# Images that the variance of the teacher's tokens is measured on.
+_VARIANCE_IMAGES = 256
 
 
-def load_teacher(name_or_path: str) -> PreTrainedModel:
-    """A ViT: a bundled checkpoint, a folder or a hub name; of a CLIP with two towers, the vision tower."""
-    model = AutoModel.from_pretrained(resolve_checkpoint(name_or_path), dtype=torch.float32)
+def load_teacher(name_or_path: str, recipe: TrainingRecipe | None = None) -> PreTrainedModel:
+    """A ViT: a bundled checkpoint, a folder or a hub name; of a CLIP with two towers, the vision tower.
+
+    Raises:
+        ValueError: if it cannot be read, or lacks tensors.
+    """
+    model = load_whole("bootstrap_from", name_or_path, AutoModel, recipe or TrainingRecipe())
     return getattr(model, "vision_model", model)
 
 
@@ -116,8 +120,8 @@ def make_student(
     return student, report
 
 
-class BootstrapTrainer(Trainer):
-    """`Trainer` without labels: the student's final token is matched to the teacher's.
+class BootstrapTrainer(BudgetTrainer):
+    """A trainer without labels: the student's final token is matched to the teacher's.
 
     The loss is the mean squared difference over the variance of the teacher's tokens: 1 for a student that always
     gives their mean, 0 for one that equals the teacher.
@@ -128,7 +132,7 @@ class BootstrapTrainer(Trainer):
         teacher_size: (height, width) in pixels that the teacher sees; None for the student's.
     """
 
-    loss_is_scaled_for_ga = False
+    metrics = ("loss",)
 
     def __init__(
         self,
@@ -143,21 +147,20 @@ class BootstrapTrainer(Trainer):
         self.image_stats = image_stats
         self.teacher_size = None if teacher_size is None else to_pair(teacher_size, "teacher_size")
         self.variance = self._measure_variance()
-        self.add_callback(LossScaleCallback(self.accelerator))
 
     @torch.no_grad()
     def target(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """The teacher's final token (batch, width) for the student's pictures, in float32."""
-        pictures = pictures_for_teacher(pixel_values, self.image_stats, self.teacher_size)
-        return final_token(self.teacher, pictures).float()
+        """The teacher's final token (batch, width) for the student's images, in float32."""
+        images = images_for_teacher(pixel_values, self.image_stats, self.teacher_size)
+        return final_token(self.teacher, images).float()
 
     def _measure_variance(self) -> torch.Tensor:
-        """Variance of the teacher's tokens over the first training pictures, mean of their channels.
+        """Variance of the teacher's tokens over the first training images, mean of their channels.
 
-        Measured before training: that of a batch changes from one to the next, and is 0 where a batch has one picture.
+        Measured before training: that of a batch changes from one to the next, and is 0 where a batch has one image.
         """
         step = self.args.per_device_train_batch_size
-        indices = range(min(len(self.train_dataset), _VARIANCE_PICTURES))
+        indices = range(min(len(self.train_dataset), _VARIANCE_IMAGES))
         batches = (
             self.data_collator([self.train_dataset[index] for index in indices[start : start + step]])
             for start in indices[::step]
@@ -171,11 +174,10 @@ class BootstrapTrainer(Trainer):
         loss = F.mse_loss(outputs.pooler_output.float(), target) / self.variance
         return (loss, outputs) if return_outputs else loss
 
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """The loss alone: there are no labels to compare with."""
-        with torch.no_grad(), self.compute_loss_context_manager():
-            loss = self.compute_loss(model, self._prepare_inputs(inputs))
-        return loss, None, None
+    def measure(self, model: nn.Module, inputs: dict[str, torch.Tensor], **budget) -> dict[str, torch.Tensor]:
+        """The loss of each image."""
+        token = model(pixel_values=inputs["pixel_values"], pooled_only=True).pooler_output.float()
+        return {"loss": (token - self.target(inputs["pixel_values"])).square().mean(dim=-1) / self.variance}
 
 
 __all__ = ["BootstrapTrainer", "final_token", "load_teacher", "make_student", "teacher_pooling"]

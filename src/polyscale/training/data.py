@@ -1,61 +1,249 @@
-"""Image-classification data for training and evaluation: any source that `datasets` reads."""
+"""Image-classification data for training and evaluation: folders of images, parquet files, data sets of a hub."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
-from datasets import ClassLabel, Dataset, DatasetDict, Image, load_dataset
-from torchvision.transforms import v2
+from datasets import (
+    Array2D,
+    Array3D,
+    ClassLabel,
+    Dataset,
+    DatasetDict,
+    Features,
+    Image,
+    concatenate_datasets,
+    load_dataset,
+)
+from datasets.data_files import DataFilesDict, EmptyDatasetError, get_data_patterns
+from datasets.exceptions import DatasetNotFoundError
+from PIL import Image as PILImage
+
+from ..utils.images import IMAGE_SUFFIXES, UnreadableImageError, read_image
+from .labels import listed, unify_labels
 
 
-AUGMENTATIONS = ("none", "crop", "resized-crop", "trivial")
-_INTERPOLATION = v2.InterpolationMode.BICUBIC
+# What the folder of a split may be called, and the name it gets.
+SPLIT_NAMES = {
+    "train": "train",
+    "training": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "test": "test",
+    "testing": "test",
+}
+ARRAY_SUFFIX = ".npy"
+LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target")
+_METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+# Up to so many bytes of files, every image is decoded before training; above, files are only looked for.
+_BYTES_TO_CHECK = 100_000_000
 
 
 def load_image_dataset(source: str | Path, labelled: bool = True) -> DatasetDict:
     """Reads an image data set.
 
+    Splits are told by the names of the folders at the top, if all of them that hold images are called `train`,
+    `validation` or `test` (or a usual variant); the folders below, or else those at the top, are the classes. A class
+    may have any name. Files of arrays (`.npy`, (height, width) or (height, width, channels)) count as images.
+
     Args:
-        source: a folder of pictures (one subfolder a class, with or without `train`/`test` above), a folder of parquet
-            files, one parquet file, or the name of a data set on a hub.
-        labelled: False leaves labels out; then there need not be any, nor subfolders.
+        source (`str` or `Path`): a folder of images, a folder of parquet files, one parquet file, or the name of a
+            data set on a hub.
+        labelled (`bool`, *optional*, defaults to `True`): `False` leaves labels out; then there need not be any, nor
+            class folders.
 
     Returns:
-        Its splits, each with a column `image` and, where `labelled`, an integer column `label`.
+        `DatasetDict`: its splits, each with a column `image` (upright RGB images of PIL, or arrays) and, where
+        `labelled`, an integer column `label`, whose classes (`features["label"].names`) are the same in all splits.
 
     Raises:
-        ValueError: if there is no such source, or it has no image column or no label column.
+        ValueError: if there is no such source, it has no image column or no label column, or labels are missing.
     """
-    path = Path(source).expanduser()
-    if path.is_file() and path.suffix == ".parquet":
-        splits = load_dataset("parquet", data_files=str(path))
-    elif path.is_dir():
-        splits = load_dataset(str(path))
-    elif path.exists() or str(source).startswith((".", "/", "~")):
-        raise ValueError(f"`dataset` must be a folder, a parquet file or a hub name; {source!s} is none of them.")
+    parts = _read(source, labelled)
+    described = f"data set {str(source)!r}"
+    standard = {name: [_with_standard_columns(part, described, labelled) for part in split] for name, split in parts}
+    if labelled:
+        splits = unify_labels(standard, described)
     else:
-        splits = load_dataset(str(source))
-    return DatasetDict({name: _with_standard_columns(split, source, labelled) for name, split in splits.items()})
+        splits = DatasetDict({name: concatenate_datasets(split) for name, split in standard.items()})
+    if not any(len(split) for split in splits.values()):
+        raise ValueError(f"The {described} is empty.")
+    return DatasetDict({name: split.with_transform(opened) for name, split in splits.items()})
 
 
-def _with_standard_columns(split: Dataset, source: str | Path, labelled: bool) -> Dataset:
-    images = [name for name, feature in split.features.items() if isinstance(feature, Image)]
-    if images and not labelled:
-        split = split.select_columns([images[0]])
-        return split if images[0] == "image" else split.rename_column(images[0], "image")
-    labels = [name for name, feature in split.features.items() if isinstance(feature, ClassLabel)]
-    labels = labels or [name for name in ("label", "labels", "fine_label", "class") if name in split.features]
-    if not images or not labels:
+def _read(source: str | Path, labelled: bool) -> list[tuple[str, list[Dataset]]]:
+    """(split, its parts), as they are stored."""
+    path = Path(source).expanduser()
+    if path.is_file():
+        if path.suffix != ".parquet":
+            raise ValueError(f"`dataset` must be a folder, a parquet file or a hub name; {source!s} is another file.")
+        return [("train", [_read_parquet(str(path))])]
+    if path.is_dir():
+        files = list(_files_below(path))
+        if any(file.name in _METADATA_FILES for file in files):
+            return [(name, [split]) for name, split in _load("imagefolder", data_dir=str(path)).items()]
+        if any(_is_image(file) for file in files):
+            return _read_image_folder(path, files, labelled)
+        if any(file.suffix == ".parquet" for file in files):
+            found = DataFilesDict.from_patterns(get_data_patterns(str(path)), base_path=str(path))
+            return [(str(name), [_read_parquet(file) for file in files]) for name, files in found.items()]
+        if not files:
+            raise ValueError(f"`dataset` {source!s} is an empty folder.")
+        return [(name, [split]) for name, split in _load(str(path)).items()]
+    if path.exists() or not _HUB_NAME.fullmatch(str(source)) or str(source).startswith("."):
+        raise ValueError(f"`dataset` must be a folder, a parquet file or a hub name; {source!s} is none of them.")
+    return [(name, [split]) for name, split in _load(str(source)).items()]
+
+
+def _load(name: str, **options) -> DatasetDict:
+    try:
+        return load_dataset(name, **options)
+    except (DatasetNotFoundError, ConnectionError, EmptyDatasetError) as error:
         raise ValueError(
-            f"The data set {source!s} must have an image column{' and a label column' if labelled else ''}, got the "
-            f"columns {dict(split.features)}."
+            f"`dataset` {name!r} is no folder or file here, and cannot be read from the hub: offline, or no such data "
+            f"set ({type(error).__name__})."
+        ) from error
+
+
+def _read_parquet(path: str) -> Dataset:
+    try:
+        return Dataset.from_parquet(path)
+    except Exception as error:  # pyarrow and datasets raise many kinds for a damaged file
+        raise ValueError(f"{path} is no readable parquet file: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    cause = error.__cause__ or error
+    return (str(cause).strip().splitlines() or [type(cause).__name__])[0]
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    """The files in a folder and below, sorted; hidden ones and what operating systems leave are not looked at."""
+    seen = set()
+    for root, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(root)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
+        yield from (Path(root, name) for name in sorted(files) if not name.startswith("."))
+
+
+def _is_image(file: Path) -> bool:
+    return file.suffix.lower() in (*IMAGE_SUFFIXES, ARRAY_SUFFIX)
+
+
+def _read_image_folder(path: Path, files: list[Path], labelled: bool) -> list[tuple[str, list[Dataset]]]:
+    images = [file.relative_to(path) for file in files if _is_image(file)]
+    tops = sorted({file.parts[0] for file in images if len(file.parts) > 1})
+    has_splits = bool(tops) and all(top.lower() in SPLIT_NAMES for top in tops)
+    depth = int(has_splits)
+    bare = [file for file in images if len(file.parts) < depth + 2]
+    if labelled and bare:
+        where = f"{bare[0].parent}" if has_splits and len(bare[0].parts) > 1 else str(path)
+        raise ValueError(
+            f"`dataset` {path} must have a folder for each class: {len(bare)} images, such as {bare[0]}, lie in none "
+            f"({where} holds them directly)."
         )
-    split = split.select_columns([images[0], labels[0]])
-    names = {images[0]: "image", labels[0]: "label"}
-    split = split.rename_columns({old: new for old, new in names.items() if old != new})
-    return split if isinstance(split.features["label"], ClassLabel) else split.class_encode_column("label")
+    splits: dict[str, list[Path]] = {}
+    for file in images:
+        name = SPLIT_NAMES[file.parts[0].lower()] if has_splits and len(file.parts) > 1 else "train"
+        splits.setdefault(name, []).append(file)
+    order = [name for name in ("train", "validation", "test") if name in splits]
+    columns: Mapping[str, dict] = {name: {"image": [str(path / file) for file in splits[name]]} for name in order}
+    features = {"image": Image(decode=False)}
+    if labelled:
+        names = sorted({file.parts[depth] for file in images})
+        features["label"] = ClassLabel(names=names)
+        numbers = {name: index for index, name in enumerate(names)}
+        for name in order:
+            columns[name]["label"] = [numbers[file.parts[depth]] for file in splits[name]]
+    return [(name, [Dataset.from_dict(columns[name], features=Features(features))]) for name in order]
+
+
+def _with_standard_columns(part: Dataset, source: str, labelled: bool) -> Dataset:
+    features = part.features
+    images = [name for name, feature in features.items() if isinstance(feature, Image)]
+    images = images or [name for name, feature in features.items() if isinstance(feature, Array2D | Array3D)]
+    if not images:
+        raise ValueError(f"The {source} must have an image column, got the columns {listed(list(features))}.")
+    columns = {images[0]: "image"}
+    if labelled:
+        labels = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
+        labels = labels or [name for name in LABEL_COLUMNS if name in features]
+        if not labels:
+            raise ValueError(
+                f"The {source} must have a label column ({', '.join(LABEL_COLUMNS)}, or of the type ClassLabel), got "
+                f"the columns {listed(list(features))}."
+            )
+        columns[labels[0]] = "label"
+    part = part.select_columns(list(columns))
+    part = part.rename_columns({old: new for old, new in columns.items() if old != new})
+    return part.cast_column("image", Image(decode=False)) if isinstance(part.features["image"], Image) else part
+
+
+def opened(batch: dict[str, list]) -> dict[str, list]:
+    """Rows as they are stored -> rows with opened images; a row may lack any column."""
+    if "image" not in batch:
+        return batch
+    return {**batch, "image": [open_cell(cell) for cell in batch["image"]]}
+
+
+def open_cell(cell) -> PILImage.Image | np.ndarray:
+    """What stands in an image column, as an upright RGB image, or as an array where it holds arrays.
+
+    Raises:
+        UnreadableImageError: for a damaged image, with the name of its file.
+    """
+    if isinstance(cell, list | np.ndarray):
+        return np.asarray(cell)
+    path = cell.get("path") if isinstance(cell, dict) else None
+    if path is not None and Path(path).suffix == ARRAY_SUFFIX and cell.get("bytes") is None:
+        try:
+            return np.load(path, allow_pickle=False)
+        except Exception as error:  # a damaged header raises many kinds
+            raise UnreadableImageError(path, f"not a readable array ({_first_line(error)})") from error
+    return read_image(cell)
+
+
+def check_images(split: Dataset, name: str) -> int:
+    """Decodes every image of a split, where that is cheap: small files together.
+
+    Args:
+        split: as `load_image_dataset` gives it.
+        name: of the split, for the error.
+
+    Returns:
+        `int`: how many images were decoded; 0 where there are too many bytes of them.
+
+    Raises:
+        ValueError: naming the first damaged images, and how many there are.
+    """
+    stored = split.with_format(None)
+    if not isinstance(stored.features["image"], Image):
+        return 0
+    paths = [cell["path"] for cell in stored["image"] if cell["bytes"] is None]
+    missing = [path for path in paths if not os.path.isfile(path)]
+    if missing:
+        raise ValueError(f"The split {name!r} lacks {len(missing)} image files: {listed(missing)}.")
+    if sum(map(os.path.getsize, paths)) + stored.data.nbytes > _BYTES_TO_CHECK:
+        return 0
+    damaged = []
+    for row, cell in enumerate(stored["image"]):
+        try:
+            open_cell(cell)
+        except UnreadableImageError as error:
+            damaged.append(str(error) if cell["path"] else f"row {row}: {error}")
+    if damaged:
+        more = f" (and {len(damaged) - 3} more)" if len(damaged) > 3 else ""
+        raise ValueError(f"The split {name!r} holds images that cannot be used: {'; '.join(damaged[:3])}{more}.")
+    return len(stored)
 
 
 def evaluation_split(splits: DatasetDict, name: str | None = None) -> str | None:
@@ -68,130 +256,33 @@ def evaluation_split(splits: DatasetDict, name: str | None = None) -> str | None
         if name not in splits:
             raise ValueError(f"`split` must be one of {list(splits)}, got {name!r}.")
         return name
-    return next((split for split in ("validation", "valid", "test") if split in splits), None)
+    return next((split for split in ("validation", "valid", "val", "dev", "test") if split in splits), None)
 
 
-def training_transform(
-    augmentation: str, image_size: tuple[int, int], image_mean: list[float], image_std: list[float]
-) -> Callable:
-    """A torchvision v2 transform: PIL picture -> normalised tensor (3, *image_size).
-
-    Args:
-        augmentation: "none" (resize), "crop" (resize, a shift of up to an eighth, flip), "resized-crop" (random area
-            and aspect ratio, flip) or "trivial" ("resized-crop" and TrivialAugment, arXiv 2103.10158).
-        image_size: (height, width) in pixels.
-        image_mean: mean of each channel, of values in [0, 1].
-        image_std: standard deviation of each channel.
-    """
-    if augmentation not in AUGMENTATIONS:
-        raise ValueError(f"`augmentation` must be one of {AUGMENTATIONS}, got {augmentation!r}.")
-    resize = v2.Resize(image_size, interpolation=_INTERPOLATION, antialias=True)
-    if augmentation == "none":
-        steps = [resize]
-    elif augmentation == "crop":
-        padding = (image_size[1] // 8, image_size[0] // 8)
-        steps = [resize, v2.RandomCrop(image_size, padding=list(padding)), v2.RandomHorizontalFlip()]
-    else:
-        steps = [
-            v2.RandomResizedCrop(image_size, interpolation=_INTERPOLATION, antialias=True),
-            v2.RandomHorizontalFlip(),
-        ]
-        if augmentation == "trivial":
-            steps.append(v2.TrivialAugmentWide())
-    return v2.Compose(
-        [v2.ToImage(), *steps, v2.ToDtype(torch.float32, scale=True), v2.Normalize(image_mean, image_std)]
-    )
+def sample_rows(split: Dataset, limit: int | None, seed: int = 0) -> Dataset:
+    """At most `limit` rows, drawn from the whole split by a seed; in the split's order."""
+    if limit is None or limit >= len(split):
+        return split
+    return split.select(sorted(np.random.default_rng(seed).choice(len(split), limit, replace=False).tolist()))
 
 
-@contextmanager
-def _seeded(*entropy: int) -> Iterator[None]:
-    """torch's CPU generator seeded from the numbers given; afterwards it is where it was."""
-    state = torch.get_rng_state()
-    # `torch.manual_seed` would seed the accelerators too, which costs more than a picture
-    torch.default_generator.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
-    try:
-        yield
-    finally:
-        torch.set_rng_state(state)
-
-
-class AugmentedImages(torch.utils.data.Dataset):
-    """The rows of a split, transformed: `pixel_values`, `index`, and `label` where they have one.
-
-    What a random transform does to a row depends on the seed, the epoch and the index of the row alone, not on the
-    number of workers or on what was read before: a resumed run sees the pictures that the unbroken one would see.
-
-    Args:
-        split: rows with `image` and perhaps `label` (see `load_image_dataset`).
-        transform: PIL picture -> tensor.
-        seed: of the random transforms.
-    """
-
-    def __init__(self, split: Dataset, transform: Callable, seed: int = 0):
-        self.split = split
-        self.transform = transform
-        self.seed = seed
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by `Trainer` before each epoch."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.split)
-
-    def __getitem__(self, index: int) -> dict:
-        row = self.split[index]
-        with _seeded(self.seed, self.epoch, index):
-            pixel_values = self.transform(row["image"].convert("RGB"))
-        labels = {"label": row["label"]} if "label" in row else {}
-        return {"pixel_values": pixel_values, **labels, "index": index}
-
-
-def collate_pictures(rows: list[dict]) -> dict[str, torch.Tensor]:
-    """Rows of `AugmentedImages` -> a batch of `pixel_values` without labels."""
-    return {"pixel_values": torch.stack([row["pixel_values"] for row in rows])}
-
-
-class ImageCollator:
-    """Rows of `AugmentedImages` -> a batch; with mixup or cutmix, labels are (batch, num_labels) weights.
-
-    Args:
-        num_labels: number of classes.
-        mixup: alpha of mixup (arXiv 1710.09412), 0 for none.
-        cutmix: alpha of cutmix (arXiv 1905.04899), 0 for none; with both, each batch draws one of the two.
-        seed: of the mixing, which depends on it and on the rows of the batch alone.
-    """
-
-    def __init__(self, num_labels: int, mixup: float = 0.0, cutmix: float = 0.0, seed: int = 0):
-        self.num_labels = num_labels
-        self.seed = seed
-        self.mixers = []
-        if mixup > 0:
-            self.mixers.append(v2.MixUp(alpha=mixup, num_classes=num_labels))
-        if cutmix > 0:
-            self.mixers.append(v2.CutMix(alpha=cutmix, num_classes=num_labels))
-
-    def without_mixing(self) -> "ImageCollator":
-        """The same for evaluation."""
-        return ImageCollator(self.num_labels)
-
-    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        pixel_values = torch.stack([row["pixel_values"] for row in rows])
-        labels = torch.tensor([row["label"] for row in rows])
-        if self.mixers:
-            with _seeded(self.seed, *(row["index"] for row in rows)):
-                mixer = self.mixers[int(torch.randint(len(self.mixers), ()))]
-                pixel_values, labels = mixer(pixel_values, labels)
-        return {"pixel_values": pixel_values, "labels": labels}
+def image_shapes(split: Dataset, count: int = 32) -> Sequence[tuple[int, int, int]]:
+    """(height, width, channels) of some images, spread over the split."""
+    shapes = []
+    for row in np.linspace(0, len(split) - 1, min(count, len(split))).astype(int).tolist():
+        image = split[row]["image"]
+        is_array = isinstance(image, np.ndarray)
+        shapes.append((*image.shape, 1)[:3] if is_array else (image.height, image.width, 3))
+    return shapes
 
 
 __all__ = [
-    "AUGMENTATIONS",
-    "AugmentedImages",
-    "ImageCollator",
-    "collate_pictures",
+    "LABEL_COLUMNS",
+    "SPLIT_NAMES",
+    "check_images",
     "evaluation_split",
+    "image_shapes",
     "load_image_dataset",
-    "training_transform",
+    "open_cell",
+    "sample_rows",
 ]

@@ -1,49 +1,74 @@
 """What a training run is made of, and the published recipes."""
 
-from dataclasses import dataclass, field
+import difflib
+import json
+import math
+import os
+from dataclasses import asdict, dataclass, field
+from numbers import Integral, Real
 
-from ..utils.validation import check_choice
-from .data import AUGMENTATIONS
+from ..utils.validation import check_choice, to_pair
+from .transforms import AUGMENTATIONS
 
 
 @dataclass
 class TrainingRecipe:
-    """The choices of a training run. Defaults suit small pictures from scratch.
+    """The choices of a training run. What is `None` follows from the data, or from the checkpoint started from.
 
     Args:
-        family: model type: "flexivit" (when None), "quadtree_vit", "sparseformer" (with `bootstrap_from`), ...
-        preset: a published size of the family ("flexivit_small", ...); None for the family's default.
-        model_options: fields of the family's config that differ from the preset.
-        init_from: a checkpoint of the family to start from, instead of random weights; a classifier for other classes
-            gets a new head.
-        bootstrap_from: a ViT to bootstrap a SparseFormer from (arXiv 2312.01987): the student has its last blocks and
-            learns its final token. Labels are not used; what is saved is a `SparseFormerModel`.
-        num_blocks: blocks of that ViT to take over; two thirds when None.
-        frozen_share: share of its depth, counted from the end, that stays as it is; a third when None.
-        image_size: (height, width) in pixels, or int; when None 32, or what the ViT of `bootstrap_from` sees.
-        image_mean: mean of each channel, of values in [0, 1]; when None 0.5, or that of the ViT.
-        image_std: standard deviation of each channel; when None 0.5, or that of the ViT.
-        limit: train on the first pictures only, that many; None for all.
-        augmentation: see `training_transform`.
-        mixup: alpha of mixup, 0 for none.
-        cutmix: alpha of cutmix, 0 for none.
-        label_smoothing: of the cross entropy.
-        teacher: an image-classification checkpoint to distil from, or None.
-        temperature: of the distillation.
-        epochs: passes over the training split; with `bootstrap_from` also 0, which saves the student as it starts.
-        batch_size: pictures a process a micro-batch.
-        gradient_accumulation_steps: micro-batches an optimiser step.
-        learning_rate: peak of the cosine schedule.
-        warmup: share of the steps in which the learning rate rises from 0 (below 1), or their number.
-        weight_decay: of AdamW; biases, norms and scales have none.
-        max_grad_norm: gradient norm to clip at; 0 for no clipping.
-        bf16: autocast to bfloat16.
-        gradient_checkpointing: recompute activations in the backward pass.
-        ema_decay: decay of an exponential moving average of the weights, which is then what is saved; None for none.
-        num_workers: processes that read pictures.
-        seed: of weights, order, augmentation and patch sizes.
-        save_dtype: "float16" or "bfloat16" halves the weights file, which still loads as float32.
-        save_steps: optimiser steps between checkpoints to resume from; None for one an epoch.
+        family (`str`, *optional*): model type: "flexivit" (when `None`), "quadtree_vit", "sparseformer", "s2_vision",
+            or any that transformers knows. With `init_from` that of the checkpoint, or one that it is converted to.
+        preset (`str`, *optional*): a published size of the family ("flexivit_small", ...); a size that fits the images
+            when `None`.
+        model_options (`dict`, *optional*): fields of the family's config that differ from the preset.
+        init_from (`str`, *optional*): a checkpoint to start from, instead of random weights: a bundled name, a folder
+            or a hub name. Its processing of images is kept. A classifier for the same classes, by name, keeps its
+            head; another one gets a new head.
+        bootstrap_from (`str`, *optional*): a ViT to bootstrap a SparseFormer from (arXiv 2312.01987): the student has
+            its last blocks and learns its final token. Labels are not used; what is saved is a `SparseFormerModel`.
+        tune_budgets (`(float, float)`, *optional*): shares of the full token budget, the lowest and the highest: the
+            model of `init_from` at its full budget teaches itself at budgets drawn between them. Labels are not used.
+        num_blocks (`int`, *optional*): blocks of the ViT of `bootstrap_from` to take over; two thirds when `None`.
+        frozen_share (`float`, *optional*): share of its depth, from the end, that stays as it is; a third when `None`.
+        image_size (`int` or `(height, width)`, *optional*): in pixels; that of the checkpoint, or one that fits the
+            images, when `None`.
+        num_channels (`int`, *optional*): 1 (grey), 3 (RGB), or any number for data of arrays; that of the checkpoint,
+            or of the images, when `None`.
+        image_mean (`tuple[float, ...]`, *optional*): mean of each channel, of values in [0, 1]; that of the
+            checkpoint, or 0.5, when `None`.
+        image_std (`tuple[float, ...]`, *optional*): standard deviation of each channel, likewise.
+        label_map (`dict[str, str]`, *optional*): class of the data -> class of the checkpoint (`init_from`,
+            `teacher`), where the names differ.
+        limit (`int`, *optional*): train on that many images, drawn from all; on all when `None`.
+        augmentation (`str`, *optional*, defaults to `"crop"`): see `TrainingTransform`.
+        mixup (`float`, *optional*, defaults to 0.0): alpha of mixup, 0 for none.
+        cutmix (`float`, *optional*, defaults to 0.0): alpha of cutmix, 0 for none.
+        label_smoothing (`float`, *optional*, defaults to 0.0): of the cross entropy, below 1.
+        teacher (`str`, *optional*): an image-classification checkpoint to distil from; its classes are matched by
+            name.
+        temperature (`float`, *optional*, defaults to 1.0): of the distillation.
+        epochs (`float`, *optional*, defaults to 10): passes over the training split; with `bootstrap_from` also 0,
+            which saves the student as it starts.
+        batch_size (`int`, *optional*): images per process and micro-batch; when `None` at most 128, and at least
+            eight steps an epoch where there are images enough.
+        gradient_accumulation_steps (`int`, *optional*, defaults to 1): micro-batches per optimiser step.
+        learning_rate (`float`, *optional*): peak of the cosine schedule; when `None` 1e-3, or 1e-4 with `init_from`.
+        warmup (`float`, *optional*, defaults to 0.05): share of the steps in which the learning rate rises from 0
+            (below 1), or their number.
+        weight_decay (`float`, *optional*, defaults to 0.05): of AdamW; biases, norms and scales have none.
+        max_grad_norm (`float`, *optional*, defaults to 1.0): gradient norm to clip at; 0 for no clipping.
+        bf16 (`bool`, *optional*, defaults to `False`): autocast to bfloat16.
+        gradient_checkpointing (`bool`, *optional*, defaults to `False`): recompute activations in the backward pass.
+        ema_decay (`float`, *optional*): decay of an exponential moving average of the weights, which is then what is
+            evaluated and saved.
+        num_workers (`int`, *optional*, defaults to 2): processes that read images.
+        seed (`int`, *optional*, defaults to 0): of weights, order, augmentation and drawn budgets.
+        save_dtype (`str`, *optional*): "float16" or "bfloat16" halves the weights file, which still loads as float32.
+        save_steps (`int`, *optional*): optimiser steps between checkpoints to resume from; one an epoch when `None`.
+        trust_remote_code (`bool`, *optional*, defaults to `False`): whether checkpoints may run code of their own.
+
+    Raises:
+        ValueError: for a value out of its range, or choices that exclude each other.
     """
 
     family: str | None = None
@@ -51,11 +76,14 @@ class TrainingRecipe:
     model_options: dict = field(default_factory=dict)
     init_from: str | None = None
     bootstrap_from: str | None = None
+    tune_budgets: tuple[float, float] | None = None
     num_blocks: int | None = None
     frozen_share: float | None = None
     image_size: int | tuple[int, int] | None = None
+    num_channels: int | None = None
     image_mean: tuple[float, ...] | None = None
     image_std: tuple[float, ...] | None = None
+    label_map: dict[str, str] | None = None
     limit: int | None = None
     augmentation: str = "crop"
     mixup: float = 0.0
@@ -64,9 +92,9 @@ class TrainingRecipe:
     teacher: str | None = None
     temperature: float = 1.0
     epochs: float = 10
-    batch_size: int = 128
+    batch_size: int | None = None
     gradient_accumulation_steps: int = 1
-    learning_rate: float = 1e-3
+    learning_rate: float | None = None
     warmup: float = 0.05
     weight_decay: float = 0.05
     max_grad_norm: float = 1.0
@@ -77,50 +105,165 @@ class TrainingRecipe:
     seed: int = 0
     save_dtype: str | None = None
     save_steps: int | None = None
+    trust_remote_code: bool = False
 
     def __post_init__(self):
         check_choice("augmentation", self.augmentation, AUGMENTATIONS)
         check_choice("save_dtype", self.save_dtype, (None, "float16", "bfloat16"))
-        for name in ("epochs", "batch_size", "gradient_accumulation_steps", "learning_rate", "temperature"):
-            may_be_zero = name == "epochs" and self.bootstrap_from is not None
-            if getattr(self, name) < 0 or (getattr(self, name) == 0 and not may_be_zero):
-                raise ValueError(f"`{name}` must be above 0, got {getattr(self, name)}.")
-        for name in ("mixup", "cutmix", "label_smoothing", "warmup", "weight_decay", "max_grad_norm"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
-        if self.limit is not None and self.limit < 1:
-            raise ValueError(f"`limit` must be at least 1, got {self.limit}.")
-        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
-            raise ValueError(f"`ema_decay` must be between 0 and 1, got {self.ema_decay}.")
-        if self.bootstrap_from is None:
-            self._complete_classification()
-        else:
+        self._check_texts()
+        for name in ("batch_size", "gradient_accumulation_steps", "limit", "save_steps", "num_channels", "num_blocks"):
+            self._check_number(name, whole=True, minimum=1)
+        for name in ("num_workers", "seed"):
+            self._check_number(name, whole=True)
+        for name in ("epochs", "mixup", "cutmix", "label_smoothing", "warmup", "weight_decay", "max_grad_norm"):
+            self._check_number(name)
+        for name in ("learning_rate", "temperature"):
+            self._check_number(name, above=0)
+        self._check_number("ema_decay", above=0, below=1)
+        self._check_number("label_smoothing", below=1)
+        self._check_number("frozen_share", maximum=1)
+        if self.epochs == 0 and self.bootstrap_from is None:
+            raise ValueError("`epochs` must be above 0, got 0.")
+        if self.image_size is not None:
+            self.image_size = to_pair(self.image_size, "image_size")
+        self._check_statistics()
+        if self.tune_budgets is not None:
+            self._check_tuning()
+        elif self.bootstrap_from is not None:
             self._check_bootstrapping()
+        else:
+            self._check_classification()
 
-    def _complete_classification(self) -> None:
+    @property
+    def needs_labels(self) -> bool:
+        """Whether the run learns from labels."""
+        return self.bootstrap_from is None and self.tune_budgets is None
+
+    def _check_texts(self) -> None:
+        for name in ("family", "preset", "init_from", "bootstrap_from", "teacher"):
+            value = getattr(self, name)
+            if value is not None:
+                if not isinstance(value, str | os.PathLike):
+                    raise ValueError(f"`{name}` must be text, got {value!r}.")
+                setattr(self, name, os.fspath(value))
+
+    def _check_number(
+        self,
+        name: str,
+        whole: bool = False,
+        minimum: float = 0,
+        above: float | None = None,
+        below: float = math.inf,
+        maximum: float = math.inf,
+    ) -> None:
+        value = getattr(self, name)
+        if value is None and type(self).__dataclass_fields__[name].default is None:
+            return
+        kind = Integral if whole else Real
+        if isinstance(value, bool) or not isinstance(value, kind) or not math.isfinite(value):
+            raise ValueError(f"`{name}` must be a {'whole' if whole else 'finite'} number, got {value!r}.")
+        if above is not None and value <= above:
+            limits = f"between {above} and {below}" if below < math.inf else f"above {above}"
+            raise ValueError(f"`{name}` must be {limits}, got {value}.")
+        if value < minimum:
+            raise ValueError(f"`{name}` must be at least {minimum}, got {value}.")
+        if value >= below and above is not None:
+            raise ValueError(f"`{name}` must be between {above} and {below}, got {value}.")
+        if value >= below or value > maximum:
+            raise ValueError(f"`{name}` must be {'below' if value >= below else 'at most'} {min(below, maximum)}.")
+
+    def _check_statistics(self) -> None:
+        for name in ("image_mean", "image_std"):
+            values = getattr(self, name)
+            if values is None:
+                continue
+            values = (values,) if isinstance(values, Real) else tuple(values)
+            if not values or not all(isinstance(value, Real) and math.isfinite(value) for value in values):
+                raise ValueError(f"`{name}` must hold a finite number for each channel, got {values}.")
+            if name == "image_std" and min(values) <= 0:
+                raise ValueError(f"`image_std` must be above 0: values are divided by it; got {values}.")
+            setattr(self, name, values)
+        lengths = {len(values) for values in (self.image_mean, self.image_std) if values is not None}
+        if self.num_channels is not None:
+            lengths.add(self.num_channels)
+        if len(lengths) > 1:
+            raise ValueError(
+                f"`image_mean`, `image_std` and `num_channels` must agree: one number for each channel; got "
+                f"{self.image_mean}, {self.image_std} and {self.num_channels}."
+            )
+
+    def _exclude(self, mode: str, reasons: dict[str, str]) -> None:
+        defaults = type(self).__dataclass_fields__
+        for name, reason in reasons.items():
+            if getattr(self, name) not in (defaults[name].default, None):
+                raise ValueError(f"`{mode}` and `{name}` exclude each other: {reason}.")
+
+    def _check_classification(self) -> None:
         for name in ("num_blocks", "frozen_share"):
             if getattr(self, name) is not None:
                 raise ValueError(f"`{name}` goes with `bootstrap_from`, which is not given.")
-        self.family = self.family or "flexivit"
-        self.image_size = 32 if self.image_size is None else self.image_size
-        self.image_mean, self.image_std = self.image_mean or (0.5,) * 3, self.image_std or (0.5,) * 3
+        if self.init_from is not None:
+            self._exclude("init_from", {"preset": "a checkpoint brings its own size"})
+        if self.teacher is None and self.temperature != 1:
+            raise ValueError("`temperature` goes with `teacher`, which is not given.")
+        if self.label_map and self.init_from is None and self.teacher is None:
+            raise ValueError("`label_map` goes with `init_from` or `teacher`: there are no other classes to map to.")
 
     def _check_bootstrapping(self) -> None:
         if self.family not in (None, "sparseformer"):
             raise ValueError(f"`bootstrap_from` makes a SparseFormer: `family` must be left out, got {self.family!r}.")
         self.family = "sparseformer"
-        for name, reason in (
-            ("preset", "the ViT brings the size; change fields by `model_options`"),
-            ("init_from", "the ViT is what the student starts from"),
-            ("teacher", "the ViT is the teacher"),
-            ("mixup", "there are no labels to mix"),
-            ("cutmix", "there are no labels to mix"),
-            ("label_smoothing", "there are no labels to smooth"),
+        self._exclude(
+            "bootstrap_from",
+            {
+                "preset": "the ViT brings the size; change fields by `model_options`",
+                "init_from": "the ViT is what the student starts from",
+                "teacher": "the ViT is the teacher",
+                "mixup": "there are no labels to mix",
+                "cutmix": "there are no labels to mix",
+                "label_smoothing": "there are no labels to smooth",
+                "label_map": "there are no labels to map",
+                "temperature": "no probabilities are compared",
+            },
+        )
+
+    def _check_tuning(self) -> None:
+        shares = tuple(self.tune_budgets)
+        if (
+            len(shares) != 2
+            or not all(isinstance(share, Real) for share in shares)
+            or not 0 < shares[0] <= shares[1] <= 1
         ):
-            if getattr(self, name):
-                raise ValueError(f"`bootstrap_from` and `{name}` exclude each other: {reason}.")
-        if self.temperature != 1:
-            raise ValueError("`bootstrap_from` and `temperature` exclude each other: no probabilities are compared.")
+            raise ValueError(
+                "`tune_budgets` must be two shares of the full budget, the lowest and the highest, such as 0.3 and "
+                f"1.0; got {shares}."
+            )
+        self.tune_budgets = shares
+        if self.init_from is None:
+            raise ValueError("`tune_budgets` needs `init_from`: the model that is tuned.")
+        self._exclude(
+            "tune_budgets",
+            {
+                "preset": "a checkpoint brings its own size",
+                "bootstrap_from": "each has a teacher of its own",
+                "teacher": "the model is its own teacher",
+                "mixup": "there are no labels to mix",
+                "cutmix": "there are no labels to mix",
+                "label_smoothing": "there are no labels to smooth",
+                "label_map": "there are no labels to map",
+                "num_blocks": "it goes with `bootstrap_from`",
+                "frozen_share": "it goes with `bootstrap_from`",
+            },
+        )
+
+    def to_json(self) -> dict:
+        """The fields as JSON holds them."""
+        return json.loads(json.dumps(asdict(self)))
+
+    @classmethod
+    def from_json(cls, fields: dict) -> "TrainingRecipe":
+        """What `to_json` gave."""
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
 
 
 # Batch sizes are those of all processes together in the papers; here they are per process.
@@ -169,13 +312,25 @@ def make_recipe(name: str | None = None, model_options: dict | None = None, **ch
         name: a key of `RECIPES`, or None.
         model_options: config fields, added to those of the recipe.
         choices: fields of `TrainingRecipe`; None keeps the recipe's.
+
+    Raises:
+        ValueError: for an unknown recipe or field, or values that `TrainingRecipe` refuses.
     """
+    for choice in choices:
+        if choice not in TrainingRecipe.__dataclass_fields__:
+            near = difflib.get_close_matches(choice, TrainingRecipe.__dataclass_fields__, 1)
+            raise ValueError(f"`{choice}` is no field of a recipe{f'; did you mean `{near[0]}`?' if near else '.'}")
+    return TrainingRecipe(**given_choices(name, model_options, **choices))
+
+
+def given_choices(name: str | None = None, model_options: dict | None = None, **choices) -> dict:
+    """The fields of a recipe that are chosen, and no others. Arguments: `make_recipe`."""
     if name is not None:
         check_choice("recipe", name, tuple(RECIPES))
-    base = dict(RECIPES[name]) if name else {}
-    options = {**base.pop("model_options", {}), **(model_options or {})}
-    given = {field_name: value for field_name, value in choices.items() if value is not None}
-    return TrainingRecipe(**{**base, **given, "model_options": options})
+    fields = dict(RECIPES[name]) if name else {}
+    options = {**fields.pop("model_options", {}), **(model_options or {})}
+    fields |= {field_name: value for field_name, value in choices.items() if value is not None}
+    return {**fields, "model_options": options} if options else fields
 
 
-__all__ = ["RECIPES", "TrainingRecipe", "make_recipe"]
+__all__ = ["RECIPES", "TrainingRecipe", "given_choices", "make_recipe"]

@@ -1,268 +1,310 @@
-"""Training on `transformers.Trainer`, of an image classifier of any family or by bootstrapping: the function behind
-`polyscale train`."""
+"""Training on `transformers.Trainer`, of an image classifier of any family, by bootstrapping or by budget tuning: the
+function behind `polyscale train`.
+"""
 
+import json
 import os
+import shlex
 import shutil
-from dataclasses import replace
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
-from datasets import DatasetDict
+from accelerate.utils import broadcast_object_list
+from rich.console import Console
 from safetensors.torch import load_file, save_file
-from transformers import (
-    AutoImageProcessor,
-    AutoModelForImageClassification,
-    BaseImageProcessor,
-    PreTrainedConfig,
-    PreTrainedModel,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-    set_seed,
-)
-from transformers.image_processing_backends import TorchvisionBackend
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
-from transformers.trainer_utils import get_last_checkpoint
+from torch import nn
+from transformers import PrinterCallback, set_seed
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.utils import logging
 
-from ..checkpoints import resolve_checkpoint
-from ..evaluation.metrics import TopKAccuracy
-from ..utils.validation import to_pair
-from .bootstrapping import BootstrapTrainer, load_teacher, make_student
-from .callbacks import DatasetEpochCallback, PatchSizeCallback
-from .data import (
-    AugmentedImages,
-    ImageCollator,
-    collate_pictures,
-    evaluation_split,
-    load_image_dataset,
-    training_transform,
-)
+from .callbacks import DatasetEpochCallback
+from .data import evaluation_split, load_image_dataset
 from .ema import EMACallback
+from .interruption import (
+    Interruption,
+    TrainingInterrupted,
+    TrainingStopped,
+    is_out_of_memory,
+    worker_failure,
+    write_failure,
+)
+from .outputs import draw_curve, versions, write_card, write_record
+from .plans import Plan, make_plan, splits_for
 from .recipe import TrainingRecipe
-from .trainer import ImageClassificationTrainer
+from .report import Reporter, default_result, result_line, summary_lines, time_of_step
+from .resume import RunFolder, WholeCheckpointCallback, check_unchanged
+from .schedule import schedule_notes, steps_of, training_arguments
+from .trainer import BudgetTrainer
 
 
-def make_model(recipe: TrainingRecipe, label_names: list[str]) -> PreTrainedModel:
-    """The classifier that a recipe starts from: random weights, or `recipe.init_from` with a head for these labels."""
-    labels = {"id2label": dict(enumerate(label_names)), "label2id": {name: i for i, name in enumerate(label_names)}}
-    options = {**recipe.model_options, **labels}
-    if recipe.init_from is not None:
-        if recipe.preset is not None:
-            raise ValueError("`preset` and `init_from` exclude each other: a checkpoint brings its own size.")
-        return AutoModelForImageClassification.from_pretrained(
-            recipe.init_from, ignore_mismatched_sizes=True, dtype=torch.float32, **options
-        )
-    if recipe.family not in CONFIG_MAPPING:
-        raise ValueError(f"`family` must be a model type that transformers or polyscale knows, got {recipe.family!r}.")
-    config_class = CONFIG_MAPPING[recipe.family]
-    if recipe.preset is not None:
-        config = config_class.preset(recipe.preset, image_size=recipe.image_size, **options)
-    else:
-        config = config_class(image_size=recipe.image_size, **options)
-    return AutoModelForImageClassification.from_config(config)
-
-
-def make_image_processor(recipe: TrainingRecipe, config: PreTrainedConfig) -> TorchvisionBackend:
-    """The processor that is saved beside the model: resize to `recipe.image_size`, the recipe's mean and deviation.
-
-    What it shares with the model's config by name (the patch sizes that a picture must fit) is taken from there.
-    """
-    if recipe.init_from is not None:
-        processor = AutoImageProcessor.from_pretrained(recipe.init_from)
-    else:
-        processor = IMAGE_PROCESSOR_MAPPING[CONFIG_MAPPING[recipe.family]]["torchvision"]()
-    for name in processor.valid_kwargs.__annotations__:
-        if hasattr(config, name):
-            setattr(processor, name, getattr(config, name))
-    height, width = to_pair(recipe.image_size, "image_size")
-    processor.size = type(processor.size)(height=height, width=width)
-    processor.crop_size = type(processor.size)(height=height, width=width)
-    processor.do_center_crop = False
-    processor.image_mean, processor.image_std = list(recipe.image_mean), list(recipe.image_std)
-    return processor
-
-
-def _training_arguments(recipe: TrainingRecipe, work_dir: Path) -> TrainingArguments:
-    return TrainingArguments(
-        output_dir=str(work_dir),
-        num_train_epochs=recipe.epochs,
-        per_device_train_batch_size=recipe.batch_size,
-        per_device_eval_batch_size=2 * recipe.batch_size,
-        gradient_accumulation_steps=recipe.gradient_accumulation_steps,
-        learning_rate=recipe.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=recipe.warmup,
-        weight_decay=recipe.weight_decay,
-        max_grad_norm=recipe.max_grad_norm,
-        bf16=recipe.bf16,
-        activation_checkpointing=recipe.gradient_checkpointing,
-        dataloader_num_workers=recipe.num_workers,
-        remove_unused_columns=False,
-        label_names=["labels"],
-        eval_strategy="no",
-        save_strategy="epoch" if recipe.save_steps is None else "steps",
-        save_steps=recipe.save_steps or 500,
-        save_total_limit=2,
-        logging_steps=50,
-        report_to=[],
-        seed=recipe.seed,
-        use_cpu=not torch.accelerator.is_available(),
-    )
-
-
-def _top1(prediction) -> dict[str, float]:
-    return TopKAccuracy(ks=(1,)).compute(predictions=prediction.predictions, references=prediction.label_ids)
-
-
-def _pictures(recipe: TrainingRecipe, splits: DatasetDict) -> dict[str, AugmentedImages | None]:
-    """`train_dataset`, augmented, and `eval_dataset`, or None where there is nothing to evaluate on."""
-    size = to_pair(recipe.image_size, "image_size")
-    stats = (list(recipe.image_mean), list(recipe.image_std))
-    train_split, eval_name = splits["train"], evaluation_split(splits)
-    train_split = train_split.select(range(len(train_split))[: recipe.limit])
-    return {
-        "train_dataset": AugmentedImages(
-            train_split, training_transform(recipe.augmentation, size, *stats), seed=recipe.seed
-        ),
-        "eval_dataset": eval_name and AugmentedImages(splits[eval_name], training_transform("none", size, *stats)),
-    }
-
-
-def _classification_trainer(
-    recipe: TrainingRecipe, splits: DatasetDict, args: TrainingArguments, callbacks: list[TrainerCallback]
-) -> tuple[Trainer, TorchvisionBackend]:
-    """The trainer of a classifier, and the image processor to save beside it."""
-    label_names = splits["train"].features["label"].names
-    model = make_model(recipe, label_names)
-    teacher, image_stats = None, None
-    if recipe.teacher is not None:
-        teacher = AutoModelForImageClassification.from_pretrained(recipe.teacher)
-        if teacher.config.num_labels != len(label_names):
-            raise ValueError(
-                f"`teacher` has {teacher.config.num_labels} classes and the data set {len(label_names)}: they must be "
-                "the same classes in the same order."
-            )
-        teacher_processor = AutoImageProcessor.from_pretrained(recipe.teacher)
-        image_stats = (
-            (list(recipe.image_mean), list(recipe.image_std)),
-            (list(teacher_processor.image_mean), list(teacher_processor.image_std)),
-        )
-    trainer = ImageClassificationTrainer(
-        model=model,
-        args=args,
-        **_pictures(recipe, splits),
-        data_collator=ImageCollator(len(label_names), recipe.mixup, recipe.cutmix, seed=recipe.seed),
-        compute_metrics=_top1,
-        callbacks=[PatchSizeCallback(), *callbacks],
-        teacher=teacher,
-        temperature=recipe.temperature,
-        label_smoothing=recipe.label_smoothing,
-        image_stats=image_stats,
-    )
-    return trainer, make_image_processor(recipe, model.config)
-
-
-def picture_size(processor: BaseImageProcessor, config: PreTrainedConfig) -> tuple[int, int]:
-    """(height, width) in pixels of the pictures that a processor makes; of the config's where it leaves that open."""
-    sizes = [processor.crop_size] if getattr(processor, "do_center_crop", False) else []
-    for size in (*sizes, processor.size):
-        height, width = (size or {}).get("height"), (size or {}).get("width")
-        if height and width:
-            return height, width
-    return to_pair(config.image_size, "image_size")
-
-
-def _bootstrap_trainer(
-    recipe: TrainingRecipe, splits: DatasetDict, args: TrainingArguments, callbacks: list[TrainerCallback]
-) -> tuple[Trainer, TorchvisionBackend]:
-    """The trainer of a SparseFormer on a ViT's final tokens, and the image processor to save beside it."""
-    teacher = load_teacher(recipe.bootstrap_from)
-    teacher_processor = AutoImageProcessor.from_pretrained(resolve_checkpoint(recipe.bootstrap_from))
-    teacher_size = picture_size(teacher_processor, teacher.config)
-    teacher_stats = (list(teacher_processor.image_mean), list(teacher_processor.image_std))
-    recipe = replace(
-        recipe,
-        image_size=recipe.image_size or teacher_size,
-        image_mean=recipe.image_mean or teacher_stats[0],
-        image_std=recipe.image_std or teacher_stats[1],
-    )
-    shape = {"num_blocks": recipe.num_blocks, "frozen_share": recipe.frozen_share}
-    student, _ = make_student(
-        teacher,
-        **{name: value for name, value in shape.items() if value is not None},
-        **{"image_size": recipe.image_size, **recipe.model_options},
-    )
-    stats = (list(recipe.image_mean), list(recipe.image_std))
-    trainer = BootstrapTrainer(
-        model=student,
-        args=args,
-        **_pictures(recipe, splits),
-        data_collator=collate_pictures,
-        callbacks=callbacks,
-        teacher=teacher,
-        image_stats=(stats, teacher_stats) if stats != teacher_stats else None,
-        teacher_size=teacher_size,
-    )
-    return trainer, make_image_processor(recipe, student.config)
-
-
-def _last_checkpoint(output_dir: Path, work_dir: Path, resume: bool) -> str | None:
-    """The checkpoint to go on from, or None for a new run."""
-    if output_dir.exists():
-        raise ValueError(f"`output_dir` {output_dir} exists already. Name another, or remove it first.")
-    checkpoint = get_last_checkpoint(str(work_dir)) if work_dir.is_dir() else None
-    if resume and checkpoint is None:
-        raise ValueError(f"`resume`: there is no checkpoint in {work_dir}. Start without `resume`.")
-    if checkpoint is not None and not resume:
-        raise ValueError(f"{work_dir} holds an unfinished run. Resume it, or remove that folder.")
-    return checkpoint
-
-
-def train(dataset: str | Path, output_dir: str | Path, recipe: TrainingRecipe, resume: bool = False) -> dict:
-    """Trains an image classifier, or a SparseFormer by bootstrapping, and writes it, with its image processor, to
-    `output_dir`.
+def train(
+    dataset: str | os.PathLike,
+    output_dir: str | os.PathLike,
+    recipe: TrainingRecipe | Mapping[str, Any] | None = None,
+    resume: bool = False,
+    *,
+    verbose: bool = True,
+) -> dict:
+    """Trains an image classifier, a SparseFormer by bootstrapping, or a model for smaller budgets, and writes it, with
+    its image processor, a model card and the record of the run, to `output_dir`.
 
     Checkpoints go to `<output_dir>.training` beside it while the run lasts; `output_dir` appears when training is
     done, whole, and that folder goes. Runs unchanged under `accelerate launch`.
 
     Args:
-        dataset: see `load_image_dataset`; its `train` split is learned, `validation` or `test` is scored at the end.
-            With `recipe.bootstrap_from` it needs no labels.
-        output_dir: must not exist.
-        recipe: the choices of the run.
-        resume: go on from the last checkpoint of an interrupted run with the same `output_dir`.
+        dataset (`str` or `os.PathLike`): see `load_image_dataset`; its `train` split is learned, `validation` or
+            `test` is scored after each epoch. Where there is neither, a tenth of 50 or more images is kept back for
+            that. With `recipe.bootstrap_from` or `recipe.tune_budgets` it needs no labels.
+        output_dir (`str` or `os.PathLike`): must not exist.
+        recipe (`TrainingRecipe`, *optional*): the choices of the run. With `resume` it may be left out, or be a dict
+            of some choices: they must be those that the run was started with.
+        resume (`bool`, *optional*, defaults to `False`): go on with the run of the same `output_dir`, from its last
+            whole checkpoint.
+        verbose (`bool`, *optional*, defaults to `True`): print summary, progress and the results of each epoch.
 
     Returns:
-        The metrics of `Trainer`: training loss and time, and `eval_top1` at the model's default budget (bootstrapping:
-        `eval_loss`, see `BootstrapTrainer`).
+        `dict`: "train_loss", "train_seconds", "budgets" (a list of the results at each budget), and for the model's
+        default budget "eval_top1" and "eval_loss" (or what else is measured).
 
     Raises:
-        ValueError: if `output_dir` exists, the data or the ViT cannot be used, or there is nothing to resume.
+        ValueError: if `output_dir` exists, the data or a checkpoint cannot be used, choices do not fit together, or
+            there is nothing to resume.
+        TrainingStopped: if the run cannot go on: no memory, no space, weights that diverge.
+        TrainingInterrupted: a `KeyboardInterrupt`, on SIGINT or SIGTERM. Both messages say how to go on.
     """
-    output_dir = Path(output_dir)
-    work_dir = output_dir.with_name(output_dir.name + ".training")
-    checkpoint = _last_checkpoint(output_dir, work_dir, resume)
-    splits = load_image_dataset(dataset, labelled=recipe.bootstrap_from is None)
-    if "train" not in splits:
-        raise ValueError(f"`dataset` must have a split named 'train', got {list(splits)}.")
-    set_seed(recipe.seed)
-    ema = EMACallback(recipe.ema_decay) if recipe.ema_decay is not None else None
-    make_trainer = _classification_trainer if recipe.bootstrap_from is None else _bootstrap_trainer
-    trainer, processor = make_trainer(recipe, splits, _training_arguments(recipe, work_dir), [ema] if ema else [])
-    trainer.add_callback(DatasetEpochCallback(trainer.train_dataset))
-    metrics = {}
-    if recipe.epochs > 0:
-        metrics |= trainer.train(resume_from_checkpoint=checkpoint).metrics
-        if ema:
-            ema.copy_to(trainer.accelerator.unwrap_model(trainer.model))
-    if trainer.eval_dataset is not None:
-        if isinstance(trainer.data_collator, ImageCollator):
-            trainer.data_collator = trainer.data_collator.without_mixing()
-        metrics |= trainer.evaluate()
-    _publish(trainer, processor, output_dir, work_dir, recipe.save_dtype)
+    run = RunFolder(output_dir)
+    check_outside(dataset, run.output_dir)
+    again = f"polyscale train {shlex.quote(str(dataset))} {shlex.quote(str(output_dir))} --resume"
+    # initialises torch's processes before anything asks which one this is
+    state = PartialState() if torch.accelerator.is_available() else PartialState(cpu=True)
+    with Interruption() as interruption, _without_bars():
+        _on_main_process(state, lambda: run.open(resume))
+        try:
+            return _run(dataset, run, recipe, resume, interruption, Console() if verbose else None, state)
+        except (KeyboardInterrupt, Exception) as error:
+            raise _explained(error, run, again) from error
+        finally:
+            if state.is_main_process:
+                run.discard_if_new()
+            run.release()
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """transformers draws a bar for each file that it reads or writes, in the middle of ours."""
+    was_active = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_active:
+            logging.enable_progress_bar()
+
+
+def check_outside(dataset: str | os.PathLike, output_dir: Path) -> None:
+    """Refuses an output inside the data: it would be taken for images of the next run, and the other way round."""
+    source = Path(dataset).expanduser()
+    if source.is_dir():
+        source = source.resolve()
+        output = output_dir.resolve()
+        if source == output or source in output.parents:
+            raise ValueError(f"`output_dir` {output_dir} lies inside the data {dataset}: name a place outside of it.")
+
+
+def _on_main_process(state: PartialState, action: Callable[[], Any]) -> Any:
+    """What `action` gives on the main process, on all of them; its `ValueError`s too."""
+    outcome: list = [None, None]
+    if state.is_main_process:
+        try:
+            outcome[0] = action()
+        except (ValueError, OSError) as error:
+            outcome[1] = error
+    outcome = broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def _explained(error: BaseException, run: RunFolder, again: str) -> BaseException:
+    """The error that the caller sees: with the way to go on, where there is one."""
+    if not run.has_run():
+        if isinstance(error, TrainingInterrupted):
+            return TrainingInterrupted("Interrupted before training began: start it again.", error.exit_code)
+        reason = write_failure(error, run.path)
+        return TrainingStopped(f"Nothing can be written to {run.path}: {reason}.") if reason else error
+    step = run.last_whole_step()
+    done = "There is no whole checkpoint yet: the run starts anew." if step is None else f"Step {step} is saved."
+    if isinstance(error, KeyboardInterrupt):
+        code = getattr(error, "exit_code", 130)
+        return TrainingInterrupted(f"Interrupted. {done} Go on with: {again}", code)
+    if reason := write_failure(error, run.path):
+        return TrainingStopped(f"Nothing can be written to {run.path}: {reason}. {done} Then go on with: {again}")
+    if is_out_of_memory(error):
+        return TrainingStopped(
+            "There is not enough memory for a step: start again with a smaller `batch_size` and as many more "
+            f"`gradient_accumulation_steps`, after removing {run.path}."
+        )
+    if reason := worker_failure(error):
+        return TrainingStopped(f"Images cannot be read: {reason}. {done} Mend it, then go on with: {again}")
+    return error
+
+
+@dataclass
+class _Start:
+    """What a run begins with, or goes on from."""
+
+    recipe: TrainingRecipe
+    recorded: dict | None
+    checkpoint: Path | None
+    notes: list[str]
+
+
+def _start(run: RunFolder, given: TrainingRecipe | Mapping | None, resume: bool, state: PartialState) -> _Start:
+    if not resume:
+        if not isinstance(given, TrainingRecipe):
+            given = TrainingRecipe(**dict(given or {}))
+        return _Start(given, None, None, [])
+    recorded = run.read()
+    if given is not None:
+        fields = given.to_json() if isinstance(given, TrainingRecipe) else _as_json(given)
+        check_unchanged(recorded["given"], fields)
+    checkpoint, notes = _on_main_process(state, run.whole_checkpoint)
+    notes.append(
+        f"Resuming from {checkpoint.name}." if checkpoint else "There is no whole checkpoint: the run starts anew."
+    )
+    return _Start(TrainingRecipe.from_json(recorded["given"]), recorded, checkpoint, notes)
+
+
+def _as_json(choices: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in choices.items()}
+
+
+def _run(
+    dataset: str | os.PathLike,
+    run: RunFolder,
+    given: TrainingRecipe | Mapping | None,
+    resume: bool,
+    interruption: Interruption,
+    console: Console | None,
+    state: PartialState,
+) -> dict:
+    if resume and run.output_dir.exists():
+        return _finished(run)
+    start = _start(run, given, resume, state)
+    splits, notes = splits_for(load_image_dataset(str(dataset), labelled=start.recipe.needs_labels), start.recipe)
+    data = {
+        "source": str(dataset),
+        "splits": {name: len(split) for name, split in splits.items()},
+        "classes": splits["train"].features["label"].names if start.recipe.needs_labels else [],
+        "evaluated": evaluation_split(splits),
+    }
+    if start.recorded is not None:
+        was = start.recorded["data"]
+        changed = [
+            f"{name} were {was[name]}, now {data[name]}" for name in ("splits", "classes") if was[name] != data[name]
+        ]
+        if changed:
+            raise ValueError(f"`dataset` is not what the run was started with: {'; '.join(changed)[:1000]}.")
+    set_seed(start.recipe.seed)
+    plan = make_plan(start.recipe, splits, lambda recipe: training_arguments(recipe, run.path, splits))
+    trainer, recipe = plan.trainer, plan.recipe
+    notes = [*start.notes, *notes, *plan.notes]
+    num_steps = steps_of(recipe, len(trainer.train_dataset), trainer.args.world_size)
+    notes += schedule_notes(recipe, trainer.args, num_steps)
+    ema = EMACallback(recipe.ema_decay, start.checkpoint) if recipe.ema_decay is not None else None
+    reporter = Reporter(trainer, console, (lambda: ema.average.module) if ema else None)
+    callbacks = (DatasetEpochCallback(trainer.train_dataset), ema, reporter, WholeCheckpointCallback(), interruption)
+    trainer.remove_callback(PrinterCallback)
+    for callback in filter(None, callbacks):
+        trainer.add_callback(callback)
+    seconds_per_step = time_of_step(trainer, recipe.image_size, recipe.num_channels, len(data["classes"]))
+    for line in summary_lines(trainer, recipe.image_size, _data_rows(data), num_steps, seconds_per_step, notes):
+        reporter.say(line)
+
+    recorded = start.recorded or {
+        "id": uuid.uuid4().hex,
+        "given": start.recipe.to_json(),
+        "recipe": recipe.to_json(),
+        "data": data,
+        "command": shlex.join(["polyscale", *sys.argv[1:]]) if "polyscale" in sys.argv[0] else shlex.join(sys.argv),
+        "versions": versions(),
+        "seconds": 0.0,
+    }
+    if start.recorded is None:
+        _on_main_process(state, lambda: run.record(**recorded))
+    began = time.perf_counter()
+    metrics: dict[str, Any] = {}
+    try:
+        if recipe.epochs > 0:
+            output = trainer.train(resume_from_checkpoint=start.checkpoint and str(start.checkpoint))
+            metrics["train_loss"] = output.training_loss
+            if ema:
+                ema.copy_to(trainer.accelerator.unwrap_model(trainer.model))
+    finally:
+        reporter.close()
+    metrics["train_seconds"] = time.perf_counter() - began
+    check_finite(trainer.accelerator.unwrap_model(trainer.model))
+    results = reporter.results(trainer.state)
+    metrics["budgets"] = results
+    if results:
+        chosen = default_result(results, trainer.model.config, recipe.image_size)
+        metrics |= {f"eval_{name}": chosen[name] for name in trainer.metrics}
+    facts = {
+        **recorded,
+        "name": run.output_dir.name,
+        "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
+        "image_size": list(recipe.image_size),
+        "device": str(trainer.args.device),
+        "precision": "bfloat16 autocast" if recipe.bf16 else "float32",
+        "steps": trainer.state.global_step,
+        "epochs": trainer.state.epoch or 0.0,
+        "seconds": metrics["train_seconds"],
+        "results": results,
+        "metrics": metrics,
+        "history": trainer.state.log_history,
+    }
+    publish(plan, plan.processor, run, facts)
+    if results:
+        reporter.say(result_line(results, trainer.model.config))
     return metrics
+
+
+def _finished(run: RunFolder) -> dict:
+    """The metrics of a run that ended after its result was in place; only its work folder was left."""
+    record = run.output_dir / "training.json"
+    facts = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+    if facts.get("id") != run.read()["id"]:
+        raise ValueError(f"`output_dir` {run.output_dir} exists already. Name another, or remove it first.")
+    run.discard()
+    return facts["metrics"]
+
+
+def _data_rows(data: Mapping[str, Any]) -> dict[str, str]:
+    rows = {"data": ", ".join(f"{split}: {count:,} images" for split, count in data["splits"].items())}
+    if data["classes"]:
+        shown = ", ".join(data["classes"][:10])
+        rows["classes"] = f"{len(data['classes'])} ({shown}{', ...' if len(data['classes']) > 10 else ''})"
+    rows["evaluated"] = f"on {data['evaluated']}" if data["evaluated"] else "on nothing: there is no such split"
+    return rows
+
+
+def check_finite(model: nn.Module) -> None:
+    """Refuses weights that are not numbers.
+
+    Raises:
+        TrainingStopped: naming a tensor.
+    """
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise TrainingStopped(f"The weights diverged: {name} holds NaN or infinity. Lower the `learning_rate`.")
 
 
 def store_weights_as(folder: str | Path, dtype: str) -> None:
@@ -280,24 +322,30 @@ def store_weights_as(folder: str | Path, dtype: str) -> None:
     save_file(weights, path, metadata={"format": "pt"})
 
 
-def _publish(
-    trainer: Trainer,
-    processor: TorchvisionBackend,
-    output_dir: Path,
-    work_dir: Path,
-    save_dtype: str | None,
-) -> None:
-    """Writes the model and its processor beside the checkpoints, then moves the folder to its place."""
-    final = work_dir / "final"
+def publish(plan: Plan, processor: BaseImageProcessor, run: RunFolder, facts: dict[str, Any]) -> None:
+    """Writes the model and what belongs to it beside the checkpoints, then moves the folder to its place."""
+    trainer: BudgetTrainer = plan.trainer
+    final = run.path / "final"
+    state = PartialState()
+    if state.is_main_process:
+        shutil.rmtree(final, ignore_errors=True)
+    state.wait_for_everyone()
     trainer.save_model(str(final))
-    with PartialState().main_process_first():
-        if PartialState().is_main_process:
-            processor.save_pretrained(final)
-            if save_dtype is not None:
-                store_weights_as(final, save_dtype)
-            (final / "training_args.bin").unlink(missing_ok=True)  # a pickle, and of no use to a reader
-            os.replace(final, output_dir)
-            shutil.rmtree(work_dir)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        processor.save_pretrained(final)
+        if plan.recipe.save_dtype is not None:
+            store_weights_as(final, plan.recipe.save_dtype)
+        (final / "training_args.bin").unlink(missing_ok=True)  # a pickle, and of no use to a reader
+        config = trainer.model.config
+        facts["has_curve"] = draw_curve(final / "curve.png", facts["history"], config)
+        write_record(final / "training.json", facts)
+        write_card(final / "README.md", facts, config, plan.is_classifier)
+        for file in final.iterdir():  # safetensors makes files that nobody else can read
+            file.chmod((final / "config.json").stat().st_mode)
+        os.replace(final, run.output_dir)
+        run.discard()
+    state.wait_for_everyone()
 
 
-__all__ = ["make_image_processor", "make_model", "store_weights_as", "train"]
+__all__ = ["store_weights_as", "train"]

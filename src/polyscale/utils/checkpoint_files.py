@@ -4,15 +4,21 @@ safetensors hold nothing but tensors; `.npz` is read without pickle; `.pt` and i
 unpickler (`weights_only=True`), and a file that wants more than tensors is refused.
 """
 
+import json
 import os
 import pickle
 import re
+import socket
+import urllib.request
+import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import torch
+from huggingface_hub import constants, try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -26,19 +32,46 @@ CHECKPOINT_SUFFIXES = SAFETENSORS_SUFFIXES + NUMPY_SUFFIXES + TORCH_SUFFIXES
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "module")
 # What DistributedDataParallel and torch.compile put before each name.
 _NAME_PREFIXES = ("module.", "_orig_mod.")
+# A compressed file may grow to this many bytes, or to this many times its own size: weights hardly compress.
+_MAX_UNPACKED, _MAX_GROWTH = 1 << 26, 20
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_SECONDS_FOR_AN_ANSWER = 5
 _SHOWN = 8  # names in an error message; a wrong layout would print hundreds
+
+
+def _check_readable(path: str | os.PathLike) -> None:
+    """Raises where there is no such file, or it is a device or a pipe, which may never end."""
+    if not Path(path).exists():
+        raise FileNotFoundError(f"There is no checkpoint file `{path}`.")
+    if not Path(path).is_file():
+        raise ValueError(f"`{path}` is no ordinary file.")
+
+
+def _check_unpacked_size(path: str | os.PathLike, size: int) -> None:
+    if size > max(_MAX_UNPACKED, _MAX_GROWTH * Path(path).stat().st_size):
+        raise ValueError(
+            f"`{path}` is refused: its {Path(path).stat().st_size} bytes would unpack to {size}, as weights never do."
+        )
+
+
+def _check_archive(path: str | os.PathLike) -> None:
+    """Refuses a zip archive that unpacks to far more than its own size."""
+    with zipfile.ZipFile(path) as archive:
+        _check_unpacked_size(path, sum(entry.file_size for entry in archive.infolist()))
 
 
 def load_safetensors_file(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """The tensors of a `.safetensors` file on the CPU, and its metadata.
 
     Raises:
-        ValueError: if the file is not in that format.
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is not in that format, or damaged.
     """
+    _check_readable(path)
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except SafetensorError as error:
+    except (SafetensorError, RuntimeError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"`{path}` is not a readable safetensors file: {error}.") from error
 
 
@@ -46,26 +79,47 @@ def load_npz_file(path: str | os.PathLike) -> dict[str, np.ndarray]:
     """The arrays of a `.npz` file, read without pickle.
 
     Raises:
-        ValueError: if the file is no such archive, or holds pickled objects.
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is no such archive, is damaged, holds pickled objects or arrays of other things than
+            numbers, or would unpack to far more than its own size.
     """
+    _check_readable(path)
     try:
+        _check_archive(path)
         with np.load(path, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
-    except (ValueError, EOFError, AttributeError, TypeError, pickle.UnpicklingError) as error:
+            arrays = {name: archive[name] for name in archive.files}
+    except PermissionError:
+        raise
+    except Exception as error:  # NumPy's parsers raise a dozen kinds at a file that lies, none of them a fault here
         raise ValueError(
-            f"`{path}` is refused: a `.npz` file of plain arrays was expected, and it is no archive or holds pickled "
-            f"Python objects, which can run code when they are read ({error})."
+            f"`{path}` is refused: a `.npz` file of plain arrays was expected, and it is no whole archive or holds "
+            f"pickled Python objects, which can run code when they are read ({type(error).__name__}: {error})."
         ) from error
+    for name, array in arrays.items():
+        is_number = array.dtype.kind in "biuf" or (array.dtype.kind == "V" and array.dtype.itemsize == 2)
+        if not is_number or array.size == 0:
+            raise ValueError(
+                f"`{path}` is refused: `{name}` must be an array of numbers with at least one entry, got the shape "
+                f"{array.shape} of {array.dtype}."
+            )
+    return arrays
 
 
 def load_torch_file(path: str | os.PathLike) -> Any:
     """What `torch.save` wrote, on the CPU, if it consists of tensors and plain containers.
 
     Raises:
-        ValueError: if the file wants to build other Python objects (which can run code), or cannot be read.
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file wants to build other Python objects (which can run code), cannot be read, or would
+            unpack to far more than its own size.
     """
+    _check_readable(path)
     try:
+        if zipfile.is_zipfile(path):
+            _check_archive(path)
         return torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError:
+        raise
     except pickle.UnpicklingError as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
@@ -73,8 +127,52 @@ def load_torch_file(path: str | os.PathLike) -> Any:
             "such objects can run code on this machine. Where you trust the file, load it yourself and save its "
             f"`state_dict` as safetensors. (torch: {reason})"
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError) as error:
-        raise ValueError(f"`{path}` is not a readable PyTorch checkpoint: {error}.") from error
+    except Exception as error:  # torch's unpickler raises a dozen kinds at a file that lies, none of them a fault here
+        raise ValueError(f"`{path}` is not a readable PyTorch checkpoint: {type(error).__name__}: {error}.") from error
+
+
+def check_index(folder: str | os.PathLike) -> None:
+    """Refuses a folder whose index of shards names files outside of it.
+
+    Raises:
+        ValueError: naming the index and the file.
+    """
+    for index in Path(folder).glob("*.index.json"):
+        try:
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            outside = sorted(name for name in names if Path(name).name != name or name in ("..", "."))
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise ValueError(f"`{index}` is no readable index of weight files: {error}.") from error
+        if outside:
+            raise ValueError(f"`{index}` is refused: it names {outside[0]!r}, which is no file beside it.")
+
+
+def check_hub_name(name: str, what: str = "source") -> None:
+    """Refuses at once what cannot come from the Hub, where a library would ask for it again and again.
+
+    Args:
+        name (`str`): what is no local file or folder.
+        what (`str`, *optional*, defaults to `"source"`): the argument that it was given as.
+
+    Raises:
+        FileNotFoundError: for a path.
+        ConnectionError: for a name that is not in the cache while the Hub cannot be reached.
+    """
+    if not _HUB_NAME.fullmatch(name) or (name.count("/") == 1 and Path(name).parent.is_dir()):
+        raise FileNotFoundError(f"There is no file or folder `{name}` (`{what}`).")
+    if isinstance(try_to_load_from_cache(name, "config.json"), str) or urllib.request.getproxies():
+        return
+    host = urlsplit(constants.ENDPOINT)
+    try:
+        if constants.HF_HUB_OFFLINE:
+            raise OSError("HF_HUB_OFFLINE is set")
+        port = host.port or (80 if host.scheme == "http" else 443)
+        socket.create_connection((host.hostname, port), timeout=_SECONDS_FOR_AN_ANSWER).close()
+    except OSError as error:
+        raise ConnectionError(
+            f"`{name}` (`{what}`) is no local file or folder, and this machine is offline: {host.hostname} cannot be "
+            f"reached ({error}). Give the path of a local checkpoint."
+        ) from error
 
 
 def as_tensor(array: np.ndarray) -> torch.Tensor:
@@ -91,7 +189,9 @@ def unwrap_state_dict(checkpoint: Any, path: str | os.PathLike = "checkpoint") -
         ValueError: if no mapping from names to tensors is found.
     """
     state_dict = checkpoint
-    while isinstance(state_dict, dict):
+    for _ in _WRAPPERS:  # one may hold itself
+        if not isinstance(state_dict, dict):
+            break
         inner = next((state_dict[key] for key in _WRAPPERS if isinstance(state_dict.get(key), dict)), None)
         if inner is None:
             break
@@ -116,15 +216,21 @@ def load_state_dict_file(path: str | os.PathLike) -> dict[str, torch.Tensor]:
         ValueError: for an unknown suffix, an unreadable file, or a pickle that wants more than tensors.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no checkpoint file `{path}`.")
+    _check_readable(path)
     suffix = path.suffix.lower()
     if suffix in SAFETENSORS_SUFFIXES:
         return load_safetensors_file(path)[0]
     if suffix in NUMPY_SUFFIXES:
         return {name: as_tensor(array) for name, array in load_npz_file(path).items()}
     if suffix in TORCH_SUFFIXES:
-        return unwrap_state_dict(load_torch_file(path), path)
+        state_dict = unwrap_state_dict(load_torch_file(path), path)
+        for name, tensor in state_dict.items():
+            if tensor.layout is not torch.strided or tensor.device.type != "cpu":
+                kind = f"{tensor.layout} on {tensor.device}"
+                raise ValueError(f"`{path}` is refused: `{name}` must be a plain tensor, it is {kind}.")
+        # An expanded tensor claims more than the file holds, and takes that memory when it is copied.
+        _check_unpacked_size(path, sum(tensor.numel() * tensor.element_size() for tensor in state_dict.values()))
+        return state_dict
     raise ValueError(f"`{path}` has no suffix of a checkpoint: expected one of {', '.join(CHECKPOINT_SUFFIXES)}.")
 
 
@@ -212,6 +318,8 @@ __all__ = [
     "SAFETENSORS_SUFFIXES",
     "TORCH_SUFFIXES",
     "as_tensor",
+    "check_hub_name",
+    "check_index",
     "check_state_dict",
     "empty_model",
     "load_npz_file",

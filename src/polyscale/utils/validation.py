@@ -44,26 +44,48 @@ def to_pair(value: int | Sequence[int], name: str = "size") -> tuple[int, int]:
     return height, width
 
 
-def check_pixel_values(pixel_values, num_channels: int) -> None:
+def check_pixel_values(pixel_values: torch.Tensor | None, num_channels: int) -> None:
     """Refuses anything but a batch of images (batch, channels, height, width) with at least one image.
 
     Raises:
-        ValueError: for a missing input, another number of dimensions, an empty batch or a wrong channel count.
+        ValueError: for a missing input, no tensor, another number of dimensions, an empty batch, images without pixels
+            or a wrong channel count.
     """
+    _check_pixels(pixel_values, ("batch", "channels", "height", "width"), num_channels)
+
+
+def check_video(pixel_values: torch.Tensor | None, num_channels: int) -> None:
+    """`check_pixel_values` for a batch of videos (batch, frames, channels, height, width)."""
+    _check_pixels(pixel_values, ("batch", "frames", "channels", "height", "width"), num_channels)
+
+
+def _check_pixels(pixel_values: torch.Tensor | None, axes: tuple[str, ...], num_channels: int) -> None:
+    expected = f"a tensor of shape ({', '.join(axes)})"
     if pixel_values is None:
-        raise ValueError("`pixel_values` is required: a tensor of shape (batch, channels, height, width).")
-    if pixel_values.ndim != 4:
+        raise ValueError(f"`pixel_values` is required: {expected}.")
+    if not isinstance(pixel_values, torch.Tensor):
         raise ValueError(
-            "`pixel_values` must have the shape (batch, channels, height, width), got "
-            f"{tuple(pixel_values.shape)}. For a single image, add a batch dimension: `pixel_values[None]`."
+            f"`pixel_values` must be {expected}, got a {type(pixel_values).__name__}. An image processor makes it of "
+            'images: `processor(images, return_tensors="pt")`.'
         )
-    if pixel_values.shape[0] == 0:
-        raise ValueError("`pixel_values` holds an empty batch (batch size 0); at least one image is needed.")
-    if pixel_values.shape[1] != num_channels:
+    shape = tuple(pixel_values.shape)
+    if len(shape) != len(axes):
+        alone = "`pixel_values[:, None]` makes videos of images" if "frames" in axes else "`pixel_values[None]`"
         raise ValueError(
-            f"`pixel_values` must have {num_channels} channels (`config.num_channels`), got "
-            f"{pixel_values.shape[1]} in shape {tuple(pixel_values.shape)}."
+            f"`pixel_values` must have the shape ({', '.join(axes)}), got {shape}. One alone needs the batch "
+            f"dimension too: {alone}."
         )
+    empty = {"batch": "an empty batch", "frames": "videos of zero frames", "height": "no pixels", "width": "no pixels"}
+    for axis, length in zip(axes, shape, strict=True):
+        if axis in empty and length == 0:
+            raise ValueError(f"`pixel_values` holds {empty[axis]}, got the shape {shape}: {expected} is needed.")
+    if shape[-3] != num_channels:
+        raise ValueError(
+            f"`pixel_values` must have {num_channels} channels (`config.num_channels`), got {shape[-3]} in shape "
+            f"{shape}; the order is ({', '.join(axes)})."
+        )
+    if pixel_values.is_complex():
+        raise ValueError(f"`pixel_values` must hold real numbers, got {pixel_values.dtype}.")
 
 
 class FiniteImagesMixin:
@@ -85,13 +107,13 @@ class FiniteImagesMixin:
         elif not is_tensor and np.issubdtype(image.dtype, np.floating):
             finite = bool(np.isfinite(image).all())
         else:
-            finite = True  # integers always are; a picture on a GPU is not worth a synchronisation
+            finite = True  # integers always are; an image on a GPU is not worth a synchronisation
         if not finite:
             raise ValueError(
-                "`images` holds NaN or infinite pixel values: expected finite numbers. Check how the picture was made "
+                "`images` holds NaN or infinite pixel values: expected finite numbers. Check how the image was made "
                 f"(its shape, channels first, is {tuple(image.shape)})."
             )
         return image
 
 
-__all__ = ["FiniteImagesMixin", "check_choice", "check_pixel_values", "closest_name", "to_pair"]
+__all__ = ["FiniteImagesMixin", "check_choice", "check_pixel_values", "check_video", "closest_name", "to_pair"]

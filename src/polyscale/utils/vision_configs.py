@@ -53,7 +53,7 @@ def _required_inputs(model_class: type[PreTrainedModel]) -> list[str]:
 def base_image_size(config: PreTrainedConfig) -> tuple[int, int] | None:
     """(height, width) of the images that the model was made for; None where its config does not say."""
     size = getattr(config, "image_size", None)
-    return None if size is None else to_pair(tuple(size) if isinstance(size, list | tuple) else size, "image_size")
+    return None if size is None else to_pair(tuple(size) if isinstance(size, (list, tuple)) else size, "image_size")
 
 
 def base_width(config: PreTrainedConfig) -> int:
@@ -146,7 +146,7 @@ def base_feature_grid(config: PreTrainedConfig, tile: tuple[int, int]) -> tuple[
     patch = getattr(config, "patch_size", None)
     if patch is None:
         return None
-    height, width = to_pair(tuple(patch) if isinstance(patch, list | tuple) else patch, "patch_size")
+    height, width = to_pair(tuple(patch) if isinstance(patch, (list, tuple)) else patch, "patch_size")
     if base_output_shape(config) == "bchw":
         reduction = 2 ** (len(config.hidden_sizes) - 1)
         height, width = height * reduction, width * reduction

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from ..utils.checkpoint_files import as_tensor, load_npz_file
+from ..utils.downloads import download_once
 from .common import FLEXIVIT_KERNEL, FlexiViTSource, imagenet_labels, label_maps, make_image_processor, make_source
 
 
@@ -30,27 +31,12 @@ _WEIGHT_OR_BIAS = {"kernel": "weight", "scale": "weight", "bias": "bias"}
 
 
 def released_file(name: str) -> Path:
-    """The local copy of a released file, downloaded at first use into torch's hub folder.
-
-    Args:
-        name: one of `RELEASED_NAMES`, with or without ".npz".
+    """The local copy of a released file: one of `RELEASED_NAMES`, with or without ".npz", downloaded at first use.
 
     Raises:
         ConnectionError: if it cannot be downloaded.
     """
-    name = name.removesuffix(".npz")
-    url = RELEASE_URL.format(name=name)
-    path = Path(torch.hub.get_dir()) / "polyscale" / f"{name}.npz"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            torch.hub.download_url_to_file(url, str(path))
-        except OSError as error:  # what urllib raises
-            raise ConnectionError(
-                f"`{name}` is one of FlexiViT's released files, but {url} cannot be downloaded ({error}). Download it "
-                "where there is a network and give the path of the file."
-            ) from error
-    return path
+    return download_once(RELEASE_URL.format(name=name.removesuffix(".npz")), name)
 
 
 def _parameters(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -3,10 +3,8 @@
 What a model is made of is read from its modules, not from its name; a part that FlexiViT does not have is refused.
 """
 
-import json
 import math
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +12,7 @@ from torch import nn
 from transformers.utils import logging
 
 from ..models.flexivit.image_processing_flexivit import FlexiViTImageProcessor
-from ..utils.checkpoint_files import check_state_dict, load_state_dict_file, rename_keys
+from ..utils.checkpoint_files import rename_keys
 from .common import (
     FLEXIVIT_KERNEL,
     ORDINARY_KERNEL,
@@ -59,7 +57,8 @@ _ACTIVATIONS = {
 }
 
 
-def _import_timm() -> Any:
+def import_timm() -> Any:
+    """The module timm, or an ImportError that says how to get it."""
     try:
         import timm
     except ImportError as error:
@@ -169,7 +168,8 @@ def _unsupported_parts(model: nn.Module) -> Iterator[str]:
         yield "layer scale in some layers only"
 
 
-def _check_supported(model: nn.Module, source: str) -> None:
+def check_supported(model: nn.Module, source: str) -> None:
+    """Raises ValueError naming each part of a timm model that FlexiViT does not have."""
     parts = list(dict.fromkeys(_unsupported_parts(model)))
     if parts:
         raise ValueError(f"{source} cannot become a FlexiViT, which does not have: {'; '.join(parts)}.")
@@ -297,7 +297,7 @@ def source_from_timm_model(
     pretrained_cfg = dict(pretrained_cfg or getattr(model, "pretrained_cfg", None) or {})
     architecture = pretrained_cfg.get("architecture") or ""
     source = f"timm's {architecture or type(model).__name__}"
-    _check_supported(model, source)
+    check_supported(model, source)
     fields = _config_fields(model, architecture)
     mlp_kind = _mlp_kind(model.blocks[0])
     state_dict = _split_fused(model.state_dict(), packed_mlp=mlp_kind == "packed")
@@ -323,7 +323,7 @@ def load_timm_name(name: str, pretrained: bool = True, **overrides: Any) -> Flex
         ConnectionError: if the weights are neither in the cache nor can be downloaded.
         ValueError: for a model that does not convert.
     """
-    timm = _import_timm()
+    timm = import_timm()
     try:
         model = timm.create_model(name, pretrained=pretrained)
     except (OSError, RuntimeError) as error:
@@ -335,89 +335,11 @@ def load_timm_name(name: str, pretrained: bool = True, **overrides: Any) -> Flex
     return source_from_timm_model(model, **overrides)
 
 
-def _build_for(architecture: str, state_dict: dict[str, torch.Tensor], model_args: dict[str, Any]) -> nn.Module:
-    """A timm model of the sizes that the tensors have, holding them."""
-    timm = _import_timm()
-    kernel, positions = state_dict.get("patch_embed.proj.weight"), state_dict.get("pos_embed")
-    if kernel is None or kernel.ndim != 4 or positions is None or positions.ndim != 3:
-        raise ValueError(
-            f"The checkpoint for timm's {architecture} has an unknown layout: `patch_embed.proj.weight` (width, "
-            f"channels, height, width) and `pos_embed` (1, positions, width) are expected; found "
-            f"{', '.join(sorted(state_dict)[:5])}, ..."
-        )
-    head = state_dict.get("head.weight")
-    args = {
-        "num_classes": 0 if head is None else len(head),
-        "in_chans": kernel.shape[1],
-        "patch_size": tuple(kernel.shape[2:]),
-        **model_args,
-    }
-    with torch.device("meta"):
-        nominal = timm.create_model(architecture, **args)
-    _check_supported(nominal, f"timm's {architecture}")
-    num_prefix = 0 if nominal.no_embed_class else nominal.num_prefix_tokens
-    num_patches = positions.shape[1] - num_prefix
-    if num_patches != nominal.patch_embed.num_patches and "img_size" not in args:
-        side = math.isqrt(max(num_patches, 0))
-        args["img_size"] = tuple(side * size for size in args["patch_size"])
-    model = timm.create_model(architecture, **args)
-    check_state_dict(state_dict, model, f"the checkpoint for timm's {architecture}")
-    model.load_state_dict(state_dict)
-    return model
-
-
-def load_timm_file(
-    path: str | Path, architecture: str | None = None, model_args: dict[str, Any] | None = None, **overrides: Any
-) -> FlexiViTSource:
-    """A checkpoint file of timm (or of a training script with its names) as FlexiViT.
-
-    Args:
-        path: `.safetensors`, `.pt`, `.pth` or `.bin`.
-        architecture: timm's name of the model, for the file does not say it.
-        model_args: arguments of `timm.create_model` that differ from that name's.
-        overrides: config fields to set otherwise.
-
-    Raises:
-        ValueError: without an architecture, or if the tensors do not fit it.
-    """
-    state_dict = load_state_dict_file(path)
-    if architecture is None:
-        raise ValueError(
-            f"`{path}` holds tensors only ({', '.join(sorted(state_dict)[:5])}, ...): give `architecture`, timm's "
-            "name of the model, for instance 'vit_base_patch16_224'; or give the folder that a model was saved to."
-        )
-    if not is_timm_name(architecture):
-        raise ValueError(f"`architecture` must be a name that timm knows, got {architecture!r}.")
-    model = _build_for(architecture, state_dict, dict(model_args or {}))
-    return source_from_timm_model(model, **overrides)
-
-
-def load_timm_folder(path: str | Path, **overrides: Any) -> FlexiViTSource:
-    """A folder that timm wrote for the hub (config.json and weights) as FlexiViT.
-
-    Raises:
-        FileNotFoundError: if it holds no weights.
-        ValueError: if the tensors do not fit the config.
-    """
-    path = Path(path)
-    record = json.loads((path / "config.json").read_text())
-    files = [path / name for name in ("model.safetensors", "pytorch_model.bin") if (path / name).is_file()]
-    if not files:
-        raise FileNotFoundError(f"`{path}` holds neither model.safetensors nor pytorch_model.bin.")
-    model_args = dict(record.get("model_args") or {})
-    if record.get("global_pool"):
-        model_args.setdefault("global_pool", record["global_pool"])
-    model = _build_for(record["architecture"], load_state_dict_file(files[0]), model_args)
-    # Older folders keep the preprocessing beside the architecture instead of in `pretrained_cfg`.
-    pretrained_cfg = {**record, **record.get("pretrained_cfg", {}), "architecture": record["architecture"]}
-    return source_from_timm_model(model, pretrained_cfg, **overrides)
-
-
 __all__ = [
+    "check_supported",
+    "import_timm",
     "is_timm_model",
     "is_timm_name",
-    "load_timm_file",
-    "load_timm_folder",
     "load_timm_name",
     "source_from_timm_model",
     "timm_image_processor",

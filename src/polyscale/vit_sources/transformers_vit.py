@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from ..models.flexivit.image_processing_flexivit import FlexiViTImageProcessor
 from ..models.flexivit.modeling_flexivit import FlexiViTForImageClassification, FlexiViTModel
-from ..utils.checkpoint_files import rename_keys
+from ..utils.checkpoint_files import check_hub_name, check_index, rename_keys
 from ..utils.validation import to_pair
 from .common import ORDINARY_KERNEL, FlexiViTSource, label_maps, make_image_processor, make_source
 from .timm_vit import load_timm_name
@@ -300,11 +300,15 @@ def load_hf_source(source: str | Path, **overrides: Any) -> FlexiViTSource:
         OSError: if it is neither a folder nor found on the hub (for instance without a network).
     """
     source = str(source)
+    if Path(source).exists():
+        check_index(source)
+    else:
+        check_hub_name(source)
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except OSError as error:
         raise OSError(
-            f"`{source}` is no local file or folder, no name that timm knows and no released `.npz`, and it cannot be "
+            f"`{source}` is no local checkpoint, no name that timm knows and no released `.npz`, and it cannot be "
             f"loaded from the hub: {error}"
         ) from error
     if config.model_type == "timm_wrapper" and not Path(source).exists():  # a repository of timm on the hub

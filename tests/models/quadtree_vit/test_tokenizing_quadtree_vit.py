@@ -18,9 +18,7 @@ from polyscale import (
     quadtree_tokens,
     reverse_quadtree,
 )
-
-
-TOLERANCE = {"atol": 2e-5, "rtol": 1e-5}
+from tests.golden import assert_golden
 
 
 def select(pixels, num_tokens, min_patch_size=16, max_patch_size=64):
@@ -52,7 +50,7 @@ def test_golden_selection_at_320_pixels(golden):
 def test_golden_pixel_blur_scores(golden, golden_pixels):
     scores = PixelBlurPatchScorer(16, 64)(golden_pixels)
     for score, size in zip(scores, (64, 32), strict=True):
-        torch.testing.assert_close(score.flatten(1), -golden[f"pixel_blur.score.{size}"], **TOLERANCE)
+        assert_golden(score.flatten(1), -golden[f"pixel_blur.score.{size}"])
 
 
 @pytest.mark.parametrize(("min_patch_size", "max_patch_size"), [(3, 24), (4, 8), (1, 8)])
@@ -91,9 +89,9 @@ def test_golden_embeddings_and_dense_map(golden, golden_pixels):
     for b in range(2):
         expected = golden["tokenizer.embeddings"][b]
         order = [1 + number for number in golden_order(golden, tokens, b)]
-        torch.testing.assert_close(tokens.embeddings[b], expected[[0, *order]], **TOLERANCE)
+        assert_golden(tokens.embeddings[b], expected[[0, *order]])
     dense = reverse_quadtree(tokens.embeddings[:, 1:], tokens.patch_centers, tokens.patch_sizes, 256, 16)
-    torch.testing.assert_close(dense, golden["reverse.features"], **TOLERANCE)
+    assert_golden(dense, golden["reverse.features"])
 
 
 def test_golden_patches(golden, golden_pixels):
@@ -112,7 +110,7 @@ def test_golden_patches(golden, golden_pixels):
         }
         meta = golden["pixel_blur.tokens100.meta"][b].tolist()
         for (x, y, size_id), expected in zip(meta, golden["pixel_blur.tokens100.patches"][b], strict=True):
-            torch.testing.assert_close(ours[x * 16, y * 16, 16 << int(size_id)], expected, **TOLERANCE)
+            assert_golden(ours[x * 16, y * 16, 16 << int(size_id)], expected)
 
 
 @pytest.mark.parametrize("position_embedding", ["sinusoidal", "learned"])
@@ -150,7 +148,7 @@ def test_tokens_and_gradients_equal_crops(make_config, layout, shape, fields, nu
     tokens = tokenizer(images, num_tokens=num_tokens)
     assert len(tokens.patch_sizes.unique()) == tokenizer.config.num_levels
     expected = crop_by_crop_tokens(tokenizer, images, tokens.patch_centers, tokens.patch_sizes)
-    torch.testing.assert_close(tokens.embeddings, expected, **TOLERANCE)
+    torch.testing.assert_close(tokens.embeddings, expected, atol=2e-5, rtol=1e-5)
     weights = torch.randn_like(expected)
     inputs = [images, *tokenizer.parameters()]
     ours, theirs = (torch.autograd.grad((output * weights).sum(), inputs) for output in (tokens.embeddings, expected))

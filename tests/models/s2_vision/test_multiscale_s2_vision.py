@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from polyscale.models.s2_vision.multiscale_s2_vision import multiscale_forward
 from polyscale.models.s2_vision.tiling_s2_vision import cut_tiles, join_tiles, plan_tiles, token_grid
+from tests.golden import assert_golden
 
 
 GOLDEN = load_file(Path(__file__).parents[2] / "fixtures" / "s2_golden.safetensors")
@@ -58,7 +59,7 @@ CHUNKS = [{}, {"split_forward": True}, {"tiles_per_forward": 1}, {"tiles_per_for
 def test_equals_the_official_function(name, chunks):
     model, images, options = CASES[name]
     result = multiscale_forward(model, GOLDEN[images], **{**options, **chunks})
-    torch.testing.assert_close(result, GOLDEN[name], atol=2e-5, rtol=1e-5)
+    assert_golden(result, GOLDEN[name])
 
 
 def reference(model, images, sizes, tile, uneven, target):
@@ -151,7 +152,7 @@ def test_output_objects_and_tuples():
     maps = multiscale_forward(
         lambda x: BackboneOutput(feature_maps=(x, toy_map(x))), GOLDEN["x64"], scales=[1, 2], output_shape="bchw"
     )
-    torch.testing.assert_close(maps, GOLDEN["bchw_scales_1_2"], atol=2e-5, rtol=1e-5)
+    assert_golden(maps, GOLDEN["bchw_scales_1_2"])
 
 
 def test_half_precision_keeps_its_dtype_and_gradients_reach_the_input():

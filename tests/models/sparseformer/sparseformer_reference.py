@@ -62,10 +62,6 @@ def golden_model(name: str):
     return model.eval(), pixels, tensors
 
 
-def assert_golden(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    torch.testing.assert_close(actual, expected, atol=2e-5, rtol=1e-5)
-
-
 def tiny_config(kind: str = "v1", **overrides) -> SparseFormerConfig:
     """A config of width 16 to 32: "v1", "bootstrapped" or "video"."""
     fields = {

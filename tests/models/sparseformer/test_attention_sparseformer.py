@@ -1,9 +1,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from polyscale.models.sparseformer.attention_sparseformer import ThinAttention
 
 from polyscale.models.sparseformer import attention_sparseformer
-from polyscale.models.sparseformer.attention_sparseformer import ThinAttention
 
 
 def attend_plainly(qkv: torch.Tensor, scaling: float) -> torch.Tensor:

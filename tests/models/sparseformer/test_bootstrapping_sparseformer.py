@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.utils.data import Dataset
@@ -15,9 +17,9 @@ from transformers import (
 )
 
 from polyscale import FlexiViTConfig, FlexiViTModel
+from polyscale.models.sparseformer.callbacks_sparseformer import LossScaleCallback
 from polyscale.training.bootstrapping import BootstrapTrainer, final_token, load_teacher, make_student
-from polyscale.training.callbacks import LossScaleCallback
-from polyscale.training.data import collate_pictures
+from polyscale.training.transforms import collate_images
 
 
 TINY = {"feature_width": 8, "num_sampling_points": 4, "generator_width": 16, "num_latent_tokens": 5}
@@ -70,7 +72,7 @@ def make_trainer(folder, student: PreTrainedModel, teacher: PreTrainedModel, **o
         args=arguments,
         train_dataset=Pictures(),
         teacher=teacher,
-        data_collator=collate_pictures,
+        data_collator=collate_images,
         **options,
     )
 
@@ -173,7 +175,7 @@ def test_the_loss_is_the_share_of_variance_that_is_missed(tmp_path):
     teacher = make_pooling_teacher()
     student, _ = make_student(teacher, **TINY)
     trainer = make_trainer(tmp_path, student, teacher)
-    pictures = collate_pictures([Pictures()[index] for index in range(16)])["pixel_values"]
+    pictures = collate_images([Pictures()[index] for index in range(16)])["pixel_values"]
     with torch.no_grad():
         tokens, mine = teacher(pictures).pooler_output, student(pictures).pooler_output
         variance = (tokens - tokens.mean(dim=0)).square().mean()
@@ -196,10 +198,10 @@ def test_the_teacher_sees_pictures_of_its_own_kind(tmp_path):
 
 def test_the_callback_hands_on_the_scale_of_the_scaler():
     student, _ = make_student(make_teacher(), restrict_grad_norm=True, **TINY)
-    accelerator = type("Accelerator", (), {"scaler": type("Scaler", (), {"get_scale": lambda self: 512.0})()})()
-    callback = LossScaleCallback(accelerator)
-    callback.on_step_begin(None, None, None, model=student)
+    optimizer = SimpleNamespace(scaler=SimpleNamespace(get_scale=lambda: 512.0))
+    callback = LossScaleCallback()
+    callback.on_step_begin(None, None, None, model=student, optimizer=optimizer)
     assert student.loss_scale.item() == 512.0
-    accelerator.scaler = None
-    callback.on_step_begin(None, None, None, model=student)
+    optimizer.scaler = None
+    callback.on_step_begin(None, None, None, model=student, optimizer=optimizer)
     assert student.loss_scale.item() == 1.0

@@ -25,6 +25,7 @@ from polyscale.models.sparseformer.convert_sparseformer import (
 )
 from polyscale.models.sparseformer.convert_sparseformer_video import convert_sparseformer_video, inflate_sparseformer
 from polyscale.models.sparseformer.convert_sparseformer_vit import load_vit_weights
+from tests.golden import assert_golden, rounding_sensitivity
 
 
 def golden_state(name: str) -> tuple[SparseFormerConfig, dict[str, torch.Tensor]]:
@@ -90,7 +91,8 @@ def test_files_with_and_without_a_wrapper(tmp_path, wrapped):
     assert (source.config.projection_dim, source.config.projection_bias) == (11, False)
     model, pixels, tensors = golden_model("btsp_clip")
     model.load_state_dict(source.state_dict)
-    torch.testing.assert_close(model(pixels).image_embeds, tensors["logits"], atol=2e-5, rtol=1e-5)
+    (sensitivity,) = rounding_sensitivity(lambda images: [model(images).image_embeds], pixels)
+    assert_golden(model(pixels).image_embeds, tensors["logits"], sensitivity)
 
 
 def test_pickles_of_objects_are_refused(tmp_path):
@@ -181,7 +183,8 @@ def test_folders_of_converted_and_inflated_checkpoints(tmp_path):
     convert_sparseformer(tmp_path / "tiny.pth", tmp_path / "image", config)
     _, pixels, tensors = golden_model("btsp")
     again = SparseFormerForImageClassification.from_pretrained(tmp_path / "image").eval()
-    torch.testing.assert_close(again(pixels).logits, tensors["logits"], atol=2e-5, rtol=1e-5)
+    (sensitivity,) = rounding_sensitivity(lambda images: [again(images).logits], pixels)
+    assert_golden(again(pixels).logits, tensors["logits"], sensitivity)
     processor = SparseFormerImageProcessor.from_pretrained(tmp_path / "image")
     processor.image_mean = [0.1, 0.2, 0.3]
     processor.save_pretrained(tmp_path / "image")

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from polyscale.models.sparseformer.modules_sparseformer import SparseFormerLayer
 from sparseformer_reference import make_model, tiny_config
 
 from polyscale.models.sparseformer import (
@@ -10,7 +11,6 @@ from polyscale.models.sparseformer import (
     SparseFormerModel,
     modules_sparseformer,
 )
-from polyscale.models.sparseformer.modules_sparseformer import SparseFormerLayer
 
 
 KINDS = ["v1", "bootstrapped", "video"]
@@ -63,11 +63,12 @@ def test_a_classifier_computes_only_what_its_head_pools(monkeypatch, kind, train
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_hooks_see_all_tokens(kind):
+def test_a_config_can_ask_for_all_tokens(kind):
     model, pixels = make_classifier(kind)
     with torch.no_grad():
         short = model(pixels).logits
         shapes = watch(model.sparseformer.layers[-1].mlp.fc2)
+        model.config.keep_all_tokens = True
         whole = model(pixels).logits
     assert shapes == [(2, model.config.num_tokens + model.config.num_prefix_tokens, 32)]
     assert_same(short, whole)

@@ -20,6 +20,7 @@ register_family(
     drawing=f"{__name__}.plot_flexivit:draw_flexivit",
     budget_drawing=f"{__name__}.plot_flexivit:draw_patches",
     training_callbacks=(f"{__name__}.callbacks_flexivit:PatchSizeCallback",),
+    training_config=f"{__name__}.training_flexivit:training_config",
 )
 
 

@@ -50,7 +50,7 @@ class PatchSizeCallback(TrainerCallback):
             if embeddings.config.train_patch_sizes is not None:
                 embeddings.step_patch_size = self.patch_size_at(embeddings.config, state.global_step, seed)
 
-    def on_train_end(
+    def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs
     ) -> None:
         for embeddings in _flexivit_embeddings(model):

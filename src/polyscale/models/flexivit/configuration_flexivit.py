@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from ...layers.config_checks import checked_config, size
+from ...layers.config_checks import checked_config, pixel_size
 from ...layers.encoder_config import EncoderConfig
 from ...layers.token_budget import plain_size
 from ...utils.validation import to_pair
@@ -23,7 +23,8 @@ class FlexiViTConfig(EncoderConfig):
         patch_size (`int` or `(height, width)`, *optional*): patch size of a call that names none; `base_patch_size`
             when `None`.
         train_patch_sizes (`list`, *optional*): sizes to draw from in training when the call names none; `None` means
-            no drawing.
+            no drawing. A compiled model draws between graphs: with `fullgraph=True`, name the size in the call or
+            train with `polyscale.training.PatchSizeCallback`.
         train_patch_size_probs (`list[float]`, *optional*): a probability for each of `train_patch_sizes`; uniform when
             `None`.
         resize_method (`str`, *optional*, defaults to `"pi"`): `"pi"` (pseudo-inverse resize) or `"interpolate"` (plain
@@ -65,9 +66,9 @@ class FlexiViTConfig(EncoderConfig):
 
     attribute_map = {**EncoderConfig.attribute_map, "uneven": "remainder"}
 
-    image_size: int | list[int] | tuple[int, int] = size(240)
-    base_patch_size: int | list[int] | tuple[int, int] = size(32)
-    patch_size: int | list[int] | tuple[int, int] | None = size(None)
+    image_size: int | list[int] | tuple[int, int] = pixel_size(240)
+    base_patch_size: int | list[int] | tuple[int, int] = pixel_size(32)
+    patch_size: int | list[int] | tuple[int, int] | None = pixel_size(None)
     train_patch_sizes: list | tuple | None = None
     train_patch_size_probs: list | tuple | None = None
     resize_method: Literal["pi", "interpolate"] = "pi"
@@ -75,7 +76,7 @@ class FlexiViTConfig(EncoderConfig):
     kernel_antialias: bool = False
     position_interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     position_antialias: bool = True
-    position_grid: int | list[int] | tuple[int, int] | None = size(None)
+    position_grid: int | list[int] | tuple[int, int] | None = pixel_size(None)
     remainder: Literal["crop", "pad", "error"] = "crop"
     patch_bias: bool = True
 

@@ -15,11 +15,10 @@ from transformers import PreTrainedModel
 from ...utils.checkpoint_files import CHECKPOINT_SUFFIXES, NUMPY_SUFFIXES, model_from_state_dict
 from ...vit_sources.common import FlexiViTSource
 from ...vit_sources.npz_vit import RELEASED_NAMES, load_npz_source, released_file
+from ...vit_sources.timm_files import load_timm_file, load_timm_folder
 from ...vit_sources.timm_vit import (
     is_timm_model,
     is_timm_name,
-    load_timm_file,
-    load_timm_folder,
     load_timm_name,
     source_from_timm_model,
 )
@@ -36,8 +35,10 @@ def _load_folder(path: Path, overrides: dict[str, Any]) -> FlexiViTSource:
         raise ValueError(f"`{path}` is a folder without a config.json: expected a model of transformers or timm.")
     try:
         record = json.loads(config_file.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"`{config_file}` is not readable JSON: {error}.") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"`{config_file}` must hold a JSON object, got a {type(record).__name__}.")
     if "model_type" in record:
         return load_hf_source(path, **overrides)
     if "architecture" in record:
@@ -57,7 +58,7 @@ def _load_name(name: str, pretrained: bool, overrides: dict[str, Any]) -> FlexiV
         return load_timm_name(f"hf-hub:{name}", pretrained, **overrides)
     if name.startswith(_TIMM_HUB_PREFIXES) or is_timm_name(name):
         return load_timm_name(name, pretrained, **overrides)
-    if Path(name).suffix.lower() in CHECKPOINT_SUFFIXES or name.startswith((".", "/", "~")):
+    if Path(name).suffix.lower() in CHECKPOINT_SUFFIXES:
         raise FileNotFoundError(f"There is no file or folder `{name}`.")
     return load_hf_source(name, **overrides)
 

@@ -16,40 +16,46 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from ...layers.encoder import ClassifierHead, EncoderPreTrainedModel, PrefixTokens, TokenPooler, make_encoder_layers
-from ...layers.resizing import interpolate_resize_patch_embed, pi_resize_patch_embed, resize_abs_pos_embed
+from ...layers.backbone import feature_maps_of
+from ...layers.call_checks import check_words, classification_loss
+from ...layers.encoder import (
+    EncoderClassificationHead,
+    EncoderPreTrainedModel,
+    PrefixTokens,
+    TokenPooler,
+    make_encoder_layers,
+)
+from ...layers.patch_projection import PatchProjection, project_patches
+from ...layers.pooled_only import pooled_only_suffices
+from ...layers.resizing import KernelResize, resize_abs_pos_embed
 from ...utils.validation import check_pixel_values, to_pair
 from .configuration_flexivit import FlexiViTConfig
 
 
 class FlexiViTPatchEmbeddings(nn.Module):
-    """Cuts a picture into patches of any size and embeds them with the kernel resized to that size."""
+    """Cuts an image into patches of any size and embeds them with the kernel resized to that size."""
 
     def __init__(self, config: FlexiViTConfig):
         super().__init__()
-        self.config = config
-        kernel_size = to_pair(config.base_patch_size, "base_patch_size")
-        self.projection = nn.Conv2d(
-            config.num_channels, config.hidden_size, kernel_size, stride=kernel_size, bias=config.patch_bias
+        self.pads = config.remainder == "pad"
+        self.kernel_size = to_pair(config.base_patch_size, "base_patch_size")
+        self.resize = KernelResize(config.resize_method, config.kernel_interpolation, config.kernel_antialias)
+        self.projection = PatchProjection(
+            config.num_channels,
+            config.hidden_size,
+            self.kernel_size,
+            stride=self.kernel_size,
+            bias=config.patch_bias,
+            resize=self.resize,
         )
-
-    def resized_kernel(self, patch_size: tuple[int, int]) -> torch.Tensor:
-        """(hidden, channels, *patch_size), always made from the stored kernel: chained resizes lose information."""
-        kernel = self.projection.weight
-        if tuple(kernel.shape[-2:]) == patch_size:
-            return kernel
-        resize = pi_resize_patch_embed if self.config.resize_method == "pi" else interpolate_resize_patch_embed
-        return resize(kernel, patch_size, self.config.kernel_interpolation, self.config.kernel_antialias)
 
     def forward(self, pixel_values: torch.Tensor, patch_size: tuple[int, int]) -> torch.Tensor:
         """(batch, channels, height, width) -> (batch, rows * columns, hidden)"""
-        if self.config.remainder == "pad":
+        if self.pads:
             height, width = pixel_values.shape[-2:]
             pixel_values = F.pad(pixel_values, (0, -width % patch_size[1], 0, -height % patch_size[0]))
-        patches = F.conv2d(
-            pixel_values, self.resized_kernel(patch_size), self.projection.bias, stride=patch_size
-        )  # (batch, hidden, rows, columns); the convolution drops an incomplete last row or column
-        return patches.flatten(2).transpose(1, 2)
+        patches = project_patches(self.projection, pixel_values, patch_size, self.kernel_size, self.resize)
+        return patches.flatten(2).transpose(1, 2)  # of (batch, hidden, rows, columns)
 
 
 class FlexiViTEmbeddings(nn.Module):
@@ -66,6 +72,12 @@ class FlexiViTEmbeddings(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         # Set by `polyscale.training.PatchSizeCallback` for the length of an optimiser step.
         self.step_patch_size: int | Sequence[int] | None = None
+
+    def train(self, mode: bool = True) -> "FlexiViTEmbeddings":
+        """A change between training and evaluation ends the size of a step that never ended, one with an exception."""
+        if mode != self.training:
+            self.step_patch_size = None
+        return super().train(mode)
 
     def draw_patch_size(self) -> int | Sequence[int]:
         """One of `config.train_patch_sizes`, drawn with `config.train_patch_size_probs` from torch's CPU generator."""
@@ -99,7 +111,7 @@ class FlexiViTEmbeddings(nn.Module):
         patch_size = self.resolve_patch_size(patch_size)
         patch_grid = self.config.patch_grid_for(pixel_values.shape[-2:], patch_size)
 
-        pixel_values = pixel_values.to(self.patch_embeddings.projection.weight.dtype)
+        pixel_values = pixel_values.to(self.position_embeddings.dtype)
         tokens = self.patch_embeddings(pixel_values, patch_size)
         prefix = self.prefix_tokens(tokens.shape[0])
         positions = self.position_embeddings_for(patch_grid)
@@ -120,7 +132,6 @@ class FlexiViTPreTrainedModel(EncoderPreTrainedModel):
     config: FlexiViTConfig
     base_model_prefix = "flexivit"
     _no_split_modules = ["FlexiViTEmbeddings", "EncoderLayer"]
-    _input_embed_layer = "patch_embeddings"
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -138,7 +149,7 @@ class FlexiViTPreTrainedModel(EncoderPreTrainedModel):
     def num_tokens_for(
         self, image_size: int | Sequence[int] | None = None, patch_size: int | Sequence[int] | None = None
     ) -> int:
-        """How many tokens a picture costs: see `FlexiViTConfig.num_tokens_for`."""
+        """How many tokens an image costs: see `FlexiViTConfig.num_tokens_for`."""
         return self.config.num_tokens_for(image_size, patch_size)
 
     def patch_size_for(self, image_size: int | Sequence[int] | None, num_tokens: int) -> int:
@@ -147,7 +158,7 @@ class FlexiViTPreTrainedModel(EncoderPreTrainedModel):
 
 
 class FlexiViTModel(FlexiViTPreTrainedModel):
-    """FlexiViT without a head: tokens of pictures of any size, at any patch size."""
+    """FlexiViT without a head: tokens of images of any size, at any patch size."""
 
     def __init__(self, config: FlexiViTConfig):
         super().__init__(config)
@@ -168,7 +179,7 @@ class FlexiViTModel(FlexiViTPreTrainedModel):
         self,
         pixel_values: torch.Tensor | None = None,
         patch_size: int | Sequence[int] | None = None,
-        prefix_only: bool = False,
+        pooled_only: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         """
@@ -176,19 +187,21 @@ class FlexiViTModel(FlexiViTPreTrainedModel):
             pixel_values: (batch, channels, height, width), any height and width.
             patch_size: int or (height, width) in pixels. When None: in training drawn from `config.train_patch_sizes`,
                 if there are any; otherwise `config.patch_size`, or `config.base_patch_size`.
-            prefix_only: leave the patch tokens out of the last layer and of `last_hidden_state`. `pooler_output` is
-                the same wherever the pooling reads prefix tokens alone ("cls", "pooler").
+            pooled_only: leaves out of the last layer the tokens that neither pooling nor head reads; those that
+                are read, the first ones, are `last_hidden_state`. Without effect where the pooling reads all tokens.
 
         Returns:
             `last_hidden_state` (batch, num_prefix_tokens + num_tokens, hidden) and `pooler_output` (batch, pooled).
 
         Raises:
-            ValueError: for a wrong shape of `pixel_values`, or a patch size below 1 or larger than the picture.
+            ValueError: for a wrong shape of `pixel_values`, or a patch size below 1 or larger than the image.
         """
+        check_words(self, kwargs)
         hidden_states, _ = self.embeddings(pixel_values, patch_size)
         hidden_states = self.pre_layernorm(hidden_states)
-        for layer in self.layers:
-            num_queries = self.config.num_prefix_tokens if prefix_only and layer is self.layers[-1] else None
+        for index, layer in enumerate(self.layers, start=1):
+            is_short = pooled_only and index == len(self.layers)
+            num_queries = self.config.num_pooled_tokens if is_short else None
             hidden_states = layer(hidden_states, num_queries=num_queries, **kwargs)
         hidden_states = self.layernorm(hidden_states)
         return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=self.pooler(hidden_states))
@@ -201,7 +214,7 @@ class FlexiViTForImageClassification(FlexiViTPreTrainedModel):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.flexivit = FlexiViTModel(config)
-        self.head = ClassifierHead(config)
+        self.head = EncoderClassificationHead(config)
         self.post_init()
 
     @can_return_tuple
@@ -221,10 +234,11 @@ class FlexiViTForImageClassification(FlexiViTPreTrainedModel):
         Returns:
             `logits` (batch, num_labels), and `loss` when `labels` are given.
         """
-        prefix_only = self.reads_prefix_only(self.flexivit, **kwargs)
-        outputs = self.flexivit(pixel_values, patch_size=patch_size, prefix_only=prefix_only, **kwargs)
+        check_words(self, kwargs)
+        pooled_only = pooled_only_suffices(self, kwargs)
+        outputs = self.flexivit(pixel_values, patch_size=patch_size, pooled_only=pooled_only, **kwargs)
         logits = self.head(outputs.pooler_output, outputs.last_hidden_state)
-        loss = self.loss_function(labels, logits, self.config, **kwargs) if labels is not None else None
+        loss = classification_loss(self, labels, logits, self.config, kwargs)
         return ImageClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
@@ -256,21 +270,17 @@ class FlexiViTBackbone(BackboneMixin, FlexiViTPreTrainedModel):
             `feature_maps`: one (batch, hidden, rows, columns) a stage; with `config.reshape_hidden_states=False`
             (batch, tokens, hidden), prefix tokens included.
         """
+        check_words(self, kwargs)
         check_pixel_values(pixel_values, self.config.num_channels)
         patch_size = self.flexivit.embeddings.resolve_patch_size(patch_size)
         outputs = self.flexivit(pixel_values, patch_size=patch_size, **kwargs)
         patch_grid = self.config.patch_grid_for(pixel_values.shape[-2:], patch_size)
 
-        feature_maps = ()
-        for stage, hidden_states in zip(self.stage_names, outputs.hidden_states, strict=True):
-            if stage not in self.out_features:
-                continue
-            if self.config.apply_layernorm:
-                hidden_states = self.flexivit.layernorm(hidden_states)
-            if self.config.reshape_hidden_states:
-                patches = hidden_states[:, self.config.num_prefix_tokens :]
-                hidden_states = patches.transpose(1, 2).unflatten(2, patch_grid)
-            feature_maps += (hidden_states,)
+        def to_map(hidden_states: torch.Tensor) -> torch.Tensor:
+            patches = hidden_states[:, self.config.num_prefix_tokens :]
+            return patches.transpose(1, 2).unflatten(2, patch_grid)
+
+        feature_maps = feature_maps_of(self, outputs.hidden_states, to_map, self.flexivit.layernorm)
         return BackboneOutput(
             feature_maps=feature_maps, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )

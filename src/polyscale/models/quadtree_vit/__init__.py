@@ -27,6 +27,7 @@ register_family(
     converter=f"{__name__}.convert_quadtree_vit:convert_quadtree_vit",
     drawing=f"{__name__}.plot_quadtree_vit:draw_quadtrees",
     budget_drawing=f"{__name__}.plot_quadtree_vit:draw_patches",
+    training_config=f"{__name__}.training_quadtree_vit:training_config",
 )
 
 

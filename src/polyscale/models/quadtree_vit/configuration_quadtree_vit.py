@@ -8,7 +8,7 @@ from transformers import PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 from transformers.models.auto.configuration_auto import AutoConfig
 
-from ...layers.config_checks import checked_config, choice, positive, size
+from ...layers.config_checks import checked_config, choice, pixel_size, positive
 from ...layers.encoder_config import EncoderConfig
 from ...utils.validation import to_pair
 from .selection_quadtree_vit import check_multiple, check_token_budget, quadtree_tokens
@@ -81,7 +81,8 @@ class QuadtreeViTConfig(EncoderConfig):
         patch_bias (`bool`, *optional*, defaults to `True`): whether the patch embedding has a bias.
 
     Raises:
-        ValueError: for an unknown name or choice, sizes that do not divide each other, or a width that does not fit sinusoids.
+        ValueError: for an unknown name or choice, sizes that do not divide each other, or a width that does not fit
+            sinusoids.
 
     Example:
 
@@ -101,7 +102,7 @@ class QuadtreeViTConfig(EncoderConfig):
         "scorer_backbone_config": SubConfigSpec(config_class=AutoConfig, model_type="resnet", optional=True)
     }
 
-    image_size: int | list[int] | tuple[int, int] = size(256)
+    image_size: int | list[int] | tuple[int, int] = pixel_size(256)
     min_patch_size: int = positive(16)
     max_patch_size: int = positive(64)
     num_tokens: int | None = positive(None)
@@ -113,10 +114,11 @@ class QuadtreeViTConfig(EncoderConfig):
     scorer_seed: int | None = None
     scorer_backbone_config: dict | PreTrainedConfig | None = None
     position_embedding: Literal["sinusoidal", "learned"] = "sinusoidal"
-    position_grid: int | list[int] | tuple[int, int] | None = size(None)
+    position_grid: int | list[int] | tuple[int, int] | None = pixel_size(None)
     patch_bias: bool = True
 
     def __post_init__(self, **kwargs):
+        count_levels(self.min_patch_size, self.max_patch_size)
         coarsest, finest = self.num_tokens_range(self.image_size)
         if self.num_tokens is None and self.split_threshold is None:
             self.num_tokens = check_token_budget(max(int(finest * DEFAULT_BUDGET), coarsest), coarsest, finest, True)

@@ -84,9 +84,7 @@ class LegalSizeMixin:
                 "be asked for. Set `fit='squash'` or `fit='pad'` in its preprocessor_config.json."
             )
         if self.fit == "pad" and crop_pct is not None:
-            raise ValueError(
-                "`crop_pct` cannot be followed: the image processor has `fit='pad'` and crops nothing."
-            )
+            raise ValueError("`crop_pct` cannot be followed: the image processor has `fit='pad'` and crops nothing.")
         if self.fit == "pad":
             return {"size": dict(zip(("height", "width"), image_size, strict=True)), "do_resize": True}
         return plain_options_for_size(self, image_size, crop_pct)

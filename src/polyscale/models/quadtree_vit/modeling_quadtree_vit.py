@@ -18,7 +18,10 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from ...layers.encoder import ClassifierHead, EncoderPreTrainedModel, TokenPooler, make_encoder_layers
+from ...layers.backbone import feature_maps_of
+from ...layers.call_checks import check_words, classification_loss
+from ...layers.encoder import EncoderClassificationHead, EncoderPreTrainedModel, TokenPooler, make_encoder_layers
+from ...layers.pooled_only import pooled_only_suffices
 from .configuration_quadtree_vit import QuadtreeViTConfig
 from .scoring_quadtree_vit import PatchScorer
 from .selection_quadtree_vit import reverse_quadtree
@@ -62,7 +65,6 @@ class QuadtreeViTPreTrainedModel(EncoderPreTrainedModel):
     config: QuadtreeViTConfig
     base_model_prefix = "quadtree_vit"
     _no_split_modules = ["QuadtreeTokenizer", "VanillaTokenizer", "EncoderLayer"]
-    _input_embed_layer = "patch_embeddings"
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -113,15 +115,27 @@ class QuadtreeViTModel(QuadtreeViTPreTrainedModel):
         self.pooler = TokenPooler(config)
         self.post_init()
 
-    def attention_mask_for(self, tokens: TokenizerOutput) -> torch.Tensor | None:
-        """The mask for the attention implementation, None where no token is padding."""
+    def num_queries_of_last_layer(self, tokens: TokenizerOutput) -> int | None:
+        """How many tokens, the first ones, a head reads of the last layer; None where that layer computes all."""
+        count = self.config.num_pooled_tokens
+        # With padding, transformers' flash attention takes several queries for the last of a sequence.
+        return None if tokens.is_padded and count != 1 else count
+
+    def attention_mask_for(self, tokens: TokenizerOutput, num_queries: int | None = None) -> torch.Tensor | None:
+        """The mask for the attention implementation, None where no token is padding.
+
+        Args:
+            tokens: of the batch.
+            num_queries: how many of the first tokens ask; all when None.
+        """
         if not tokens.is_padded:
             return None
         prefix = tokens.token_mask.new_ones(tokens.token_mask.shape[0], self.config.num_prefix_tokens)
         return create_bidirectional_mask(
             config=self.config,
-            inputs_embeds=tokens.embeddings,
+            inputs_embeds=tokens.embeddings[:, :num_queries],
             attention_mask=torch.cat([prefix, tokens.token_mask], dim=1),
+            encoder_hidden_states=tokens.embeddings,
         )
 
     def tokens_to_grid(
@@ -157,6 +171,7 @@ class QuadtreeViTModel(QuadtreeViTPreTrainedModel):
         split_threshold: float | None = None,
         patch_scores: PatchScores | None = None,
         output_split_scores: bool = False,
+        pooled_only: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> QuadtreeViTModelOutput:
         """
@@ -170,16 +185,22 @@ class QuadtreeViTModel(QuadtreeViTPreTrainedModel):
             patch_scores: scores to use instead of the scorer's: one (batch, rows, columns) tensor for each size of
                 patch that can be split, largest first; or one map (batch, height, width), averaged to each grid.
             output_split_scores: whether the output holds the scores.
+            pooled_only: leaves out of the last layer the tokens that neither pooling nor head reads; those that
+                are read, the first ones, are `last_hidden_state`. Without effect where the pooling reads all tokens.
 
         Raises:
             ValueError: for a wrong shape of `pixel_values`, an image size or a budget that no quadtree has (it names
                 the nearest legal ones), or scores of a wrong shape.
         """
+        check_words(self, kwargs)
         tokens = self.embeddings(pixel_values, num_tokens, split_threshold, patch_scores)
-        attention_mask = self.attention_mask_for(tokens)
+        attention_mask, num_queries = self.attention_mask_for(tokens), None
         hidden_states = self.pre_layernorm(tokens.embeddings)
-        for layer in self.layers:
-            hidden_states = layer(hidden_states, attention_mask, **kwargs)
+        for index, layer in enumerate(self.layers, start=1):
+            if pooled_only and index == len(self.layers):
+                num_queries = self.num_queries_of_last_layer(tokens)
+                attention_mask = self.attention_mask_for(tokens, num_queries)
+            hidden_states = layer(hidden_states, attention_mask, num_queries, **kwargs)
         hidden_states = self.layernorm(hidden_states)
         return QuadtreeViTModelOutput(
             last_hidden_state=hidden_states,
@@ -198,7 +219,7 @@ class QuadtreeViTForImageClassification(QuadtreeViTPreTrainedModel):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.quadtree_vit = QuadtreeViTModel(config)
-        self.head = ClassifierHead(config)
+        self.head = EncoderClassificationHead(config)
         self.post_init()
 
     @can_return_tuple
@@ -221,16 +242,18 @@ class QuadtreeViTForImageClassification(QuadtreeViTPreTrainedModel):
             patch_scores: see there.
             output_split_scores: see there.
         """
+        check_words(self, kwargs)
         outputs = self.quadtree_vit(
             pixel_values,
             num_tokens=num_tokens,
             split_threshold=split_threshold,
             patch_scores=patch_scores,
             output_split_scores=output_split_scores,
+            pooled_only=pooled_only_suffices(self, kwargs),
             **kwargs,
         )
         logits = self.head(outputs.pooler_output, outputs.last_hidden_state)
-        loss = self.loss_function(labels, logits, self.config, **kwargs) if labels is not None else None
+        loss = classification_loss(self, labels, logits, self.config, kwargs)
         return QuadtreeViTClassifierOutput(
             loss=loss,
             logits=logits,
@@ -273,25 +296,22 @@ class QuadtreeViTBackbone(BackboneMixin, QuadtreeViTPreTrainedModel):
             `feature_maps`: one (batch, hidden, height / min_patch_size, width / min_patch_size) a stage; with
             `config.reshape_hidden_states=False` (batch, tokens, hidden), prefix tokens included.
         """
+        check_words(self, kwargs)
         outputs = self.quadtree_vit(
             pixel_values, num_tokens=num_tokens, split_threshold=split_threshold, patch_scores=patch_scores, **kwargs
         )
-        feature_maps = ()
-        for stage, hidden_states in zip(self.stage_names, outputs.hidden_states, strict=True):
-            if stage not in self.out_features:
-                continue
-            if self.config.apply_layernorm:
-                hidden_states = self.quadtree_vit.layernorm(hidden_states)
-            if self.config.reshape_hidden_states:
-                hidden_states = reverse_quadtree(
-                    hidden_states[:, self.config.num_prefix_tokens :],
-                    outputs.patch_centers,
-                    outputs.patch_sizes,
-                    tuple(pixel_values.shape[-2:]),
-                    self.config.min_patch_size,
-                    outputs.token_mask,
-                )
-            feature_maps += (hidden_states,)
+
+        def to_map(hidden_states: torch.Tensor) -> torch.Tensor:
+            return reverse_quadtree(
+                hidden_states[:, self.config.num_prefix_tokens :],
+                outputs.patch_centers,
+                outputs.patch_sizes,
+                tuple(pixel_values.shape[-2:]),
+                self.config.min_patch_size,
+                outputs.token_mask,
+            )
+
+        feature_maps = feature_maps_of(self, outputs.hidden_states, to_map, self.quadtree_vit.layernorm)
         return BackboneOutput(
             feature_maps=feature_maps, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )

@@ -20,6 +20,7 @@ Node 0 stands above them: the whole picture, whose split into the largest patche
 import math
 from collections.abc import Sequence
 from itertools import pairwise
+from operator import index
 from typing import NamedTuple
 
 import torch
@@ -86,9 +87,12 @@ def check_token_budget(num_tokens: int, coarsest: int, finest: int, round_down: 
     Raises:
         ValueError: for a budget that no number of splits gives; it names the two nearest legal ones.
     """
-    if isinstance(num_tokens, bool) or not hasattr(num_tokens, "__index__"):
-        raise ValueError(f"`num_tokens` must be an int, got {num_tokens!r}.")
-    num_tokens = int(num_tokens)
+    try:
+        if isinstance(num_tokens, bool):
+            raise TypeError
+        num_tokens = index(num_tokens)
+    except TypeError:
+        raise ValueError(f"`num_tokens` must be an int, got {num_tokens!r}.") from None
     below = min(max(num_tokens - (num_tokens - coarsest) % 3, coarsest), finest)
     if num_tokens == below or (round_down and num_tokens > below):
         return below
@@ -193,11 +197,19 @@ def _pack(entries: Sequence[torch.Tensor], base: int) -> list[torch.Tensor]:
     return packed
 
 
+def _stable_order(values: torch.Tensor, descending: bool = False) -> torch.Tensor:
+    """Indices that sort each row; equal values keep their order."""
+    # ONNX has no stable sort by name, but its TopK, which other sorts become, keeps the order of equal values.
+    if torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
+        return values.sort(dim=1, descending=descending).indices
+    return values.sort(dim=1, descending=descending, stable=True).indices
+
+
 def _expansion_keys(flat_scores: torch.Tensor, levels: int, tree: _Tree) -> list[torch.Tensor]:
     """Integers (batch, 1 + scores) whose lexicographic order is that in which best-first expansion visits nodes."""
     batch, num_scores = flat_scores.shape
     # A stable sort breaks ties by the number of the node: coarser level first, then raster.
-    order = flat_scores.sort(dim=1, descending=True, stable=True).indices + 1
+    order = _stable_order(flat_scores, descending=True) + 1
     places = tree.numbers[1 : num_scores + 1].expand_as(order)
     ranks = order.new_zeros(batch, num_scores + 1).scatter_(1, order, places)
 
@@ -217,9 +229,9 @@ def _first_splits(flat_scores: torch.Tensor, count: int, levels: int, tree: _Tre
     if not later:
         threshold = last.topk(count + 1, dim=1, largest=False, sorted=False).values.amax(dim=1, keepdim=True)
         return last <= threshold
-    order = last.sort(dim=1, stable=True).indices
+    order = _stable_order(last)
     for key in reversed(later):
-        order = order.gather(1, key.gather(1, order).sort(dim=1, stable=True).indices)
+        order = order.gather(1, _stable_order(key.gather(1, order)))
     return torch.zeros_like(last, dtype=torch.bool).scatter_(1, order[:, : count + 1], True)
 
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ...layers.encoder import PrefixTokens
+from ...layers.patch_projection import PatchProjection
 from ...layers.resizing import resize_abs_pos_embed
 from ...utils.validation import check_pixel_values
 from .configuration_quadtree_vit import QuadtreeViTConfig
@@ -55,12 +56,15 @@ class QuadtreeViTPatchEmbeddings(nn.Module):
     def __init__(self, config: QuadtreeViTConfig):
         super().__init__()
         size = config.min_patch_size
-        self.projection = nn.Conv2d(config.num_channels, config.hidden_size, size, stride=size, bias=config.patch_bias)
+        self.patch_shape = (config.num_channels, size, size)
+        self.projection = PatchProjection(
+            config.num_channels, config.hidden_size, size, stride=size, bias=config.patch_bias
+        )
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
         """(batch, tokens, channels * size * size) -> (batch, tokens, hidden)"""
-        kernel = self.projection.weight.flatten(1)
-        return F.linear(patches.to(kernel.dtype), kernel, self.projection.bias)
+        tokens = self.projection(patches.reshape(-1, *self.patch_shape))  # (batch * tokens, hidden, 1, 1)
+        return tokens.flatten(1).unflatten(0, patches.shape[:2])
 
 
 class PatchTokenizer(nn.Module):
@@ -71,9 +75,11 @@ class PatchTokenizer(nn.Module):
         self.config = config
         self.patch_embeddings = QuadtreeViTPatchEmbeddings(config)
         self.prefix_tokens = PrefixTokens(config)
+        # Kept as a number: tracers do not follow the property of the config, which asks that of its base class.
+        self.num_placed_prefix_tokens = config.num_position_prefix_tokens
         if config.position_embedding == "learned":
             rows, columns = config.position_grid
-            num_positions = config.num_position_prefix_tokens + rows * columns
+            num_positions = self.num_placed_prefix_tokens + rows * columns
             self.position_embeddings = nn.Parameter(torch.zeros(1, num_positions, config.hidden_size))
         else:
             self.position_embeddings = None
@@ -137,7 +143,7 @@ class PatchTokenizer(nn.Module):
             nodes: numbers of the patches, counted from 1 through all levels.
             patch_grids: (rows, columns) of each level.
         """
-        grid = self.position_embeddings[:, self.config.num_position_prefix_tokens :]
+        grid = self.position_embeddings[:, self.num_placed_prefix_tokens :]
         levels = [
             resize_abs_pos_embed(
                 grid,
@@ -162,7 +168,7 @@ class PatchTokenizer(nn.Module):
         tokens = self.patch_embeddings(patches) + positions
         prefix = self.prefix_tokens(tokens.shape[0])
         if prefix is not None:
-            num_placed = self.config.num_position_prefix_tokens
+            num_placed = self.num_placed_prefix_tokens
             if num_placed:
                 placed = prefix[:, :num_placed] + self.position_embeddings[:, :num_placed]
                 prefix = torch.cat([placed, prefix[:, num_placed:]], dim=1)

@@ -20,6 +20,7 @@ register_family(
     image_processors={"torchvision": S2ImageProcessor, "pil": S2ImageProcessorPil},
     converter=f"{__name__}.convert_s2_vision:convert_s2_vision",
     drawing=f"{__name__}.plot_s2_vision:draw_s2",
+    training_config=f"{__name__}.training_s2_vision:training_config",
 )
 
 

@@ -7,7 +7,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import SubConfigSpec
 
-from ...layers.config_checks import CheckedConfigMixin, checked_config, non_negative, positive, size
+from ...layers.config_checks import CheckedConfigMixin, checked_config, non_negative, pixel_size, positive
 from ...utils.validation import to_pair
 from ...utils.vision_configs import (
     base_feature_grid,
@@ -94,7 +94,7 @@ class S2VisionConfig(CheckedConfigMixin, S2TokenBudgetMixin, BackboneConfigMixin
     vision_config: dict | PreTrainedConfig | None = None
     scales: list | tuple | None = None
     img_sizes: list | tuple | None = None
-    max_split_size: int | list[int] | tuple[int, int] | None = size(None)
+    max_split_size: int | list[int] | tuple[int, int] | None = pixel_size(None)
     resize_output_to_idx: int = 0
     num_prefix_tokens: int | None = non_negative(None)
     output_shape: Literal["bnc", "bchw"] | None = None
@@ -327,7 +327,7 @@ class S2VisionConfig(CheckedConfigMixin, S2TokenBudgetMixin, BackboneConfigMixin
         """What scale 1 means for an image of `size`: an image of its aspect ratio that just covers a tile at
         the smallest scale of at most 1.
         """
-        numbers = [scale for scale in scales if isinstance(scale, int | float) and scale > 0]
+        numbers = [scale for scale in scales if isinstance(scale, (int, float)) and scale > 0]
         smallest = min([1, *numbers])
         factor = max(tile / side for tile, side in zip(self.tile_size, size, strict=True)) / smallest
         return tuple(max(1, round(side * factor)) for side in size)

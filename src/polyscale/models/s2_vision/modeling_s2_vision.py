@@ -16,6 +16,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
+from ...layers.call_checks import CheckedModelMixin, check_words, classification_loss
 from ...layers.wrapping import check_has_no_head, take_flags, wrap_in_memory
 from ...utils.validation import check_pixel_values
 from ...utils.vision_configs import base_stage_widths
@@ -62,7 +63,7 @@ def _padded(images: list[torch.Tensor | tuple | None]) -> torch.Tensor | tuple |
     return nn.utils.rnn.pad_sequence([image[0] for image in images], batch_first=True)
 
 
-class S2VisionPreTrainedModel(PreTrainedModel):
+class S2VisionPreTrainedModel(CheckedModelMixin, PreTrainedModel):
     config: S2VisionConfig
     base_model_prefix = "s2_vision"
     main_input_name = "pixel_values"
@@ -183,6 +184,7 @@ class S2VisionWrapper(S2VisionPreTrainedModel):
             ValueError: for a wrong shape of `pixel_values`, another number of scales than configured, features that
                 are no grid, `image_sizes` that do not fit the tiles, or a tile budget out of range.
         """
+        check_words(self, kwargs, self.vision_model)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         output_attentions = bool(
@@ -290,6 +292,7 @@ class S2VisionForImageClassification(S2VisionPreTrainedModel):
         Returns:
             `logits` (batch, num_labels), and `loss` when `labels` are given.
         """
+        check_words(self, kwargs, self.s2_vision, self.s2_vision.vision_model)
         outputs = self.s2_vision(
             pixel_values,
             scales=scales,
@@ -300,7 +303,7 @@ class S2VisionForImageClassification(S2VisionPreTrainedModel):
             **kwargs,
         )
         logits = self.classifier(self._pool(outputs))
-        loss = self.loss_function(labels, logits, self.config, **kwargs) if labels is not None else None
+        loss = classification_loss(self, labels, logits, self.config, kwargs)
         return ImageClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
@@ -348,6 +351,7 @@ class S2VisionBackbone(BackboneMixin, S2VisionPreTrainedModel):
             `feature_maps`: one (batch, scales * width, rows, columns) a stage; with
             `config.reshape_hidden_states=False` (batch, tokens, scales * width), prefix tokens included.
         """
+        check_words(self, kwargs, self.s2_vision, self.s2_vision.vision_model)
         outputs = self.s2_vision(pixel_values, scales=scales, img_sizes=img_sizes, **kwargs)
         feature_maps = ()
         for stage, hidden_states in zip(self.stage_names, outputs.hidden_states, strict=True):

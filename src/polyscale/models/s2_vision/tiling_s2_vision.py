@@ -92,7 +92,7 @@ def scale_list(values: Sequence, name: str) -> list:
 
 
 def _scaled_size(input_size: Sequence[int], scale: float) -> tuple[int, int]:
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < math.inf:
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < math.inf:
         raise ValueError(f"`scales` must hold positive numbers, got {scale!r}.")
     height, width = (int(side * scale) for side in input_size)
     if height < 1 or width < 1:

@@ -7,7 +7,6 @@ from .modeling_sparseformer import (
     SparseFormerForImageClassification,
     SparseFormerModel,
     SparseFormerModelWithProjection,
-    SparseFormerOpenCLIPVisual,
     SparseFormerPreTrainedModel,
 )
 from .modeling_sparseformer_video import (
@@ -16,6 +15,7 @@ from .modeling_sparseformer_video import (
     SparseFormerVideoModelWithProjection,
     SparseFormerVideoPreTrainedModel,
 )
+from .open_clip_sparseformer import SparseFormerOpenCLIPVisual
 from .video_processing_sparseformer import SparseFormerVideoProcessor
 
 
@@ -26,12 +26,15 @@ register_family(
     image_processors={"torchvision": SparseFormerImageProcessor, "pil": SparseFormerImageProcessorPil},
     converter=f"{__name__}.convert_sparseformer:convert_sparseformer",
     drawing=f"{__name__}.plot_sparseformer:draw_family",
+    training_callbacks=(f"{__name__}.callbacks_sparseformer:LossScaleCallback",),
+    training_config=f"{__name__}.training_sparseformer:training_config",
 )
 register_family(
     SparseFormerVideoConfig,
     SparseFormerVideoModel,
     video_classifier=SparseFormerForVideoClassification,
     video_processor=SparseFormerVideoProcessor,
+    training_callbacks=(f"{__name__}.callbacks_sparseformer:LossScaleCallback",),
     converter=f"{__name__}.convert_sparseformer_video:convert_sparseformer_video",
 )
 

@@ -1,7 +1,7 @@
 """Trainer callback of SparseFormer."""
 
-from accelerate import Accelerator
 from torch import nn
+from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .modeling_sparseformer import SparseFormerPreTrainedModel
@@ -10,17 +10,19 @@ from .modeling_sparseformer import SparseFormerPreTrainedModel
 class LossScaleCallback(TrainerCallback):
     """Hands the factor of a `GradScaler` to SparseFormers that clamp the gradient of their sampling points.
 
-    Args:
-        accelerator: the trainer's (`trainer.accelerator`).
+    The scaler is that of the trainer's optimizer, as accelerate wraps it; without one the factor is 1.
     """
 
-    def __init__(self, accelerator: Accelerator):
-        self.accelerator = accelerator
-
     def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module,
+        optimizer: Optimizer | None = None,
+        **kwargs,
     ) -> None:
-        scaler = self.accelerator.scaler
+        scaler = getattr(optimizer, "scaler", None)
         for module in model.modules():
             if isinstance(module, SparseFormerPreTrainedModel):
                 module.set_loss_scale(1.0 if scaler is None else scaler.get_scale())

@@ -1,6 +1,5 @@
 """SparseFormer configuration."""
 
-import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -13,15 +12,16 @@ from ...layers.config_checks import (
     at_least,
     checked_config,
     non_negative,
+    pixel_size,
     positive,
     rate,
-    size,
 )
 from ...layers.token_budget import TokenBudgetMixin
 from ...utils.validation import check_choice
 
 
 OPERATIONS = ("attn", "mlp", "roi_adj", "sampling_m", "pe_inject")
+ROI_OPERATIONS = ("roi_adj", "sampling_m", "pe_inject")
 
 
 def v1_operations(num_layers: int) -> list[list[str]]:
@@ -145,6 +145,15 @@ class SparseFormerConfig(CheckedConfigMixin, TokenBudgetMixin, PreTrainedConfig)
         projection_bias (`bool`, *optional*, defaults to `False`): whether that projection has a bias.
         initializer_range (`float`, *optional*, defaults to 0.02): standard deviation of the initial weights of linear
             layers.
+        output_all_rois (`bool`, *optional*, defaults to `False`): whether the output holds the RoIs of each layer.
+        output_sampling_points (`bool`, *optional*, defaults to `False`): whether it holds the points of each sampling.
+        output_sampling_rois (`bool`, *optional*, defaults to `False`): whether it holds the RoIs of each sampling.
+        keep_all_tokens (`bool`, *optional*, defaults to `False`): whether a classifier computes every token of the
+            last layer, also those that its head does not read. Without it they are computed where
+            `output_hidden_states` or `output_attentions` asks for them.
+        cpu_kernels (`bool`, *optional*, defaults to `True`): whether attention of thin heads and sampling take their
+            faster way on a CPU (`cpu_sparseformer.py`); results differ by rounding alone. `False`, also set on a live
+            model's config, takes the operations of a GPU.
 
     Raises:
         ValueError: for an unknown name or choice, or operation lists that cannot run.
@@ -169,11 +178,11 @@ class SparseFormerConfig(CheckedConfigMixin, TokenBudgetMixin, PreTrainedConfig)
     base_model_fsdp_plan = {"layers.*": "free_full_weight"}
 
     num_channels: int = positive(3)
-    image_size: int | list[int] | tuple[int, int] = size(224)
+    image_size: int | list[int] | tuple[int, int] = pixel_size(224)
     feature_width: int = positive(96)
-    num_latent_tokens: int = positive(49)
+    num_latent_tokens: int = at_least(1, 49, f"{', '.join(ROI_OPERATIONS)} need tokens with a RoI (CLS has none)")
     shared_token_embedding: bool = False
-    num_sampling_points: int = at_least(2, 36)
+    num_sampling_points: int = at_least(2, 36, "offsets are divided by their standard deviation over the points")
     widths: list | tuple | None = None
     repeats: list | tuple | None = None
     operations: list | tuple | None = None
@@ -197,6 +206,11 @@ class SparseFormerConfig(CheckedConfigMixin, TokenBudgetMixin, PreTrainedConfig)
     projection_dim: int = positive(512)
     projection_bias: bool = False
     initializer_range: float | int = non_negative(0.02)
+    output_all_rois: bool = False
+    output_sampling_points: bool = False
+    output_sampling_rois: bool = False
+    keep_all_tokens: bool = False
+    cpu_kernels: bool = True
 
     def __post_init__(self, **kwargs):
         tiny = PRESETS["sparseformer_v1_tiny"]
@@ -205,7 +219,7 @@ class SparseFormerConfig(CheckedConfigMixin, TokenBudgetMixin, PreTrainedConfig)
         for name in ("widths", "repeats", "operations"):
             values = getattr(self, name)
             if values is not None:
-                setattr(self, name, [list(value) if isinstance(value, tuple) else value for value in values])
+                setattr(self, name, [list(value) if isinstance(value, list | tuple) else value for value in values])
         super().__post_init__(**kwargs)
 
     def validate_layers(self) -> None:
@@ -346,12 +360,6 @@ class SparseFormerConfig(CheckedConfigMixin, TokenBudgetMixin, PreTrainedConfig)
     def num_output_points(self) -> int:
         """Rows that mixing makes of the sampled points."""
         return max(self.num_sampling_points, 32)
-
-    @property
-    def offset_grid_size(self) -> int | None:
-        """Points along one side, if the sampling points form a square."""
-        side = math.isqrt(self.num_sampling_points)
-        return side if side * side == self.num_sampling_points else None
 
 
 __all__ = ["PRESETS", "SparseFormerConfig", "bootstrapped_operations", "v1_operations"]

@@ -5,7 +5,6 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.error import URLError
 
 import torch
 from transformers.image_utils import (
@@ -25,6 +24,7 @@ from ...utils.checkpoint_files import (
     rename_keys,
     unwrap_state_dict,
 )
+from ...utils.downloads import download_once
 from .configuration_sparseformer import PRESETS, SparseFormerConfig
 from .configuration_sparseformer_video import SparseFormerVideoConfig
 from .image_processing_sparseformer import SparseFormerImageProcessor
@@ -43,24 +43,25 @@ from .modeling_sparseformer_video import (
 
 RELEASES = "https://github.com/showlab/sparseformer/releases/download/v2.0.0-refactor/{name}_converted.pth"
 
-# First match wins, as in the authors' conversion; None drops the tensor.
+# Of the authors' training code -> of their releases. First match wins, as in their conversion; None drops the tensor.
 _RAW_RULES = (
-    (r"tuo_proj", "out_proj"),
-    (r"token_roi\.weight", "initial_roi.weight"),
-    (r"token_embedding\.weight", "initial_embedding.weight"),
-    (r"ffn\.0\.", "norm2."),
-    (r"ln_attn\.", "norm1."),
-    (r"ffn\.1\.", "mlp.fc1."),
-    (r"ffn\.3\.", "mlp.fc2."),
-    (r"attn\.in_proj_", "attn.qkv."),
-    (r"attn\.out_proj\.", "attn.proj."),
-    (r"ln_post\.", "norm."),
-    (r"head\.norm\.", "norm."),
-    (r"global_embedding", "cls_embedding"),
-    (r"cls_head\.", "proj."),
-    (r"head\.classifier\.", "proj."),
-    (r"global_roi", None),
+    (r"(.*)tuo_proj(.*)", r"\1out_proj\2"),
+    (r"token_roi\.weight", r"initial_roi.weight"),
+    (r"token_embedding\.weight", r"initial_embedding.weight"),
+    (r"(.*)ffn\.0\.(.+)", r"\1norm2.\2"),
+    (r"(.*)ln_attn\.(.+)", r"\1norm1.\2"),
+    (r"(.*)ffn\.1\.(.+)", r"\1mlp.fc1.\2"),
+    (r"(.*)ffn\.3\.(.+)", r"\1mlp.fc2.\2"),
+    (r"(.*)attn\.in_proj_(.+)", r"\1attn.qkv.\2"),
+    (r"(.*)attn\.out_proj\.(.+)", r"\1attn.proj.\2"),
+    (r"ln_post\.(.+)", r"norm.\1"),
+    (r"head\.norm\.(.+)", r"norm.\1"),
+    (r"global_embedding(.+)", r"cls_embedding\1"),
+    (r"cls_head\.(.+)", r"proj.\1"),
+    (r"head\.classifier\.(.+)", r"proj.\1"),
+    (r"global_roi.*", None),
 )
+_THE_SAME = (r"(.+)", r"\1")
 
 _TOP_RULES = (
     (r"feat_extractor\.conv1\.(.+)", r"features.convolution.\1"),
@@ -124,33 +125,30 @@ MODEL_CLASSES = {
 }
 
 
-def from_raw(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def rename_raw(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Names of the authors' training code (v1 or bootstrapped) -> names of their released `*_converted.pth`.
 
     Released checkpoints pass through unchanged.
+
+    Raises:
+        ValueError: for a bootstrapped checkpoint with half of its RoIs.
     """
-    is_bootstrapped = "token_roi_cc.weight" in state_dict
-    if not is_bootstrapped and "token_roi.weight" not in state_dict:
+    if "token_roi.weight" in state_dict:  # v1, whose stage embeddings are not used
+        rules = ((r".*stage_embedding.*", None), *_RAW_RULES, _THE_SAME)
+        return rename_keys(state_dict, rules, "The raw checkpoint")
+    if "token_roi_cc.weight" not in state_dict:
         return dict(state_dict)
-    renamed = {}
-    for name, tensor in state_dict.items():
-        pattern, replacement = next((rule for rule in _RAW_RULES if re.search(rule[0], name)), ("", ""))
-        if replacement is None or ("stage_embedding" in name and not is_bootstrapped):
-            continue
-        renamed[re.sub(pattern, replacement, name) if pattern else name] = tensor
-    if not is_bootstrapped:
-        return renamed
-    missing = [name for name in ("token_roi_cc.weight", "token_roi_wh.weight") if name not in renamed]
-    if missing:
-        raise ValueError(f"The raw bootstrapped checkpoint lacks {missing[0]!r}.")
+    if "token_roi_wh.weight" not in state_dict:
+        raise ValueError("The raw bootstrapped checkpoint lacks 'token_roi_wh.weight'.")
+    indices = [int(match[1]) for name in state_dict if (match := re.match(r"layers\.(\d+)\.", name))]
+    first_block = max(indices, default=-1) + 1
+    blocks = {int(match[1]) for name in state_dict if (match := re.match(r"blocks\.(\d+)\.", name))}
+    after = [(rf"blocks\.{block}\.(.+)", rf"layers.{first_block + block}.\1") for block in blocks]
+    renamed = rename_keys(state_dict, (*_RAW_RULES, _THE_SAME), "The raw checkpoint")
+    renamed = rename_keys(renamed, (*after, _THE_SAME), "The raw checkpoint")
     center, size = renamed.pop("token_roi_cc.weight"), renamed.pop("token_roi_wh.weight")
     renamed["initial_roi.weight"] = torch.cat([center - size / 2, center + size / 2], dim=1)
-    indices = [int(match[1]) for name in renamed if (match := re.match(r"layers\.(\d+)\.", name))]
-    first_block = max(indices, default=-1) + 1
-    return {
-        re.sub(r"^blocks\.(\d+)\.", lambda match: f"layers.{first_block + int(match[1])}.", name): tensor
-        for name, tensor in renamed.items()
-    }
+    return renamed
 
 
 def _official_layers(config: SparseFormerConfig) -> list[str]:
@@ -164,7 +162,7 @@ def _official_layers(config: SparseFormerConfig) -> list[str]:
 
 
 def rename_official(
-    state_dict: dict[str, torch.Tensor], config: SparseFormerConfig, head: str = "classifier"
+    state_dict: dict[str, torch.Tensor], config: SparseFormerConfig, head: str = "head"
 ) -> dict[str, torch.Tensor]:
     """Names of a released checkpoint -> names of `SparseFormerModel`, the head's under `head`.
 
@@ -271,7 +269,7 @@ def _fit(
         head = "projection"
     else:
         model_class = SparseFormerForVideoClassification if is_video else SparseFormerForImageClassification
-        head = "classifier"
+        head = "head"
     renamed = rename_official(state_dict, config, head)
     if "proj.weight" in state_dict:
         renamed = {
@@ -285,27 +283,16 @@ def _fit(
     return model_class, {name: tensor.detach().clone().contiguous() for name, tensor in renamed.items()}
 
 
-def download_release(name: str) -> Path:
-    """The release file of a published variant, from torch's download cache or the network.
+def released_file(name: str) -> Path:
+    """The local copy of a published variant's release file, downloaded at first use.
 
     Raises:
-        ValueError: for an unknown name, or if the file cannot be downloaded.
+        ValueError: for an unknown name.
+        ConnectionError: if it cannot be downloaded.
     """
     if name not in PRESETS:
         raise ValueError(f"`source` must be a file or one of {', '.join(PRESETS)}, got {name!r}.")
-    url = RELEASES.format(name=name)
-    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            torch.hub.download_url_to_file(url, str(path))
-        except (URLError, OSError) as error:
-            raise ValueError(
-                f"{name!r} is a published checkpoint, but {url} cannot be downloaded ({error}). Download it where "
-                "there "
-                "is a network, and give the path of the file."
-            ) from error
-    return path
+    return download_once(RELEASES.format(name=name), name)
 
 
 def load_official(
@@ -329,10 +316,10 @@ def load_official(
         state_dict, label = unwrap_state_dict(source), "the checkpoint"
     else:
         is_name = str(source) in PRESETS
-        path = download_release(str(source)) if is_name else Path(source)
+        path = released_file(str(source)) if is_name else Path(source)
         config = str(source) if is_name and config is None else config
         state_dict, label = load_state_dict_file(path), f"`{path.name}`"
-    state_dict = from_raw(state_dict)
+    state_dict = rename_raw(state_dict)
     is_video = "initial_roi.weight" in state_dict and state_dict["initial_roi.weight"].shape[-1] == 6
     if config is None:
         if is_video:
@@ -372,14 +359,15 @@ def convert_sparseformer(
     config: SparseFormerConfig | str | None = None,
     allow_missing: Sequence[str] = (),
     allow_extra: Sequence[str] = (),
-) -> None:
+) -> SparseFormerPreTrainedModel:
     """Writes a checkpoint of showlab/sparseformer, model and image processor, into the folder `out`.
 
     Arguments and errors: `load_official`.
     """
     converted = load_official(source, config, allow_missing, allow_extra)
-    save_source(converted, out)
+    model = save_source(converted, out)
     (converted.image_processor or SparseFormerImageProcessor()).save_pretrained(out)
+    return model
 
 
 __all__ = [
@@ -387,11 +375,11 @@ __all__ = [
     "RELEASES",
     "SparseFormerSource",
     "convert_sparseformer",
-    "download_release",
-    "from_raw",
     "infer_preset",
     "load_official",
     "preset_image_processor",
+    "released_file",
     "rename_official",
+    "rename_raw",
     "save_source",
 ]

@@ -116,16 +116,17 @@ def convert_sparseformer_video(
     out: str | os.PathLike,
     replicates: int = 4,
     num_frames: int = 8,
-) -> None:
+) -> SparseFormerPreTrainedModel:
     """Inflates an image checkpoint and writes the video model and its video processor into the folder `out`.
 
     Arguments and errors: `inflate_sparseformer`.
     """
     inflated = inflate_sparseformer(source, replicates, num_frames)
-    save_source(inflated, out)
+    model = save_source(inflated, out)
     image_processor = inflated.image_processor or SparseFormerImageProcessor()
     fields = {name: getattr(image_processor, name) for name in _PROCESSOR_FIELDS}
     SparseFormerVideoProcessor(**fields, num_frames=num_frames).save_pretrained(out)
+    return model
 
 
 __all__ = ["convert_sparseformer_video", "inflate_sparseformer", "inflate_state_dict"]

@@ -1,33 +1,27 @@
-"""Weights of ViTs (timm, transformers, polyscale) for SparseFormers with custom operation lists."""
+"""Weights of plain ViTs for SparseFormers with custom operation lists."""
 
-import re
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
 
+from ...vit_sources.common import FlexiViTSource
+from ..flexivit.convert_flexivit import load_flexivit_source
 from .modeling_sparseformer import SparseFormerModel, SparseFormerPreTrainedModel
 
 
-# Parts of a block under their names in timm; transformers' ViT, DINOv2 and CLIP, and polyscale's encoder.
-_PARTS = (
-    ("norm1", r"norm1|layernorm_before|layer_norm1"),
-    ("norm2", r"norm2|layernorm_after|layer_norm2"),
-    ("qkv", r"attn\.qkv"),
-    ("q", r"attention\.q_proj|self_attn\.q_proj|attention\.attention\.query"),
-    ("k", r"attention\.k_proj|self_attn\.k_proj|attention\.attention\.key"),
-    ("v", r"attention\.v_proj|self_attn\.v_proj|attention\.attention\.value"),
-    ("o", r"attn\.proj|attention\.o_proj|self_attn\.out_proj|attention\.output\.dense"),
-    ("fc1", r"mlp\.fc1|intermediate\.dense"),
-    ("fc2", r"mlp\.fc2|output\.dense"),
-    ("scale1", r"ls1|layer_scale1|attention_scale"),
-    ("scale2", r"ls2|layer_scale2|mlp_scale"),
-)
-_BLOCK = re.compile(r"(?:.*\.)?(?:blocks|layers|layer)\.(\d+)\.(.+)\.(weight|bias|gamma|lambda1)")
-_FINAL_NORM = re.compile(
-    r"(?:vit\.|flexivit\.|vision_model\.|dinov2\.)?(?:norm|layernorm|post_layernorm)\.(weight|bias)"
-)
-_TARGETS = {"norm1": "layernorm_before", "norm2": "layernorm_after", "qkv": "attention.qkv", "o": "attention.o_proj"}
+# Parts of a FlexiViT's layer -> those of a SparseFormer's, which has query, key and value in one.
+_PARTS = {
+    "layernorm_before": "layernorm_before",
+    "attention.o_proj": "attention.o_proj",
+    "layernorm_after": "layernorm_after",
+    "mlp.fc1": "mlp.fc1",
+    "mlp.fc2": "mlp.fc2",
+}
+_QKV = tuple(f"attention.{name}_proj" for name in "qkv")
+# Layer scales, and the linear layers in front of them.
+_SCALED = {"attention_scale": "attention.o_proj", "mlp_scale": "mlp.fc2"}
 
 
 @dataclass
@@ -37,7 +31,8 @@ class ViTLoadingReport:
     Args:
         loaded: names of the SparseFormer's tensors that hold weights of the ViT.
         new: names of its other tensors: they have their initial values and want training.
-        unused: names of the ViT's tensors that have no place (patch embedding, positions, heads, blocks too many).
+        unused: names of the ViT's tensors, as a FlexiViT calls them, that have no place (patch embedding, positions,
+            heads, blocks too many).
     """
 
     loaded: list[str] = field(default_factory=list)
@@ -51,69 +46,56 @@ class ViTLoadingReport:
         return "\n".join(lines)
 
 
-def read_vit_blocks(state_dict: dict[str, torch.Tensor]) -> tuple[list[dict[str, torch.Tensor]], set[str]]:
-    """The transformer blocks of a ViT, each a dict from "norm1.weight", "qkv.bias", "o.weight", "fc1.weight", ... to
-    tensors.
-
-    Layer scales are multiplied into the linear layers in front of them. The second result holds the names that were
-    read.
-
-    Raises:
-        ValueError: if there are no blocks, or they are of another make (gated MLPs).
-    """
-    parts: dict[int, dict[str, torch.Tensor]] = {}
-    used = set()
-    for name, tensor in state_dict.items():
-        match = _BLOCK.fullmatch(name)
-        part = match and next((part for part, pattern in _PARTS if re.fullmatch(pattern, match[2])), None)
-        if part is None:
-            continue
-        kind = "bias" if match[3] == "bias" else "weight"
-        parts.setdefault(int(match[1]), {})[f"{part}.{kind}"] = tensor
-        used.add(name)
-    if not parts or sorted(parts) != list(range(len(parts))):
-        raise ValueError(
-            "The checkpoint holds no transformer blocks of a ViT: names such as 'blocks.0.attn.qkv.weight' (timm) or "
-            "'layers.0.attention.q_proj.weight' (transformers), counted from 0, were expected."
-        )
-    return [_standard_block(parts[index]) for index in range(len(parts))], used
-
-
-def _standard_block(block: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    block = dict(block)
-    for kind in ("weight", "bias"):
-        separate = [block.pop(f"{part}.{kind}", None) for part in "qkv"]
-        if separate[0] is not None and kind == "bias":  # DeiT III and others: keys without a bias
-            separate = [torch.zeros_like(separate[0]) if tensor is None else tensor for tensor in separate]
-        if all(tensor is not None for tensor in separate):
-            block[f"qkv.{kind}"] = torch.cat(separate)
-    missing = sorted({f"{part}.weight" for part in ("qkv", "o", "fc1", "fc2")} - set(block))
-    if missing:
-        raise ValueError(
-            f"A block of the ViT has no {', '.join(missing)}: attention with query, key and value and an MLP of "
-            "two linear layers were expected."
-        )
-    for scale, linear in (("scale1", "o"), ("scale2", "fc2")):
-        factor = block.pop(f"{scale}.weight", None)
+def _block_tensors(source: FlexiViTSource, block: int) -> dict[str, torch.Tensor]:
+    """A layer of a FlexiViT under the names of a SparseFormer's, layer scales multiplied into the linear layers."""
+    prefix = f"{_base_prefix(source)}layers.{block}."
+    tensors = {
+        name.removeprefix(prefix): tensor for name, tensor in source.state_dict.items() if name.startswith(prefix)
+    }
+    converted = {
+        f"{ours}.{kind}": tensors[f"{theirs}.{kind}"] for theirs, ours in _PARTS.items() for kind in ("weight", "bias")
+    }
+    weights = [tensors[f"{name}.weight"] for name in _QKV]
+    biases = [tensors.get(f"{name}.bias", weights[0].new_zeros(len(weights[0]))) for name in _QKV]
+    converted |= {"attention.qkv.weight": torch.cat(weights), "attention.qkv.bias": torch.cat(biases)}
+    for scale, linear in _SCALED.items():
+        factor = tensors.get(f"{scale}.weight")
         if factor is not None:
-            block[f"{linear}.weight"] = block[f"{linear}.weight"] * factor[:, None]
-            block[f"{linear}.bias"] = block[f"{linear}.bias"] * factor
-    return block
+            converted[f"{linear}.weight"] = converted[f"{linear}.weight"] * factor[:, None]
+            converted[f"{linear}.bias"] = converted[f"{linear}.bias"] * factor
+    return converted
 
 
-def _set(tensors: dict[str, torch.nn.Parameter], name: str, value: torch.Tensor, origin: str) -> None:
-    if tensors[name].shape != value.shape:
+def _base_prefix(source: FlexiViTSource) -> str:
+    return "flexivit." if any(name.startswith("flexivit.") for name in source.state_dict) else ""
+
+
+def _check_source(source: FlexiViTSource, model: SparseFormerPreTrainedModel, layers: list[int]) -> None:
+    theirs, ours = source.config, model.config
+    if theirs.mlp_type != "mlp":
         raise ValueError(
-            f"{origin} is {tuple(value.shape)} and {name!r} {tuple(tensors[name].shape)}: the SparseFormer needs the "
-            "width and MLP ratio of the ViT in the layers that take its blocks."
+            f"The ViT has gated MLPs (`mlp_type` {theirs.mlp_type!r}): a SparseFormer's have two linear layers."
         )
-    with torch.no_grad():
-        tensors[name].copy_(value)
+    for layer in layers:
+        width = ours.widths[layer]
+        if width != theirs.hidden_size or int(ours.mlp_ratio * width) != theirs.intermediate_size:
+            raise ValueError(
+                f"Layer {layer} has the width {width} and {int(ours.mlp_ratio * width)} in its MLP, the ViT "
+                f"{theirs.hidden_size} and {theirs.intermediate_size}: the SparseFormer needs the width and MLP ratio "
+                "of the ViT in the layers that take its blocks."
+            )
+        if not {"attn", "mlp"} <= set(ours.operations[layer]):
+            raise ValueError(f"Layer {layer} has no place for a block of the ViT: it lacks 'attn' or 'mlp'.")
+        if ours.num_heads_for(width) != theirs.num_attention_heads:
+            raise ValueError(
+                f"Layer {layer} has {ours.num_heads_for(width)} attention heads, the ViT has "
+                f"{theirs.num_attention_heads}: set `num_attention_heads`, or `attention_head_width`."
+            )
 
 
 def load_vit_weights(
     model: SparseFormerPreTrainedModel,
-    state_dict: dict[str, torch.Tensor],
+    source: str | os.PathLike | torch.nn.Module | FlexiViTSource,
     layers: Iterable[int] | None = None,
     blocks: Iterable[int] | None = None,
 ) -> ViTLoadingReport:
@@ -123,11 +105,13 @@ def load_vit_weights(
     have (RoIs, sampling, mixing, ...) keeps its initial values.
 
     Args:
-        model: with the width of the ViT in those layers; its MLP activation is that of `config.hidden_act`
-            ("quick_gelu" for OpenAI's CLIP).
-        state_dict: of a ViT, CLIP vision tower or DINOv2 of timm or transformers, or of a polyscale FlexiViT.
-        layers: indices of the layers that take a block; None for all that have "attn" and "mlp" and the final width.
-        blocks: indices of the ViT's blocks for them; None for the first ones, in order.
+        model (`SparseFormerPreTrainedModel`): with the width and heads of the ViT in those layers; its MLP activation
+            is that of `config.hidden_act` (`"quick_gelu"` for OpenAI's CLIP).
+        source (`torch.nn.Module`, `str` or `FlexiViTSource`): a live model of timm or transformers (ViT, DeiT, DINOv2,
+            CLIP's vision part, FlexiViT), or anything else that `load_flexivit_source` reads.
+        layers (`Iterable[int]`, *optional*): layers that take a block; all that have "attn" and "mlp" and the final
+            width when `None`.
+        blocks (`Iterable[int]`, *optional*): the ViT's blocks for them; the first ones, in order, when `None`.
 
     Returns:
         What was loaded, what is new, and what of the ViT was not used.
@@ -135,9 +119,10 @@ def load_vit_weights(
     Raises:
         ValueError: if there are fewer blocks than layers, or shapes differ.
     """
+    if not isinstance(source, FlexiViTSource):
+        source = load_flexivit_source(source)
     base = model if isinstance(model, SparseFormerModel) else model.sparseformer
     config = base.config
-    found, used = read_vit_blocks(state_dict)
     if layers is None:
         layers = [
             index
@@ -146,36 +131,34 @@ def load_vit_weights(
         ]
     layers = list(layers)
     blocks = list(range(len(layers))) if blocks is None else list(blocks)
-    if len(blocks) != len(layers) or any(not 0 <= block < len(found) for block in blocks):
+    depth = source.config.num_hidden_layers
+    if len(blocks) != len(layers) or any(not 0 <= block < depth for block in blocks):
         raise ValueError(
-            f"`blocks` must name one of the ViT's {len(found)} blocks for each of the {len(layers)} layers {layers}, "
-            "got "
+            f"`blocks` must name one of the ViT's {depth} blocks for each of the {len(layers)} layers {layers}, got "
             f"{blocks}."
         )
-    tensors = dict(base.named_parameters())
-    report = ViTLoadingReport()
-    for layer, block in zip(layers, blocks, strict=True):
-        for name, value in found[block].items():
-            part, kind = name.rsplit(".", 1)
-            target = f"layers.{layer}.{_TARGETS.get(part, f'mlp.{part}')}.{kind}"
-            if target not in tensors:
-                raise ValueError(f"Layer {layer} has no place for the ViT's {name!r}: {target!r} does not exist.")
-            _set(tensors, target, value, f"The ViT's {name!r} of block {block}")
-            report.loaded.append(target)
-    for name, value in state_dict.items():
-        match = _FINAL_NORM.fullmatch(name)
-        if match:
-            _set(tensors, f"layernorm.{match[1]}", value, f"The ViT's {name!r}")
-            report.loaded.append(f"layernorm.{match[1]}")
-            used.add(name)
-    prefix = "" if base is model else "sparseformer."
-    report.loaded = [prefix + name for name in report.loaded]
-    report.new = [name for name, _ in model.named_parameters() if name not in set(report.loaded)]
-    skipped = {index for index in range(len(found)) if index not in blocks}
-    report.unused = [
-        name for name in state_dict if name not in used or ((m := _BLOCK.fullmatch(name)) and int(m[1]) in skipped)
-    ]
-    return report
+    _check_source(source, base, layers)
+    prefix = _base_prefix(source)
+    found = {
+        f"layers.{layer}.{name}": tensor
+        for layer, block in zip(layers, blocks, strict=True)
+        for name, tensor in _block_tensors(source, block).items()
+    }
+    norms = [name for name in source.state_dict if name.startswith(f"{prefix}layernorm.")]
+    if config.hidden_size == source.config.hidden_size:
+        found |= {name.removeprefix(prefix): source.state_dict[name] for name in norms}
+    parameters = dict(base.named_parameters())
+    with torch.no_grad():
+        for name, tensor in found.items():
+            parameters[name].copy_(tensor)
+    outer = "" if base is model else "sparseformer."
+    loaded = [outer + name for name in found]
+    used = (*(f"{prefix}layers.{block}." for block in blocks), f"{prefix}layernorm.")
+    return ViTLoadingReport(
+        loaded=loaded,
+        new=[name for name, _ in model.named_parameters() if name not in set(loaded)],
+        unused=[name for name in source.state_dict if not name.startswith(used)],
+    )
 
 
-__all__ = ["ViTLoadingReport", "load_vit_weights", "read_vit_blocks"]
+__all__ = ["ViTLoadingReport", "load_vit_weights"]

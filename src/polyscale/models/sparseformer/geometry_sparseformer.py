@@ -1,6 +1,6 @@
-"""RoIs and sampling of SparseFormer, as pure functions for pictures (2 dimensions) and videos (3).
+"""RoIs and sampling of SparseFormer, as pure functions for images (2 dimensions) and videos (3).
 
-A RoI is (left, top, right, bottom), or (left, top, start, right, bottom, end), in [0, 1] of the picture; points are
+A RoI is (left, top, right, bottom), or (left, top, start, right, bottom, end), in [0, 1] of the image; points are
 (x, y) or (x, y, time) in the same unit. All of it is float32 whatever the dtype of the tokens: bfloat16 cannot tell
 neighbouring pixels apart.
 """
@@ -10,13 +10,10 @@ import math
 import torch
 import torch.nn.functional as F
 
+from .cpu_sparseformer import corner_cells
+
 
 MAX_FREQUENCY = 128.0
-
-
-def is_eager_cpu(tensor: torch.Tensor) -> bool:
-    """Whether operations on a tensor run at once and on a CPU: what is faster there need not suit compilers."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def halves(sides: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -25,7 +22,7 @@ def halves(sides: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def initial_rois(num_latent_tokens: int, replicates: int | None = None) -> torch.Tensor:
-    """The largest square grid of boxes half as wide as the picture; what does not fit in it sees the whole picture.
+    """The largest square grid of boxes half as wide as the image; what does not fit in it sees the whole image.
 
     With `replicates` (videos), that many copies, each over its own part of the time. (replicates * num_latent_tokens,
     4 or 6)
@@ -40,12 +37,25 @@ def initial_rois(num_latent_tokens: int, replicates: int | None = None) -> torch
 
 
 def inflate_rois(rois: torch.Tensor, replicates: int) -> torch.Tensor:
-    """RoIs of a picture (tokens, 4) -> of a video (replicates * tokens, 6), each copy over 1 / replicates of it."""
+    """RoIs of an image (tokens, 4) -> of a video (replicates * tokens, 6), each copy over 1 / replicates of it."""
     num_tokens = rois.shape[0]
     centers = torch.linspace(0.5 / replicates, 1 - 0.5 / replicates, replicates).to(rois)
     centers = centers.repeat_interleave(num_tokens)[:, None]
     low, high = halves(rois.repeat(replicates, 1))
     return torch.cat([low, centers - 0.5 / replicates, high, centers + 0.5 / replicates], dim=-1)
+
+
+def initial_offsets(num_points: int, dimensions: int) -> torch.Tensor:
+    """Offsets of the sampling points in [-0.5, 0.5], (num_points * dimensions,): a regular grid where the points form
+    a square, else (and along time) random.
+    """
+    offsets = torch.rand(num_points, dimensions) - 0.5
+    side = math.isqrt(num_points)
+    if side * side == num_points:
+        steps = (torch.arange(side) + 0.5) / side - 0.5
+        y, x = torch.meshgrid(steps, steps, indexing="ij")
+        offsets[:, :2] = torch.stack([x, y], dim=-1).flatten(0, 1)
+    return offsets.flatten()
 
 
 def adjust_rois(rois: torch.Tensor, deltas: torch.Tensor) -> torch.Tensor:
@@ -63,7 +73,7 @@ def place_points(rois: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
 
     Args:
         rois: (batch, tokens, 2 * dimensions).
-        offsets: (batch, tokens, points, dimensions); standardised over the points here, to three deviations a size.
+        offsets: (batch, tokens, points, dimensions); standardised over the points here: three deviations are one size.
 
     Returns:
         (batch, tokens, points, dimensions)
@@ -78,53 +88,20 @@ def place_points(rois: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
 class ClampGradient(torch.autograd.Function):
     """The identity; in the backward pass, clamps each entry of the gradient to +-`bound`, a 0-dim tensor."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, points: torch.Tensor, bound: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(bound)
+    def forward(points: torch.Tensor, bound: torch.Tensor) -> torch.Tensor:
         return points.view_as(points)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[torch.Tensor, torch.Tensor], output: torch.Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         (bound,) = ctx.saved_tensors
         return gradient.clamp(min=-bound, max=bound), None
-
-
-def corner_cells(points: torch.Tensor, sizes: tuple[int, ...], padding: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """The cells around each point, and their weights in a linear interpolation, rounded as `grid_sample` does.
-
-    Args:
-        points: (batch, tokens, points, dimensions).
-        sizes: of the grid of features: (height, width) or (frames, height, width).
-        padding: "zeros" or "border".
-
-    Returns:
-        Numbers of cells, counted through the batch, int32, and weights, both (batch * tokens * points, corners): the
-        corner of lower coordinates first, those along x next to each other.
-    """
-    # Points in rows, axes and sides in front of them: operations run along rows.
-    size = torch.tensor(sizes[::-1], device=points.device)[:, None]
-    axes = points.flatten(0, -2).t().contiguous()
-    grid = axes * 2 - 1
-    if len(sizes) == 2:
-        # `grid_sample` multiplies and subtracts with one rounding; so does float64, rounded to float32 in the end.
-        position = ((grid + 1).double() * (size / 2) - 0.5).to(points.dtype)
-    else:
-        position = ((grid + 1) * size - 1) / 2
-    if padding == "border":
-        position = position.clamp(min=torch.zeros_like(position)).minimum(size - 1)
-    low = position.floor()
-    after = position - low
-    cells = torch.stack([low, low + 1]).int()  # (2 sides, axes, points)
-    # As integers, so that a point at infinity or NaN reads some cell of the grid too.
-    inside = cells.clamp(min=0).minimum((size - 1).int())
-    shares = torch.stack([1 - after, after]) * (cells == inside)
-    pictures = torch.arange(points.shape[0], dtype=torch.int32, device=points.device)
-    numbers = [pictures[:, None, None].expand(points.shape[:-1]).flatten()]
-    weights = [torch.ones_like(after[0])]
-    for axis in reversed(range(len(sizes))):
-        numbers = [number * sizes[-1 - axis] + cell for number in numbers for cell in inside[:, axis]]
-        weights = [weight * share for weight in weights for share in shares[:, axis]]
-    return torch.stack(numbers, dim=1), torch.stack(weights, dim=1)
 
 
 def sample_features(features: torch.Tensor, points: torch.Tensor, padding: str) -> torch.Tensor:
@@ -140,11 +117,6 @@ def sample_features(features: torch.Tensor, points: torch.Tensor, padding: str) 
         (batch, tokens, points, channels)
     """
     is_video = points.shape[-1] == 3
-    if is_eager_cpu(features):
-        # The same numbers as below, about twice as fast on a CPU, for videos four times (benchmarks/sparseformer.py).
-        numbers, weights = corner_cells(points, features.shape[1:-1], padding)
-        sampled = F.embedding_bag(numbers, features.flatten(0, -2), per_sample_weights=weights, mode="sum")
-        return sampled.view(*points.shape[:3], -1)
     if is_video and torch.compiler.is_exporting():  # not every runtime has `grid_sample` for videos
         numbers, weights = corner_cells(points, features.shape[1:-1], padding)
         sampled = (features.flatten(0, -2)[numbers.long()] * weights[..., None]).sum(dim=1)
@@ -170,12 +142,11 @@ def encode_rois(rois: torch.Tensor, num_frequencies: int) -> torch.Tensor:
 __all__ = [
     "ClampGradient",
     "adjust_rois",
-    "corner_cells",
     "encode_rois",
     "halves",
     "inflate_rois",
+    "initial_offsets",
     "initial_rois",
-    "is_eager_cpu",
     "place_points",
     "sample_features",
 ]

@@ -7,14 +7,14 @@ from ...utils.validation import FiniteImagesMixin
 
 
 class SparseFormerImageProcessor(FiniteImagesMixin, TorchvisionBackend):
-    """Pictures -> `pixel_values` (batch, channels, height, width): resize of the short side, centre crop, normalise.
+    """Images -> `pixel_values` (batch, channels, height, width): resize of the short side, centre crop, normalise.
 
     The defaults are the evaluation of SparseFormer v1: short side to 256, crop of 224 x 224, bilinear, ImageNet's mean
-    and standard deviation. Any `size` and `crop_size` work, and `do_center_crop=False` keeps the whole picture: the
+    and standard deviation. Any `size` and `crop_size` work, and `do_center_crop=False` keeps the whole image: the
     model takes every height and width.
 
     Raises:
-        ValueError: for pictures with NaN or infinite values.
+        ValueError: for images with NaN or infinite values.
     """
 
     resample = PILImageResampling.BILINEAR

@@ -17,11 +17,12 @@ from transformers.utils import ModelOutput, TransformersKwargs, logging
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from ...layers.encoder import is_observed
+from ...layers.call_checks import CheckedModelMixin, check_words, classification_loss
+from ...layers.pooled_only import pooled_only_suffices
 from ...utils.validation import check_pixel_values
 from .configuration_sparseformer import SparseFormerConfig
-from .geometry_sparseformer import initial_rois
-from .modules_sparseformer import (
+from .geometry_sparseformer import initial_offsets, initial_rois
+from .modeling_layers_sparseformer import (
     SparseFormerAttention,
     SparseFormerEmbeddings,
     SparseFormerFeatures,
@@ -36,9 +37,9 @@ from .modules_sparseformer import (
 
 logger = logging.get_logger(__name__)
 
-_ROI_TABLE = "embeddings.rois"
-# What decides which checkpoint is read.
-_HUB_OPTIONS = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
+_ROI_TABLE, _TOKEN_TABLE = "embeddings.rois", "embeddings.tokens"
+# Names in checkpoints of older versions -> today's.
+_OLD_NAMES = {r"^classifier\.": "head."}
 
 
 @dataclass
@@ -49,7 +50,7 @@ class SparseFormerModelOutput(BaseModelOutputWithPooling):
         pooler_output: (batch, hidden), what a head reads.
         hidden_states: on `output_hidden_states`: tokens in front of the first layer and after each layer.
         attentions: on `output_attentions`: (batch, heads, tokens, tokens) of each attention, repeats one by one.
-        rois: (batch, RoI tokens, 4), (left, top, right, bottom) in [0, 1] (what lies outside is beyond the picture);
+        rois: (batch, RoI tokens, 4), (left, top, right, bottom) in [0, 1] (what lies outside is beyond the image);
             of videos (..., 6), (left, top, start, right, bottom, end).
         all_rois: on `output_all_rois`: `rois` after each layer.
         sampling_points: on `output_sampling_points`: (batch, RoI tokens, points, 2 or 3), (x, y) or (x, y, time) in
@@ -87,22 +88,15 @@ class SparseFormerClassifierOutput(ImageClassifierOutput):
     sampling_points: tuple[torch.Tensor, ...] | None = None
     sampling_rois: tuple[torch.Tensor, ...] | None = None
 
-    @classmethod
-    def from_model(
-        cls, outputs: SparseFormerModelOutput, logits: torch.Tensor, loss: torch.Tensor | None
-    ) -> "SparseFormerClassifierOutput":
-        """Logits and loss, and what the model gave besides tokens."""
-        others = {name: value for name, value in outputs.items() if name not in ("last_hidden_state", "pooler_output")}
-        return cls(loss=loss, logits=logits, **others)
 
+class SparseFormerPreTrainedModel(CheckedModelMixin, PreTrainedModel):
+    """Flags, weight initialisation and loading of SparseFormers."""
 
-class SparseFormerPreTrainedModel(PreTrainedModel):
     config: SparseFormerConfig
     base_model_prefix = "sparseformer"
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
-    _input_embed_layer = "features"
     _no_split_modules = ["SparseFormerEmbeddings", "SparseFormerFeatures", "SparseFormerLayer"]
     _supports_sdpa = True
     _supports_attention_backend = True
@@ -143,23 +137,14 @@ class SparseFormerPreTrainedModel(PreTrainedModel):
         elif isinstance(module, SparseFormerLayer) and module.stage_embedding is not None:
             init.normal_(module.stage_embedding)
         elif isinstance(module, SparseFormerSampling):
-            init.copy_(module.offset_bias, self._initial_offsets())
+            init.copy_(
+                module.offset_bias, initial_offsets(self.config.num_sampling_points, self.config.roi_dimensions)
+            )
         elif isinstance(module, SparseFormerMixing) and module.channel_bias is not None:
             init.zeros_(module.channel_bias)
             init.zeros_(module.spatial_bias)
         elif isinstance(module, SparseFormerModel) and module.loss_scale is not None:
             init.ones_(module.loss_scale)
-
-    def _initial_offsets(self) -> torch.Tensor:
-        """Offsets of the sampling points: a regular grid if they form a square, else (and along time) random."""
-        config = self.config
-        offsets = torch.rand(config.num_sampling_points, config.roi_dimensions) - 0.5
-        side = config.offset_grid_size
-        if side is not None:
-            steps = (torch.arange(side) + 0.5) / side - 0.5
-            y, x = torch.meshgrid(steps, steps, indexing="ij")
-            offsets[:, :2] = torch.stack([x, y], dim=-1).flatten(0, 1)
-        return offsets.flatten()
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
@@ -169,19 +154,10 @@ class SparseFormerPreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: for another `num_latent_tokens` where each token has its own embedding.
         """
+        kwargs["key_mapping"] = {**_OLD_NAMES, **(kwargs.get("key_mapping") or {})}
         wanted = kwargs.get("num_latent_tokens", getattr(config, "num_latent_tokens", None))
-        if wanted is None or pretrained_model_name_or_path is None:
+        if wanted is None:
             return super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
-        stored = cls.config_class.from_pretrained(
-            pretrained_model_name_or_path, **{key: kwargs[key] for key in _HUB_OPTIONS if key in kwargs}
-        )
-        if stored.num_latent_tokens == wanted:
-            return super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
-        if not stored.shared_token_embedding:
-            raise ValueError(
-                f"`num_latent_tokens` = {wanted} does not fit the checkpoint, whose {stored.num_latent_tokens} tokens "
-                "have an embedding each. Only checkpoints with `shared_token_embedding` can change it."
-            )
         wants_info = kwargs.pop("output_loading_info", False)
         may_mismatch = kwargs.pop("ignore_mismatched_sizes", False)
         model, info = super().from_pretrained(
@@ -192,24 +168,29 @@ class SparseFormerPreTrainedModel(PreTrainedModel):
             output_loading_info=True,
             **kwargs,
         )
-        others = [entry for entry in info["mismatched_keys"] if not entry[0].endswith(_ROI_TABLE)]
+        mismatched = sorted(info["mismatched_keys"])
+        stored = next((shape[0] for name, shape, _ in mismatched if name.endswith(_ROI_TABLE)), None)
+        if stored is not None and any(name.endswith(_TOKEN_TABLE) for name, *_ in mismatched):
+            raise ValueError(
+                f"`num_latent_tokens` = {wanted} does not fit the checkpoint, whose {stored} tokens have an embedding "
+                "each. Only checkpoints with `shared_token_embedding` can change it."
+            )
+        others = [entry for entry in mismatched if not entry[0].endswith(_ROI_TABLE)]
         if others and not may_mismatch:
             raise ValueError(f"The checkpoint does not fit the model: {', '.join(map(str, others))}.")
-        logger.warning(
-            f"`num_latent_tokens` is {wanted} instead of the checkpoint's {stored.num_latent_tokens}: the RoIs of the "
-            "tokens start anew, from a grid. Fine-tune the model, or expect a lower accuracy."
-        )
+        if stored is not None:
+            logger.warning(
+                f"`num_latent_tokens` is {wanted}, and the checkpoint has {stored} tokens: their RoIs start anew, from a "
+                "grid. Fine-tune the model, or expect a lower accuracy."
+            )
         return (model, info) if wants_info else model
 
-    def reads_pooled_only(self, model: "SparseFormerModel", **kwargs) -> bool:
-        """Whether a classifier may leave uncomputed what its head does not read of the last layer: nothing else that
-        layer gives is asked for, and there is no hook to see it.
+    def get_input_embeddings(self) -> nn.Module:
+        """The early convolution: its output is the first that depends on weights."""
+        return self.base_model.features.convolution
 
-        Args:
-            model: the model without its head.
-            kwargs: of the classifier's forward.
-        """
-        return not is_observed(self, (model, model.layernorm, *model.layers[-1].modules()), kwargs)
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.base_model.features.convolution = value
 
     def set_loss_scale(self, loss_scale: float) -> None:
         """Tells the clamp of sampling gradients the factor on the loss, a `GradScaler`'s, before each forward."""
@@ -219,7 +200,7 @@ class SparseFormerPreTrainedModel(PreTrainedModel):
 
 
 class SparseFormerModel(SparseFormerPreTrainedModel):
-    """SparseFormer without a head: latent tokens of pictures of any size."""
+    """SparseFormer without a head: latent tokens of images of any size."""
 
     def __init__(self, config: SparseFormerConfig):
         super().__init__(config)
@@ -232,7 +213,7 @@ class SparseFormerModel(SparseFormerPreTrainedModel):
                 self.transitions[str(index)] = nn.Sequential(nn.Linear(before, after), *norm)
         self.layers = nn.ModuleList(SparseFormerLayer(config, index) for index in range(config.num_hidden_layers))
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        # A tensor, so that a compiled model reads its value of the day.
+        # A tensor, so that a compiled model reads its present value.
         loss_scale = torch.ones(()) if config.restrict_grad_norm else None
         self.register_buffer("loss_scale", loss_scale, persistent=False)
         self.post_init()
@@ -253,10 +234,12 @@ class SparseFormerModel(SparseFormerPreTrainedModel):
     ) -> SparseFormerModelOutput:
         """
         Args:
-            pixel_values: (batch, channels, height, width), any height and width.
-            loss_scale: 0-dim tensor, the factor on the loss (of a `GradScaler`); read only where
-                `config.restrict_grad_norm`, the value of `set_loss_scale` (1 at first) when None.
-            pooled_only: leaves out of the last layer what `pooler_output` does not need; `last_hidden_state` is None.
+            pixel_values (`torch.Tensor` of shape `(batch, channels, height, width)`): images of any height and width;
+                to a model for videos `(batch, frames, channels, height, width)`, of any number of frames.
+            loss_scale (`torch.Tensor`, *optional*): 0-dim, the factor on the loss (of a `GradScaler`). Read only where
+                `config.restrict_grad_norm`; when `None`, the value of `set_loss_scale`, which is 1 at first.
+            pooled_only (`bool`, *optional*, defaults to `False`): leaves out of the last layer what `pooler_output`
+                does not need; `last_hidden_state` is then `None`.
             kwargs: `output_hidden_states`, `output_attentions`, `output_all_rois`, `output_sampling_points`,
                 `output_sampling_rois`.
 
@@ -264,8 +247,9 @@ class SparseFormerModel(SparseFormerPreTrainedModel):
             `SparseFormerModelOutput`.
 
         Raises:
-            ValueError: for a wrong shape of `pixel_values`.
+            ValueError: for a wrong shape of `pixel_values`, or a word that is no argument.
         """
+        check_words(self, kwargs)
         features = self.encode(pixel_values)
         tokens, rois = self.embeddings(features.shape[0])
         if not self.config.restrict_grad_norm:
@@ -287,14 +271,16 @@ class SparseFormerModel(SparseFormerPreTrainedModel):
         return SparseFormerModelOutput(last_hidden_state=states, pooler_output=pooled, rois=rois)
 
 
-class SparseFormerForImageClassification(SparseFormerPreTrainedModel):
-    """SparseFormer with a linear classifier on the pooled tokens."""
+class SparseFormerClassifierMixin:
+    """A linear classifier on the pooled tokens of a `model_class`. Goes in front of a `SparseFormerPreTrainedModel`."""
+
+    model_class: type[SparseFormerModel]
 
     def __init__(self, config: SparseFormerConfig):
         super().__init__(config)
         self.num_labels = config.num_labels
-        self.sparseformer = SparseFormerModel(config)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels) if config.num_labels > 0 else nn.Identity()
+        self.sparseformer = self.model_class(config)
+        self.head = nn.Linear(config.hidden_size, config.num_labels) if config.num_labels > 0 else nn.Identity()
         self.post_init()
 
     @can_return_tuple
@@ -307,26 +293,40 @@ class SparseFormerForImageClassification(SparseFormerPreTrainedModel):
     ) -> SparseFormerClassifierOutput:
         """
         Args:
-            pixel_values: (batch, channels, height, width).
-            labels: (batch,) class indices, or (batch, num_labels) for multi-label problems; gives `loss`.
-            loss_scale, kwargs: as in `SparseFormerModel.forward`.
+            pixel_values (`torch.Tensor` of shape `(batch, channels, height, width)`): images of any height and width;
+                to a model for videos `(batch, frames, channels, height, width)`, of any number of frames.
+            labels (`torch.Tensor` of shape `(batch,)`, *optional*): class indices, or of shape `(batch, num_labels)`
+                for multi-label problems; gives `loss`.
+            loss_scale (`torch.Tensor`, *optional*): as in `SparseFormerModel.forward`.
+            kwargs: outputs to record, as in `SparseFormerModel.forward`. Without any of them (and without
+                `config.keep_all_tokens`) the last layer computes only what the head reads.
 
         Returns:
             `SparseFormerClassifierOutput`.
+
+        Raises:
+            ValueError: for a wrong shape of `pixel_values` or `labels`, or a word that is no argument.
         """
-        pooled_only = self.reads_pooled_only(self.sparseformer, **kwargs)
-        outputs = self.sparseformer(pixel_values, loss_scale=loss_scale, pooled_only=pooled_only, **kwargs)
-        logits = self.classifier(outputs.pooler_output)
-        loss = self.loss_function(labels, logits, self.config, **kwargs) if labels is not None else None
-        return SparseFormerClassifierOutput.from_model(outputs, logits=logits, loss=loss)
+        check_words(self, kwargs)
+        outputs = self.sparseformer(
+            pixel_values, loss_scale=loss_scale, pooled_only=pooled_only_suffices(self, kwargs), **kwargs
+        )
+        logits = self.head(outputs.pooler_output)
+        loss = classification_loss(self, labels, logits, self.config, kwargs)
+        others = {name: value for name, value in outputs.items() if name not in ("last_hidden_state", "pooler_output")}
+        return SparseFormerClassifierOutput(loss=loss, logits=logits, **others)
 
 
-class SparseFormerModelWithProjection(SparseFormerPreTrainedModel):
-    """SparseFormer with a linear projection of the pooled tokens into the image-text space of a CLIP model."""
+class SparseFormerProjectionMixin:
+    """A linear projection of the pooled tokens of a `model_class` into the image-text space of a CLIP model. Goes in
+    front of a `SparseFormerPreTrainedModel`.
+    """
+
+    model_class: type[SparseFormerModel]
 
     def __init__(self, config: SparseFormerConfig):
         super().__init__(config)
-        self.sparseformer = SparseFormerModel(config)
+        self.sparseformer = self.model_class(config)
         self.projection = nn.Linear(config.hidden_size, config.projection_dim, bias=config.projection_bias)
         self.post_init()
 
@@ -335,51 +335,46 @@ class SparseFormerModelWithProjection(SparseFormerPreTrainedModel):
         self,
         pixel_values: torch.Tensor | None = None,
         loss_scale: torch.Tensor | None = None,
+        pooled_only: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> SparseFormerEmbeddingOutput:
         """
         Args:
-            pixel_values: (batch, channels, height, width).
-            loss_scale, kwargs: as in `SparseFormerModel.forward`.
+            pixel_values (`torch.Tensor` of shape `(batch, channels, height, width)`): images of any height and width;
+                to a model for videos `(batch, frames, channels, height, width)`, of any number of frames.
+            loss_scale (`torch.Tensor`, *optional*): as in `SparseFormerModel.forward`.
+            pooled_only (`bool`, *optional*, defaults to `False`): as in `SparseFormerModel.forward`.
+            kwargs: outputs to record, as in `SparseFormerModel.forward`.
 
         Returns:
             `SparseFormerEmbeddingOutput`; `image_embeds` compare with text embeddings after both are divided by their
             norm.
+
+        Raises:
+            ValueError: for a wrong shape of `pixel_values`, or a word that is no argument.
         """
-        outputs = self.sparseformer(pixel_values, loss_scale=loss_scale, **kwargs)
+        check_words(self, kwargs)
+        outputs = self.sparseformer(pixel_values, loss_scale=loss_scale, pooled_only=pooled_only, **kwargs)
         return SparseFormerEmbeddingOutput(image_embeds=self.projection(outputs.pooler_output), **outputs)
 
 
-class SparseFormerOpenCLIPVisual(nn.Module):
-    """A `SparseFormerModelWithProjection` as the `visual` of an open_clip model: pixels in, bare image embeddings out.
+class SparseFormerForImageClassification(SparseFormerClassifierMixin, SparseFormerPreTrainedModel):
+    """SparseFormer with a linear classifier on the pooled tokens."""
 
-    Example:
+    model_class = SparseFormerModel
 
-    ```python
-    >>> clip.visual = SparseFormerOpenCLIPVisual(model)  # clip: open_clip.create_model("ViT-B-16", ...)
-    >>> clip.encode_image(pixel_values, normalize=True)
-    ```
-    """
 
-    def __init__(self, model: SparseFormerModelWithProjection):
-        super().__init__()
-        self.model = model
-        self.image_size = model.config.image_size
-        self.output_dim = model.config.projection_dim
+class SparseFormerModelWithProjection(SparseFormerProjectionMixin, SparseFormerPreTrainedModel):
+    """SparseFormer with a linear projection of the pooled tokens into the image-text space of a CLIP model."""
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """What open_clip calls; recomputes layers in the backward pass instead of storing them."""
-        (self.model.activation_checkpointing_enable if enable else self.model.activation_checkpointing_disable)()
-
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """(batch, channels, height, width) -> (batch, projection_dim)"""
-        return self.model(pixel_values, pooled_only=True).image_embeds
+    model_class = SparseFormerModel
 
 
 __all__ = [
+    "SparseFormerClassifierMixin",
     "SparseFormerForImageClassification",
     "SparseFormerModel",
     "SparseFormerModelWithProjection",
-    "SparseFormerOpenCLIPVisual",
     "SparseFormerPreTrainedModel",
+    "SparseFormerProjectionMixin",
 ]

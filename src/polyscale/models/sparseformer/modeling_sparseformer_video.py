@@ -6,142 +6,46 @@ and the clamp of sampling gradients works.
 """
 
 import torch
-from torch import nn
-from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs
-from transformers.utils.generic import can_return_tuple
 
+from ...utils.validation import check_video
 from .configuration_sparseformer_video import SparseFormerVideoConfig
 from .modeling_sparseformer import (
-    SparseFormerClassifierOutput,
-    SparseFormerEmbeddingOutput,
+    SparseFormerClassifierMixin,
     SparseFormerModel,
-    SparseFormerModelOutput,
     SparseFormerPreTrainedModel,
+    SparseFormerProjectionMixin,
 )
 
 
-def check_video(pixel_values: torch.Tensor | None, num_channels: int) -> None:
-    """Refuses anything but a batch of videos (batch, frames, channels, height, width) with at least one frame.
-
-    Raises:
-        ValueError: for a missing input, another number of dimensions, no video, no frame or a wrong channel count.
-    """
-    if pixel_values is None:
-        raise ValueError("`pixel_values` is required: a tensor of shape (batch, frames, channels, height, width).")
-    shape = tuple(pixel_values.shape)
-    if len(shape) != 5:
-        raise ValueError(
-            f"`pixel_values` must have the shape (batch, frames, channels, height, width), got {shape}. An image is a "
-            "video "
-            "of one frame: `pixel_values[:, None]`."
-        )
-    if shape[0] == 0:
-        raise ValueError("`pixel_values` holds an empty batch (batch size 0); at least one video is needed.")
-    if shape[1] == 0:
-        raise ValueError("`pixel_values` holds videos of zero frames; at least one frame is needed.")
-    if shape[2] != num_channels:
-        raise ValueError(
-            f"`pixel_values` must have {num_channels} channels (`config.num_channels`), got {shape[2]} in shape "
-            f"{shape}; "
-            "the order is (batch, frames, channels, height, width)."
-        )
-
-
 class SparseFormerVideoPreTrainedModel(SparseFormerPreTrainedModel):
+    """Flags of SparseFormers for videos."""
+
     config: SparseFormerVideoConfig
     input_modalities = ("video",)
 
 
 class SparseFormerVideoModel(SparseFormerVideoPreTrainedModel, SparseFormerModel):
-    """SparseFormer on videos without a head: latent tokens of videos of any size and length."""
+    """SparseFormer on videos without a head: latent tokens of videos of any size and length.
+
+    `pixel_values` are (batch, frames, channels, height, width); RoIs and points have a time.
+    """
 
     def encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(batch, frames, channels, height, width) -> (batch, frames, rows, columns, feature_width); frame by frame"""
         check_video(pixel_values, self.config.num_channels)
         return self.features(pixel_values.flatten(0, 1)).unflatten(0, pixel_values.shape[:2])
 
-    def forward(
-        self,
-        pixel_values: torch.Tensor | None = None,
-        loss_scale: torch.Tensor | None = None,
-        pooled_only: bool = False,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> SparseFormerModelOutput:
-        """
-        Args:
-            pixel_values: (batch, frames, channels, height, width), any number of frames, height and width.
-            loss_scale, pooled_only, kwargs: as in `SparseFormerModel.forward`.
 
-        Returns:
-            `SparseFormerModelOutput`, RoIs and points with a time.
-
-        Raises:
-            ValueError: for a wrong shape of `pixel_values`.
-        """
-        return super().forward(pixel_values, loss_scale=loss_scale, pooled_only=pooled_only, **kwargs)
-
-
-class SparseFormerForVideoClassification(SparseFormerVideoPreTrainedModel):
+class SparseFormerForVideoClassification(SparseFormerClassifierMixin, SparseFormerVideoPreTrainedModel):
     """SparseFormer on videos with a linear classifier on the pooled tokens."""
 
-    def __init__(self, config: SparseFormerVideoConfig):
-        super().__init__(config)
-        self.num_labels = config.num_labels
-        self.sparseformer = SparseFormerVideoModel(config)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels) if config.num_labels > 0 else nn.Identity()
-        self.post_init()
-
-    @can_return_tuple
-    def forward(
-        self,
-        pixel_values: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        loss_scale: torch.Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> SparseFormerClassifierOutput:
-        """
-        Args:
-            pixel_values: (batch, frames, channels, height, width).
-            labels: (batch,) class indices, or (batch, num_labels) for multi-label problems; gives `loss`.
-            loss_scale, kwargs: as in `SparseFormerModel.forward`.
-
-        Returns:
-            `SparseFormerClassifierOutput`.
-        """
-        pooled_only = self.reads_pooled_only(self.sparseformer, **kwargs)
-        outputs = self.sparseformer(pixel_values, loss_scale=loss_scale, pooled_only=pooled_only, **kwargs)
-        logits = self.classifier(outputs.pooler_output)
-        loss = self.loss_function(labels, logits, self.config, **kwargs) if labels is not None else None
-        return SparseFormerClassifierOutput.from_model(outputs, logits=logits, loss=loss)
+    model_class = SparseFormerVideoModel
 
 
-class SparseFormerVideoModelWithProjection(SparseFormerVideoPreTrainedModel):
+class SparseFormerVideoModelWithProjection(SparseFormerProjectionMixin, SparseFormerVideoPreTrainedModel):
     """SparseFormer on videos with a linear projection of the pooled tokens into the space of a CLIP model."""
 
-    def __init__(self, config: SparseFormerVideoConfig):
-        super().__init__(config)
-        self.sparseformer = SparseFormerVideoModel(config)
-        self.projection = nn.Linear(config.hidden_size, config.projection_dim, bias=config.projection_bias)
-        self.post_init()
-
-    @can_return_tuple
-    def forward(
-        self,
-        pixel_values: torch.Tensor | None = None,
-        loss_scale: torch.Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> SparseFormerEmbeddingOutput:
-        """
-        Args:
-            pixel_values: (batch, frames, channels, height, width).
-            loss_scale, kwargs: as in `SparseFormerModel.forward`.
-
-        Returns:
-            `SparseFormerEmbeddingOutput`, one embedding a video.
-        """
-        outputs = self.sparseformer(pixel_values, loss_scale=loss_scale, **kwargs)
-        return SparseFormerEmbeddingOutput(image_embeds=self.projection(outputs.pooler_output), **outputs)
+    model_class = SparseFormerVideoModel
 
 
 __all__ = [

@@ -1,22 +1,25 @@
 """Video processor of SparseFormer."""
 
 from collections.abc import Callable
-from importlib import import_module
 
 import numpy as np
 import torch
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling
 from transformers.processing_utils import Unpack, VideosKwargs
-from transformers.utils.import_utils import is_av_available, is_torchcodec_usable
+from transformers.utils.import_utils import is_torchcodec_usable
 from transformers.video_processing_utils import BaseVideoProcessor
 from transformers.video_utils import VideoInput, VideoMetadata, load_video
 
 
+try:
+    import av
+except ImportError:  # files are then read by torchcodec, or refused
+    av = None
+
+
 def count_frames(video: str) -> int:
     """Frames of a file or address, counted without decoding them: Matroska and WebM do not say."""
-    # Not an `import`: transformers would then ask for `av` to load any checkpoint that carries this file.
-    av = import_module("av")
     with av.open(video) as container:
         return sum(packet.pts is not None for packet in container.demux(video=0))
 
@@ -55,7 +58,7 @@ class SparseFormerVideoProcessor(BaseVideoProcessor):
         """
         if is_torchcodec_usable(decode="video"):
             return super().fetch_videos(video_url_or_urls, sample_indices_fn=sample_indices_fn)
-        if not is_av_available():
+        if av is None:
             raise ImportError("Reading video files needs `av` (pip install 'polyscale[video]') or torchcodec.")
         if isinstance(video_url_or_urls, list):
             fetched = [self.fetch_videos(video, sample_indices_fn=sample_indices_fn) for video in video_url_or_urls]
@@ -84,7 +87,7 @@ class SparseFormerVideoProcessor(BaseVideoProcessor):
         return super()._prepare_input_videos(videos, **kwargs)
 
     def preprocess(self, videos: VideoInput, **kwargs: Unpack[VideosKwargs]) -> BatchFeature:
-        """One video or a list of them, each an array (frames, height, width, channels) or a list of pictures."""
+        """One video or a list of them, each an array (frames, height, width, channels) or a list of images."""
         batch = super().preprocess(videos, **kwargs)
         batch["pixel_values"] = batch.pop("pixel_values_videos")
         return batch

@@ -1,4 +1,4 @@
-"""The parts of a SparseFormer: early convolution, latent tokens, and the layers of operations on them.
+"""The layers of a SparseFormer: early convolution, latent tokens, and the operations on them.
 
 Papers and official code: see `modeling_sparseformer.py`.
 """
@@ -16,27 +16,9 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
 from ...layers.encoder import DropPath, eager_attention_forward
-from .attention_sparseformer import ThinAttention
 from .configuration_sparseformer import SparseFormerConfig
-from .geometry_sparseformer import (
-    ClampGradient,
-    adjust_rois,
-    encode_rois,
-    halves,
-    is_eager_cpu,
-    place_points,
-    sample_features,
-)
-
-
-# Convolved values, or mixing parameters, made at a time on a CPU without gradients: larger blocks of memory go back to
-# the operating system after each use, and the next use pays for their pages again.
-_VALUES = 2**22
-
-
-def _can_split(tensor: torch.Tensor) -> bool:
-    """Whether to work through a batch in parts: on a CPU, without gradients."""
-    return is_eager_cpu(tensor) and not torch.is_grad_enabled()
+from .cpu_sparseformer import MAX_THIN_HEAD, ThinAttention, sample_features_on_cpu, uses_cpu_kernels
+from .geometry_sparseformer import ClampGradient, adjust_rois, encode_rois, halves, place_points, sample_features
 
 
 class SparseFormerUnitNorm(nn.LayerNorm):
@@ -64,40 +46,27 @@ class SparseFormerMatrixLinear(nn.Linear):
 
 
 class SparseFormerFeatures(nn.Module):
-    """Early convolution: the features that all samplings read, at a quarter of the picture's height and width."""
+    """Early convolution: the features that all samplings read, at a quarter of the image's height and width."""
 
     def __init__(self, config: SparseFormerConfig):
         super().__init__()
         self.convolution = nn.Conv2d(config.num_channels, config.feature_width, kernel_size=7, stride=2, padding=3)
-        self.is_encoded = any("pe_inject" in operations for operations in config.operations)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(batch, channels, height, width) -> (batch, rows, columns, feature_width), float32"""
-        if not _can_split(pixel_values):
-            return self.encode(pixel_values)
-        values = self.convolution.out_channels * math.prod(pixel_values.shape[2:])  # of four pictures
-        parts = pixel_values.split(max(1, 4 * _VALUES // values))
-        return torch.cat([self.encode(part) for part in parts])
-
-    def encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """`forward` of a part of the batch."""
-        kernel = self.convolution.weight
+        pixel_values = pixel_values.to(self.convolution.weight.dtype)
         if not torch.compiler.is_exporting():  # ExecuTorch knows channels first
             # Channels last all the way: the convolution, the pooling and the norm are each several times faster.
-            kernel = kernel.to(memory_format=torch.channels_last)
-        features = F.conv2d(pixel_values.to(kernel.dtype), kernel, self.convolution.bias, stride=2, padding=3)
+            pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
+        features = self.convolution(pixel_values)  # (batch, feature_width, height / 2, width / 2)
         # ReLU commutes with the maximum, and after it there is a quarter of the values.
         features = F.relu(F.max_pool2d(features, kernel_size=3, stride=2, padding=1), inplace=True)
         features = features.permute(0, 2, 3, 1).float()  # (batch, rows, columns, feature_width)
-        if not self.is_encoded or torch.compiler.is_exporting():  # ExecuTorch has no `var_mean`
-            return F.layer_norm(features, features.shape[-1:], eps=1e-5)
-        # Encodings of RoIs multiply a rounding of the last bit by hundreds: the same operations as the official code.
-        variance, mean = torch.var_mean(features, dim=-1, correction=0, keepdim=True)
-        return (features - mean) / (variance + 1e-5).sqrt()
+        return F.layer_norm(features, features.shape[-1:], eps=1e-5)
 
 
 class SparseFormerEmbeddings(nn.Module):
-    """The latent tokens that every picture starts with, and their RoIs."""
+    """The latent tokens that every image starts with, and their RoIs."""
 
     def __init__(self, config: SparseFormerConfig):
         super().__init__()
@@ -143,8 +112,8 @@ class SparseFormerAttention(nn.Module):
         return self.o_proj(output.flatten(-2)), weights
 
     def _is_thin(self, qkv: torch.Tensor) -> bool:
-        """Whether torch's fused kernel takes two to three times as long."""
-        return self.config._attn_implementation == "sdpa" and self.head_dim < 32 and is_eager_cpu(qkv)
+        is_narrow = self.head_dim <= MAX_THIN_HEAD and self.config._attn_implementation == "sdpa"
+        return is_narrow and uses_cpu_kernels(self.config, qkv)
 
 
 class SparseFormerMLP(nn.Module):
@@ -221,10 +190,10 @@ class SparseFormerSampling(nn.Module):
         """Features (batch, tokens, points, feature_width), points (batch, tokens, points, dimensions), and `rois`"""
         offsets = self.offsets(self.layernorm(tokens)).float() + self.offset_bias.float()
         points = place_points(rois, offsets.unflatten(-1, (self.config.num_sampling_points, -1)))
-        points, rois = points.expand(features.shape[0], -1, -1, -1), rois.expand(features.shape[0], -1, -1)
         if loss_scale is not None:
             points = ClampGradient.apply(points, loss_scale / features.shape[-3])
-        return sample_features(features, points, self.config.sampling_padding), points, rois
+        sample = sample_features_on_cpu if uses_cpu_kernels(self.config, features) else sample_features
+        return sample(features, points, self.config.sampling_padding), points, rois
 
 
 class SparseFormerMixing(nn.Module):
@@ -264,24 +233,9 @@ class SparseFormerMixing(nn.Module):
         return self.activation(mixed).flatten(1)
 
     def forward(self, tokens: torch.Tensor, sampled: torch.Tensor) -> torch.Tensor:
-        """
-        Args:
-            tokens: (batch, tokens, width), or (1, tokens, width) for all pictures.
-            sampled: (batch, tokens, points, channels).
-
-        Returns:
-            (batch, tokens, width)
-        """
+        """Tokens (batch, tokens, width) and sampled (batch, tokens, points, channels) -> (batch, tokens, width)"""
         generators = self.generator_in(self.layernorm(tokens)).flatten(0, 1)
-        if tokens.shape[0] < sampled.shape[0]:
-            matrices = self.make_matrices(generators)
-            mixed = torch.cat([self.mix(*matrices, picture) for picture in sampled])
-        elif _can_split(tokens):
-            num_parts = math.ceil(len(generators) * self.generator_out.out_features / _VALUES)
-            parts = zip(generators.chunk(num_parts), sampled.flatten(0, 1).chunk(num_parts), strict=True)
-            mixed = torch.cat([self.mix(*self.make_matrices(part), picture) for part, picture in parts])
-        else:
-            mixed = self.mix(*self.make_matrices(generators), sampled.flatten(0, 1))
+        mixed = self.mix(*self.make_matrices(generators), sampled.flatten(0, 1))
         return self.o_proj(mixed).unflatten(0, sampled.shape[:2])
 
 
@@ -310,6 +264,11 @@ class SparseFormerLayer(GradientCheckpointingLayer):
             self.position_injection = SparseFormerPositionInjection(config, width)
         self.drop_paths = nn.ModuleList(DropPath(rate) for rate in config.drop_path_rates[index])
 
+    @property
+    def can_pool(self) -> bool:
+        """Whether `forward` takes `pooling`."""
+        return self.operations == ["attn", "mlp"] and self.repeats == 1
+
     def forward(
         self,
         tokens: torch.Tensor,
@@ -319,56 +278,33 @@ class SparseFormerLayer(GradientCheckpointingLayer):
         pooling: str | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if pooling is not None:
-            return self.pool(tokens, pooling, **kwargs), rois
-        if self._is_shared(tokens, rois):
-            tokens, rois = tokens[:1], rois[:1]
+        """
+        Args:
+            tokens (`torch.Tensor` of shape `(batch, tokens, width)`).
+            rois (`torch.Tensor` of shape `(batch, RoI tokens, 2 * dimensions)`).
+            features (`torch.Tensor` of shape `(batch, rows, columns, feature_width)`): with frames after the batch in
+                a video.
+            loss_scale (`torch.Tensor`, *optional*): the factor on the loss, where gradients of points are clamped.
+            pooling (`str`, *optional*): `"cls"` or `"mean"`, where `can_pool`: only what a head pools of the tokens is
+                computed, and (batch, 1, width) comes back.
+
+        Returns:
+            Tokens and RoIs.
+        """
+        num_queries = 1 if pooling == "cls" else None
         for repeat, drop_path in enumerate(self.drop_paths):
             if self.stage_embedding is not None:
                 tokens = tokens + self.stage_embedding[repeat]
             for operation in self.operations:
                 if operation == "attn":
-                    update, _ = self.attention(self.layernorm_before(tokens), **kwargs)
-                    tokens = tokens + drop_path(update)
+                    update, _ = self.attention(self.layernorm_before(tokens), num_queries=num_queries, **kwargs)
+                    tokens = tokens[:, :num_queries] + drop_path(update)
                 elif operation == "mlp":
-                    tokens = tokens + drop_path(self.mlp(self.layernorm_after(tokens)))
+                    update = drop_path(self.mlp(self.layernorm_after(tokens), mean=pooling == "mean"))
+                    tokens = (tokens.mean(dim=1, keepdim=True) if pooling == "mean" else tokens) + update
                 else:
                     tokens, rois = self._roi_operation(operation, tokens, rois, features, drop_path, loss_scale)
-        return tokens.expand(features.shape[0], -1, -1), rois.expand(features.shape[0], -1, -1)
-
-    def _is_shared(self, tokens: torch.Tensor, rois: torch.Tensor) -> bool:
-        """Whether all pictures have the same tokens and RoIs still, so that what comes before the first look at the
-        features needs to be computed for one of them only.
-        """
-        return (
-            is_eager_cpu(tokens)
-            and tokens.shape[0] > 1
-            and tokens.stride(0) == rois.stride(0) == 0
-            and self.config._attn_implementation == "sdpa"  # others give the attention of each picture
-            and not (self.training and self.drop_paths[0].rate)
-        )
-
-    @property
-    def can_pool(self) -> bool:
-        """Whether `forward` takes `pooling`."""
-        return self.operations == ["attn", "mlp"] and self.repeats == 1
-
-    def pool(self, tokens: torch.Tensor, pooling: str, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
-        """What a head pools of the tokens that this layer makes, and none of the rest.
-
-        Args:
-            tokens: (batch, tokens, width).
-            pooling: "cls", the first token, or "mean".
-
-        Returns:
-            (batch, 1, width)
-        """
-        (drop_path,) = self.drop_paths
-        is_cls = pooling == "cls"
-        update, _ = self.attention(self.layernorm_before(tokens), num_queries=1 if is_cls else None, **kwargs)
-        tokens = (tokens[:, :1] if is_cls else tokens) + drop_path(update)
-        update = self.mlp(self.layernorm_after(tokens), mean=not is_cls)
-        return tokens.mean(dim=1, keepdim=True) + drop_path(update)
+        return tokens, rois
 
     def _roi_operation(
         self,

@@ -1,0 +1,123 @@
+"""Another vision tower for a CLIP-like model in memory."""
+
+import warnings
+
+import torch
+from torch import nn
+from transformers import CLIPModel, PreTrainedModel, Siglip2Model, SiglipModel, VisionTextDualEncoderModel
+
+from .modeling_dual_encoder import BudgetCLIPModel, BudgetSiglipModel, DualEncoderPreTrainedModel, pooled_width
+
+
+CLIP_KINDS = (CLIPModel, VisionTextDualEncoderModel, BudgetCLIPModel)
+SIGLIP_KINDS = (SiglipModel, BudgetSiglipModel)
+
+
+def is_dual_encoder(model: object) -> bool:
+    """Whether `swap_dual_encoder_tower` is the function for a model."""
+    return isinstance(model, (*CLIP_KINDS, *SIGLIP_KINDS, Siglip2Model))
+
+
+def swap_dual_encoder_tower(model: PreTrainedModel, tower: PreTrainedModel) -> DualEncoderPreTrainedModel:
+    """A CLIP-like model with another vision tower. `model` stays as it is; the weights are shared with the result.
+
+    The configs of CLIP and SigLIP fix the class of their vision part, so the result is a model of this library, known
+    to `AutoModel` and `AutoModelForZeroShotImageClassification`. A tower converted from the model's own vision part
+    gives the same embeddings at the patch size of its weights.
+
+    Args:
+        model (`PreTrainedModel`): a `CLIPModel`, `SiglipModel` or `VisionTextDualEncoderModel`, or what this function
+            returned. A SigLIP2 of fixed resolution is a `SiglipModel`.
+        tower (`PreTrainedModel`): a model without a head whose `pooler_output` the embeddings are made of: a FlexiViT
+            or Quadtree ViT converted from `model.vision_model`, an S2 around it, or another one.
+
+    Returns:
+        `BudgetCLIPModel` or `BudgetSiglipModel`. Where the tower's `pooler_output` has another width than the old one,
+        the image projection is widened for an S2 tower (it reads the first scale as before, the others with weights of
+        zero), and otherwise new, with a warning.
+
+    Raises:
+        ValueError: for another kind of model, a tower without `pooler_output`, or a tower for a SigLIP whose width is
+            not that of its text embeddings.
+    """
+    if isinstance(model, Siglip2Model):
+        raise ValueError(
+            "`model` is a Siglip2Model, which takes packed patches of one size, not images: no tower can stand in. "
+            "The SigLIP2 checkpoints of fixed resolution load as SiglipModel, which can be given here."
+        )
+    if not is_dual_encoder(model):
+        raise ValueError(
+            f"`model` must be a CLIPModel, a SiglipModel or a VisionTextDualEncoderModel, got {type(model).__name__}."
+        )
+    if not isinstance(tower, PreTrainedModel):
+        raise ValueError(f"`tower` must be a vision model without a head, got {type(tower).__name__}.")
+    if getattr(tower.config, "num_labels", None) and hasattr(tower, "head"):
+        raise ValueError(f"`tower` must be a model without a head, got {type(tower).__name__}.")
+    return _swapped_clip(model, tower) if isinstance(model, CLIP_KINDS) else _swapped_siglip(model, tower)
+
+
+def _around(
+    model_class: type[DualEncoderPreTrainedModel], model: PreTrainedModel, tower: PreTrainedModel, **fields
+) -> DualEncoderPreTrainedModel:
+    """The result around both encoders; their weights stay as they are."""
+    parts = (tower, model.text_model)
+    implementations = [part.config._attn_implementation for part in parts]
+    config = model_class.config_class(text_config=model.text_model.config, vision_config=tower.config, **fields)
+    for part in parts:
+        for module in part.modules():
+            module._is_hf_initialized = True  # keeps `post_init` from drawing new weights
+    swapped = model_class(config, vision_model=tower, text_model=model.text_model)
+    for part, implementation in zip(parts, implementations, strict=True):
+        part.config._attn_implementation = implementation  # a config around another one resets it
+    swapped.logit_scale = model.logit_scale
+    parameter = next(model.parameters())
+    return swapped.to(device=parameter.device, dtype=parameter.dtype).train(model.training)
+
+
+def _swapped_clip(model: PreTrainedModel, tower: PreTrainedModel) -> BudgetCLIPModel:
+    swapped = _around(
+        BudgetCLIPModel,
+        model,
+        tower,
+        projection_dim=model.config.projection_dim,
+        logit_scale_init_value=model.config.logit_scale_init_value,
+    )
+    swapped.text_projection = model.text_projection
+    _fit_projection(swapped, model.visual_projection)
+    return swapped
+
+
+def _fit_projection(swapped: BudgetCLIPModel, old: nn.Linear) -> None:
+    """Makes the image projection read the new tower: kept, widened, or new with a warning."""
+    width = pooled_width(swapped.config.vision_config)
+    scales = getattr(swapped.config.vision_config, "num_scales", 1)
+    if width == old.in_features:
+        swapped.visual_projection = old
+    elif width == scales * old.in_features:
+        new = swapped.visual_projection
+        with torch.no_grad():
+            new.weight.zero_()
+            new.weight[:, : old.in_features] = old.weight  # channels: scale by scale
+    else:
+        warnings.warn(
+            f"The image projection reads {old.in_features} channels and the new tower gives {width}: it is replaced "
+            "by a new one, which has to be trained.",
+            stacklevel=4,
+        )
+
+
+def _swapped_siglip(model: PreTrainedModel, tower: PreTrainedModel) -> BudgetSiglipModel:
+    text_config = model.config.text_config
+    text_width = getattr(text_config, "projection_size", None) or text_config.hidden_size
+    width = pooled_width(tower.config)
+    if width != text_width:
+        raise ValueError(
+            f"`tower` gives image embeddings of {width} channels, and this SigLIP compares them with text embeddings "
+            f"of {text_width}: it has no projection between them. Use a tower converted from its own vision part."
+        )
+    swapped = _around(BudgetSiglipModel, model, tower)
+    swapped.logit_bias = model.logit_bias
+    return swapped
+
+
+__all__ = ["is_dual_encoder", "swap_dual_encoder_tower"]

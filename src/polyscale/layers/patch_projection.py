@@ -1,0 +1,80 @@
+"""The patch projection of a ViT: a convolution that is called with the patch size, and resizes its own kernel.
+
+A module that is called can be hooked, offloaded, quantised and wrapped like any other.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .resizing import KernelResize, resize_patches
+
+
+class PatchProjection(nn.Conv2d):
+    """Cuts images into patches and embeds them, at any patch size.
+
+    The arguments are those of `nn.Conv2d`, which adapters make more of by the class of what they wrap.
+
+    Args:
+        args, kwargs: of `nn.Conv2d`, the stride equal to the kernel size.
+        resize (`KernelResize`, *optional*): how the kernel is resized to another patch size.
+    """
+
+    def __init__(self, *args, resize: KernelResize | None = None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.resize = resize or KernelResize()
+
+    def kernel_for(self, patch_size: tuple[int, int]) -> torch.Tensor:
+        """(hidden, channels, *patch_size), always made from the stored kernel: chained resizes lose information."""
+        if patch_size == self.kernel_size:
+            return self.weight
+        return self.resize(self.weight, patch_size)
+
+    def forward(self, pixel_values: torch.Tensor, patch_size: tuple[int, int] | None = None) -> torch.Tensor:
+        """
+        Args:
+            pixel_values (`torch.Tensor`): (batch, channels, height, width).
+            patch_size (`tuple[int, int]`, *optional*): (height, width) in pixels; the kernel's own when `None`.
+
+        Returns:
+            `torch.Tensor`: (batch, hidden, rows, columns), without an incomplete last row or column of patches.
+        """
+        patch_size = patch_size or self.kernel_size
+        pixel_values = pixel_values.to(self.weight.dtype)
+        kernel = self.kernel_for(patch_size)
+        if pixel_values.shape[-2:] == patch_size:  # an image of one patch: faster as the matrix product that it is
+            return F.linear(pixel_values.flatten(1), kernel.flatten(1), self.bias)[..., None, None]
+        return F.conv2d(pixel_values, kernel, self.bias, stride=patch_size)
+
+
+def project_patches(
+    projection: nn.Module,
+    pixel_values: torch.Tensor,
+    patch_size: tuple[int, int],
+    kernel_size: Sequence[int],
+    resize: KernelResize,
+) -> torch.Tensor:
+    """Calls a patch projection at a patch size, whatever has been put around it.
+
+    What stands in the place of a `PatchProjection`, a LoRA layer around it for instance, knows its stored patch size
+    alone. So the patches are resized to that size: a resized kernel's product with a patch is the stored kernel's
+    product with the patch resized by the transposed matrices.
+
+    Args:
+        projection (`nn.Module`): a `PatchProjection`, or a module in its place.
+        pixel_values (`torch.Tensor`): (batch, channels, height, width).
+        patch_size (`tuple[int, int]`): (height, width) in pixels.
+        kernel_size (`Sequence[int]`): (height, width) of the stored kernel, in pixels.
+        resize (`KernelResize`): how the kernel is resized.
+
+    Returns:
+        `torch.Tensor`: (batch, hidden, rows, columns).
+    """
+    if isinstance(projection, PatchProjection):
+        return projection(pixel_values, patch_size)
+    return projection(resize_patches(pixel_values, patch_size, tuple(kernel_size), resize))
+
+
+__all__ = ["PatchProjection", "project_patches"]

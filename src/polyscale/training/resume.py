@@ -1,0 +1,222 @@
+"""The work folder of a run: its recipe, its lock, and which of its checkpoints are whole."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from accelerate import PartialState
+from filelock import FileLock, SoftFileLock, Timeout
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
+
+from .recipe import TrainingRecipe
+
+
+RUN_FILE = "run.json"
+LOCK_FILE = "lock"
+WHOLE_FILE = "whole.json"
+_CHUNK = 1 << 22
+
+
+def _digest(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while chunk := stream.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _files_of(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.rglob("*") if file.is_file() and file.name != WHOLE_FILE)
+
+
+def mark_whole(folder: Path) -> None:
+    """Writes down what a checkpoint consists of, as the last step of saving it."""
+    files = {str(file.relative_to(folder)): [file.stat().st_size, _digest(file)] for file in _files_of(folder)}
+    write_json(folder / WHOLE_FILE, files)
+
+
+def damage_of(folder: Path) -> str | None:
+    """What is wrong with a checkpoint; `None` if it is whole."""
+    try:
+        files = json.loads((folder / WHOLE_FILE).read_text())
+        for name, (size, digest) in files.items():
+            file = folder / name
+            if not file.is_file():
+                return f"{name} is missing"
+            if file.stat().st_size != size or _digest(file) != digest:
+                return f"{name} is damaged"
+    except (OSError, ValueError, AttributeError, TypeError):
+        return "it was not written to its end"
+    return None
+
+
+def write_json(path: Path, content: object) -> None:
+    """Writes JSON beside its place, then moves it there: a reader finds all of it or nothing."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+class WholeCheckpointCallback(TrainerCallback):
+    """Marks each checkpoint as whole once all processes have written their part of it. To be added last."""
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        PartialState().wait_for_everyone()
+        if state.is_world_process_zero:
+            mark_whole(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+
+
+class RunFolder:
+    """Where a run keeps what it needs to go on: `<output_dir>.training`, beside the output.
+
+    Args:
+        output_dir: where the trained model goes.
+
+    Attributes:
+        path: the work folder.
+    """
+
+    def __init__(self, output_dir: str | os.PathLike):
+        self.output_dir = Path(os.path.abspath(Path(output_dir).expanduser()))
+        self.path = self.output_dir.with_name(self.output_dir.name + ".training")
+        self._lock = None
+        self._is_new = False
+
+    def open(self, resume: bool) -> None:
+        """Takes the lock, for this process alone.
+
+        Raises:
+            ValueError: if another process has it, or there is nothing (or something) to go on with.
+        """
+        if self.output_dir.exists() and not (resume and self.has_run()):
+            raise ValueError(f"`output_dir` {self.output_dir} exists already. Name another, or remove it first.")
+        if resume and not self.has_run():
+            raise ValueError(f"`resume`: there is no checkpoint in {self.path}. Start without `resume`.")
+        self._is_new = not self.path.exists()
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._acquire()
+        if not resume and self.has_run():
+            self.release()
+            raise ValueError(f"{self.path} holds an unfinished run. Resume it (`--resume`), or remove that folder.")
+        if not resume and any(not path.name.startswith((LOCK_FILE, RUN_FILE)) for path in self.path.iterdir()):
+            self.release()
+            raise ValueError(f"{self.path} exists already and is no work folder of a run. Remove it first.")
+
+    def _acquire(self) -> None:
+        path = self.path / LOCK_FILE
+        lock = FileLock(path, timeout=0)
+        try:
+            try:
+                lock.acquire()
+            except NotImplementedError:  # a file system without locks
+                lock = SoftFileLock(path, timeout=0)
+                lock.acquire()
+        except Timeout:
+            raise ValueError(
+                f"Another training works on {self.output_dir} (it holds {path}). Wait for it, or name another output."
+            ) from None
+        self._lock = lock
+
+    def release(self) -> None:
+        """Gives the lock back."""
+        if self._lock is not None:
+            self._lock.release(force=True)
+            self._lock = None
+
+    def has_run(self) -> bool:
+        """Whether a run began here."""
+        return (self.path / RUN_FILE).is_file()
+
+    def record(self, **facts) -> None:
+        """Keeps what a run is made of."""
+        write_json(self.path / RUN_FILE, facts)
+
+    def read(self) -> dict:
+        """What `record` kept.
+
+        Raises:
+            ValueError: for a damaged file.
+        """
+        try:
+            return json.loads((self.path / RUN_FILE).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{self.path / RUN_FILE} cannot be read ({error}): remove {self.path}.") from error
+
+    def discard(self) -> None:
+        """Removes the folder."""
+        self.release()
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def discard_if_new(self) -> None:
+        """Removes the folder if this process made it and no training began in it."""
+        if self._is_new and not self.has_run():
+            self.discard()
+
+    def steps(self) -> list[int]:
+        """The steps of the checkpoints, whole or not."""
+        return [_step_of(path) for path in sort_checkpoints(str(self.path))]
+
+    def last_whole_step(self) -> int | None:
+        """The step of the last whole checkpoint."""
+        return next((step for step in reversed(self.steps()) if damage_of(self._checkpoint(step)) is None), None)
+
+    def _checkpoint(self, step: int) -> Path:
+        return self.path / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+
+    def whole_checkpoint(self) -> tuple[Path | None, list[str]]:
+        """The last whole checkpoint, or `None`, and what is to be said of those after it, which are removed.
+
+        They would else be kept by `Trainer` in place of whole ones.
+        """
+        said = []
+        for step in reversed(self.steps()):
+            damage = damage_of(self._checkpoint(step))
+            if damage is None:
+                return self._checkpoint(step), said
+            said.append(f"The checkpoint of step {step} is skipped: {damage}.")
+            shutil.rmtree(self._checkpoint(step), ignore_errors=True)
+        return None, said
+
+
+def _step_of(path: str) -> int:
+    return int(Path(path).name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-"))
+
+
+def check_unchanged(recorded: dict, given: dict, ignored: Sequence[str] = ()) -> None:
+    """Refuses choices that differ from those that a run was started with.
+
+    Args:
+        recorded: fields of the recipe that the run has.
+        given: fields that are given on resume, as `TrainingRecipe.to_json` writes them.
+        ignored: fields that may differ.
+
+    Raises:
+        ValueError: naming each difference.
+    """
+    changed = [name for name, value in given.items() if name not in ignored and recorded.get(name) != value]
+    if changed:
+        listing = "; ".join(f"`{name}` was {recorded.get(name)!r}, now {given[name]!r}" for name in changed)
+        raise ValueError(
+            f"`resume` goes on with the recipe that the run was started with, and cannot change it: {listing}. Leave "
+            "these options out, or start a new run."
+        )
+
+
+def recipe_of(recorded: dict) -> TrainingRecipe:
+    """The completed recipe in what `RunFolder.record` kept."""
+    return TrainingRecipe.from_json(recorded["recipe"])
+
+
+__all__ = [
+    "RunFolder",
+    "WholeCheckpointCallback",
+    "check_unchanged",
+    "damage_of",
+    "mark_whole",
+    "recipe_of",
+    "write_json",
+]
