@@ -79,9 +79,7 @@ def test_pinpoints_follow_the_budget(host):
 @pytest.mark.parametrize("host", ["llava_next", "llava_onevision", "vipllava"])
 def test_hosts_without_a_carrier_refuse_budgets_of_a_call_and_say_why(host):
     model, processor = swapped("flexivit", host)
-    with pytest.raises(
-        ValueError, match=r"`num_tokens` cannot be given to a call.*set_token_budget"
-    ):
+    with pytest.raises(ValueError, match=r"`num_tokens` cannot be given to a call.*set_token_budget"):
         encode(processor, num_tokens=9)
     with pytest.raises(ValueError, match=r"`nim_tokens` is no argument.*Did you mean `num_tokens`"):
         encode(processor, nim_tokens=9)
@@ -90,7 +88,7 @@ def test_hosts_without_a_carrier_refuse_budgets_of_a_call_and_say_why(host):
 
 
 def test_other_models_are_refused_with_a_list():
-    with pytest.raises(ValueError, match=r"LlavaForConditionalGeneration, LlavaNextForConditional.*VipLlava.*got CLIP"):
+    with pytest.raises(ValueError, match=r"LlavaForConditionalGeneration, LlavaNextFor.*VipLlava.*got CLIP"):
         swap_vision_tower(CLIPVisionModel(CLIPVisionConfig(**CLIP)), make_tower("flexivit", None))
 
 

@@ -174,8 +174,8 @@ class FlexiViTConfig(EncoderConfig):
         if self.train_patch_sizes is not None:
             hosted.train_patch_sizes = hosted.train_patch_size_probs = None
             notes.append(
-                f"It no longer draws its patch size in training (`train_patch_sizes` was {self.train_patch_sizes}), so "
-                f"that its tokens can be counted: it runs at `patch_size` {plain_size(hosted.patch_size)} until told "
+                f"It no longer draws its patch size in training (`train_patch_sizes` was {self.train_patch_sizes}): "
+                f"its tokens could not be counted. It runs at `patch_size` {plain_size(hosted.patch_size)} until told "
                 "otherwise."
             )
         return hosted, notes
