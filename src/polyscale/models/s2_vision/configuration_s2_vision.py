@@ -1,6 +1,6 @@
 """S2 configuration."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -8,7 +8,6 @@ from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import SubConfigSpec
 
 from ...layers.config_checks import CheckedConfigMixin, checked_config, non_negative, pixel_size, positive
-from ...layers.token_budget import TokenBudgetMixin, budget_argument_of
 from ...utils.validation import to_pair
 from ...utils.vision_configs import (
     base_feature_grid,
@@ -22,10 +21,11 @@ from ...utils.vision_configs import (
 )
 from .dynamic_tiling_s2_vision import dynamic_tile_grid
 from .tiling_s2_vision import TilePlan, check_num_tiles, check_scale_index, plan_tiles, scale_list
+from .token_budget_s2_vision import S2TokenBudgetMixin
 
 
 @checked_config
-class S2VisionConfig(CheckedConfigMixin, TokenBudgetMixin, BackboneConfigMixin, PreTrainedConfig):
+class S2VisionConfig(CheckedConfigMixin, S2TokenBudgetMixin, BackboneConfigMixin, PreTrainedConfig):
     """Configuration of S2: a vision model applied at several scales, its features concatenated on channels.
 
     Exactly one of `scales` and `img_sizes` is given. All sizes are in pixels, (height, width) or an int for both.
@@ -296,22 +296,6 @@ class S2VisionConfig(CheckedConfigMixin, TokenBudgetMixin, BackboneConfigMixin, 
     def format_budget(self, budget: Sequence) -> str:
         """The text that `parse_budget` reads as `budget`."""
         return "+".join("x".join(map(str, part)) if isinstance(part, list | tuple) else str(part) for part in budget)
-
-    def coarse_budget(self, options: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Arguments of the wrapped model for tiles outside of the budget; `None` where the first scale fills them.
-
-        Args:
-            options: the arguments of the call; a budget among them is what the cheaper one is cheaper than.
-        """
-        cheaper = getattr(self.vision_config, "cheaper_budget", None)
-        if cheaper is None or self.tile_fill == "first_scale":
-            return None
-        argument = budget_argument_of(self.vision_config)
-        return cheaper(self.tile_size, **{name: options[name] for name in (argument,) if name in options})
-
-    def coarse_grid(self, coarse: Mapping[str, Any]) -> tuple[int, int] | None:
-        """(rows, columns) of a tile's tokens at that budget; `None` where they are no grid."""
-        return self.vision_config.token_grid_for(self.tile_size, **coarse)
 
     def resolve_budget(self, **changes) -> dict[str, Any]:
         """The fields; `scales` end `img_sizes` and the other way round, as many of them as before.
