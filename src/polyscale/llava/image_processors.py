@@ -9,6 +9,7 @@ from ..models.flexivit import FlexiViTImageProcessor
 from ..models.quadtree_vit import QuadtreeViTImageProcessor
 from ..models.s2_vision import S2ImageProcessor
 from ..models.sparseformer import SparseFormerImageProcessor
+from ..utils.processors import output_size
 from .layout import TokenLayout
 
 
@@ -25,13 +26,6 @@ def _own(config: PreTrainedConfig) -> BaseImageProcessor | None:
     if not (folder / "preprocessor_config.json").is_file():
         return None
     return AutoImageProcessor.from_pretrained(folder)
-
-
-def output_size(image_processor: BaseImageProcessor) -> tuple[int, int] | None:
-    """(height, width) of the pictures that an image processor gives; None where that depends on the picture."""
-    size = image_processor.crop_size if getattr(image_processor, "do_center_crop", False) else image_processor.size
-    height, width = getattr(size, "height", None), getattr(size, "width", None)
-    return None if height is None or width is None else (height, width)
 
 
 def resized(image_processor: BaseImageProcessor, size: tuple[int, int], **fields) -> BaseImageProcessor:
@@ -92,4 +86,4 @@ def tower_image_processor(
     return resized(own, layout.image_size)
 
 
-__all__ = ["output_size", "resized", "tower_image_processor"]
+__all__ = ["resized", "tower_image_processor"]

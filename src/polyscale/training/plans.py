@@ -4,23 +4,19 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+import torch
 from datasets import Dataset, DatasetDict
 from transformers import AutoModelForImageClassification, TrainingArguments
 from transformers.image_processing_utils import BaseImageProcessor
 
 from ..evaluation.labels import match_labels
+from ..loading import load_checkpoint, load_image_processor
 from .bootstrapping import BootstrapTrainer, load_teacher, make_student
 from .data import check_images, evaluation_split, image_shapes, sample_rows
 from .labels import listed, renumbered
 from .processing import adopt_processing, make_image_processor
 from .recipe import TrainingRecipe
-from .starting_point import (
-    StartingPoint,
-    default_batch_size,
-    load_processor,
-    load_whole,
-    starting_point,
-)
+from .starting_point import StartingPoint, default_batch_size, starting_point
 from .trainer import BudgetTrainer, ImageClassificationTrainer
 from .transforms import AugmentedImages, ImageCollator, ProcessorTransform, TrainingTransform, collate_images
 
@@ -154,13 +150,19 @@ def _teacher(recipe: TrainingRecipe, point: StartingPoint) -> dict:
     """Arguments of `ImageClassificationTrainer` for the teacher of a recipe."""
     if recipe.teacher is None:
         return {}
-    teacher = load_whole("teacher", recipe.teacher, AutoModelForImageClassification, recipe)
+    teacher = load_checkpoint(
+        recipe.teacher,
+        AutoModelForImageClassification,
+        trust_remote_code=recipe.trust_remote_code,
+        argument="teacher",
+        dtype=torch.float32,
+    )
     label_map = recipe.label_map if recipe.init_from is None else None
     try:
         classes = match_labels(point.label_names, teacher.config.id2label, label_map)
     except ValueError as error:
         raise ValueError(f"`teacher` {recipe.teacher!r} does not know the classes of the data. {error}") from error
-    processor = load_processor("teacher", recipe.teacher, recipe)
+    processor = load_image_processor(recipe.teacher, trust_remote_code=recipe.trust_remote_code, argument="teacher")
     stats = (
         (list(recipe.image_mean), list(recipe.image_std)),
         (list(processor.image_mean), list(processor.image_std)),
@@ -176,7 +178,9 @@ def _bootstrapping(
     recipe: TrainingRecipe, splits: DatasetDict, arguments: Callable[[TrainingRecipe], TrainingArguments]
 ) -> Plan:
     teacher = load_teacher(recipe.bootstrap_from, recipe)
-    processor = load_processor("bootstrap_from", recipe.bootstrap_from, recipe)
+    processor = load_image_processor(
+        recipe.bootstrap_from, trust_remote_code=recipe.trust_remote_code, argument="bootstrap_from"
+    )
     # what the teacher sees is its own affair; the student is trained on images of the recipe's size
     theirs, _ = adopt_processing(
         replace(recipe, image_size=None, num_channels=None, image_mean=None, image_std=None), processor, teacher.config

@@ -2,18 +2,13 @@
 
 import difflib
 import tempfile
-import zipfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
     AutoModelForImageClassification,
     PreTrainedConfig,
     PreTrainedModel,
@@ -22,9 +17,9 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
 
-from ..checkpoints import available_checkpoints, resolve_checkpoint
 from ..conversion import convert_checkpoint
 from ..evaluation.labels import match_labels
+from ..loading import checkpoint_source, load_config, load_image_processor, reading
 from ..models.auto import families, family_of
 from .labels import listed
 from .processing import adopt_processing, default_image_size, make_image_processor
@@ -54,55 +49,6 @@ class StartingPoint:
     label_names: list[str]
     numbers: list[int]
     notes: list[str] = field(default_factory=list)
-
-
-@contextmanager
-def readable(argument: str, source: str) -> Iterator[None]:
-    """Turns what goes wrong while a checkpoint is read into a `ValueError` that names it."""
-    try:
-        yield
-    except OSError as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"`{argument}` {source!r} cannot be loaded: it is neither a bundled checkpoint "
-            f"({', '.join(available_checkpoints())}) nor a complete one in a folder or on the hub. {reason}"
-        ) from error
-    except (SafetensorError, RuntimeError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"`{argument}` {source!r} is damaged or of another kind: {reason}") from error
-
-
-def _check_place(argument: str, source: str) -> None:
-    looks_like_path = source.startswith((".", "/", "~")) or source.count("/") > 1
-    if looks_like_path and not Path(source).exists():
-        raise ValueError(f"`{argument}`: there is no folder {source!r}.")
-
-
-def load_whole(argument: str, name: str, auto_class: type, recipe: TrainingRecipe) -> PreTrainedModel:
-    """A model with all of its weights.
-
-    Raises:
-        ValueError: if it cannot be read, or lacks tensors.
-    """
-    _check_place(argument, name)
-    source = resolve_checkpoint(name)
-    with readable(argument, name):
-        model, info = auto_class.from_pretrained(
-            source, dtype=torch.float32, output_loading_info=True, trust_remote_code=recipe.trust_remote_code
-        )
-    if info["missing_keys"]:
-        kind = "no trained image classifier" if auto_class is AutoModelForImageClassification else "no whole model"
-        raise ValueError(
-            f"`{argument}` {name!r} holds {kind}: {len(info['missing_keys'])} tensors are missing, such as "
-            f"{sorted(info['missing_keys'])[0]!r}."
-        )
-    return model
-
-
-def load_processor(argument: str, name: str, recipe: TrainingRecipe) -> BaseImageProcessor:
-    """The image processor of a checkpoint."""
-    with readable(argument, name):
-        return AutoImageProcessor.from_pretrained(resolve_checkpoint(name), trust_remote_code=recipe.trust_remote_code)
 
 
 def starting_point(
@@ -160,7 +106,7 @@ def _fresh(
         image_std=recipe.image_std or (0.5,) * channels,
     )
     config = make_config(recipe, {**options, **label_fields(label_names)})
-    with readable("family", recipe.family):
+    with reading("family", recipe.family):
         model = AutoModelForImageClassification.from_config(config)
     processor = make_image_processor(recipe, config)
     return StartingPoint(model, processor, recipe, label_names, list(range(len(label_names))))
@@ -238,21 +184,19 @@ def _from_checkpoint(
     recipe: TrainingRecipe, options: dict, label_names: list[str], shapes: Sequence[tuple[int, int, int]]
 ) -> StartingPoint:
     name = recipe.init_from
-    _check_place("init_from", name)
     with tempfile.TemporaryDirectory() as folder:
-        source = resolve_checkpoint(name)
-        with readable("init_from", name):
-            config = AutoConfig.from_pretrained(source, trust_remote_code=recipe.trust_remote_code)
+        source = checkpoint_source(name, "init_from")
+        trust = {"trust_remote_code": recipe.trust_remote_code, "argument": "init_from"}
+        config = load_config(source, **trust)
         notes = []
         if recipe.family not in (None, config.model_type):
             notes.append(f"{name} ({config.model_type}) is converted to {recipe.family}.")
             converted = Path(folder) / "model"
-            with readable("init_from", name):
+            with reading("init_from", name):
                 convert_checkpoint(source, converted, to=recipe.family)
-                source = str(converted)
-                config = AutoConfig.from_pretrained(source)
-        with readable("init_from", name):
-            processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=recipe.trust_remote_code)
+            source = str(converted)
+            config = load_config(source, **trust)
+        processor = load_image_processor(source, **trust)
         recipe = replace(recipe, family=config.model_type)
         recipe, processor = adopt_processing(recipe, processor, config)
         config = at_image_size(config, recipe)
@@ -306,7 +250,7 @@ def _classifier_with_weights(
     source: str, name: str, config: PreTrainedConfig, recipe: TrainingRecipe, keeps_head: bool
 ) -> tuple[PreTrainedModel, bool]:
     """The classifier, all of whose weights but those of the head come from the checkpoint; whether they do too."""
-    with readable("init_from", name):
+    with reading("init_from", source):
         model, info = AutoModelForImageClassification.from_pretrained(
             source,
             config=config,
@@ -348,9 +292,6 @@ __all__ = [
     "check_saved_config",
     "default_batch_size",
     "label_fields",
-    "load_processor",
-    "load_whole",
     "make_config",
-    "readable",
     "starting_point",
 ]
