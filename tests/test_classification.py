@@ -363,3 +363,11 @@ def test_the_bundled_checkpoint_gets_the_sample_photographs_mostly_right():
     finest = [record for record in records if record["budget"] == 4]
     right = [record["label"] in record["file"].rpartition("/")[2] for record in finest]
     assert sum(right) >= 4  # of six: the model is small, and two of the photographs are hard for it
+
+
+def test_a_hub_that_cannot_be_reached_is_not_waited_for(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr("polyscale.loading.is_offline", lambda: True)
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("the hub was asked"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(OSError, match=r"'some/model' cannot be loaded: .* Offline: the hub cannot be reached"):
+        load_classifier("some/model")

@@ -1,10 +1,16 @@
 """Checkpoints as models that are sure to be whole, on a device that is there."""
 
 import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
+from huggingface_hub import constants, snapshot_download
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -53,86 +59,123 @@ def pick_device(device: str | int | torch.device | None = None) -> torch.device:
     return chosen
 
 
-def _looks_like_a_path(source: str) -> bool:
-    return source.startswith((".", "/", "~")) or source.count("/") > 1
+class MissingCheckpointError(OSError, ValueError):
+    """There is no such checkpoint: neither in the package, nor in a folder, nor on the hub as far as it is reached."""
 
 
-def _told(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
+def is_offline() -> bool:
+    """Whether the hub cannot be reached, as far as a look at its name tells; asked anew each time."""
+    if constants.HF_HUB_OFFLINE:
+        return True
+    address = urlsplit(constants.ENDPOINT)
+    if getproxies():  # which finds names itself
+        return False
+    try:
+        socket.getaddrinfo(address.hostname, address.port or 443)
+    except OSError:
+        return True
+    return False
 
 
-def _missing(source: str, reason: object) -> OSError:
-    return OSError(
-        f"`model` {source!r} cannot be loaded: it is neither a bundled checkpoint "
+def checkpoint_source(source: str | os.PathLike, argument: str = "model") -> str:
+    """What `from_pretrained` takes: the folder of a bundled checkpoint, a local folder, or a hub name; offline, the
+    folder where a checkpoint of the hub was kept.
+
+    Args:
+        source (`str` or `os.PathLike`): name of a bundled checkpoint, local folder, or name on the hub.
+        argument (`str`, *optional*, defaults to `"model"`): what an error calls it.
+
+    Raises:
+        MissingCheckpointError: for a path where nothing is, and offline for a name that was never loaded.
+    """
+    resolved = resolve_checkpoint(source)
+    if resolved.startswith((".", "/", "~")) or resolved.count("/") > 1:
+        resolved = os.path.expanduser(resolved)
+        if not Path(resolved).exists():
+            raise _missing(argument, resolved, "There is no such folder.")
+    if not Path(resolved).exists() and is_offline():
+        try:
+            return snapshot_download(resolved, local_files_only=True)  # a folder, for which nothing waits
+        except (OSError, ValueError) as error:
+            raise _missing(argument, resolved, "Offline: the hub cannot be reached.") from error
+    return resolved
+
+
+def _missing(argument: str, source: str, reason: object) -> MissingCheckpointError:
+    return MissingCheckpointError(
+        f"`{argument}` {source!r} cannot be loaded: it is neither a bundled checkpoint "
         f"({', '.join(available_checkpoints())}) nor a complete one in a local folder or on the hub. {reason}"
     )
 
 
-def checkpoint_source(source: str | os.PathLike) -> str:
-    """What `from_pretrained` takes: the folder of a bundled checkpoint, a local folder, or a hub name.
-
-    Raises:
-        OSError: for a path where nothing is.
-    """
-    resolved = resolve_checkpoint(source)
-    if _looks_like_a_path(resolved):
-        resolved = os.path.expanduser(resolved)
-        if not Path(resolved).exists():
-            raise _missing(resolved, "There is no such folder.")
-    return resolved
-
-
-def load_config(source: str | os.PathLike, *, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """The config of a checkpoint. Arguments and errors: `load_checkpoint`."""
-    source = checkpoint_source(source)
+@contextmanager
+def reading(argument: str, source: str | os.PathLike) -> Iterator[None]:
+    """Turns what goes wrong while a checkpoint is read into a `ValueError` that names it."""
+    source = os.fspath(source)
     try:
-        return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        yield
     except OSError as error:
-        raise _missing(source, error) from error
+        if isinstance(error, MissingCheckpointError):
+            raise
+        told = " ".join((str(error).splitlines() or [""])[0].split())
+        raise _missing(argument, source, told) from error
     except ValueError:
         raise
-    except Exception as error:
-        raise ValueError(f"`model` {source!r} has no config that can be read ({_told(error)}).") from error
+    except Exception as error:  # a damaged file may raise anything
+        told = (str(error).strip().splitlines() or [""])[0]
+        raise ValueError(
+            f"`{argument}` {source!r} cannot be loaded: it is damaged or of another kind ({type(error).__name__}: "
+            f"{told})."
+        ) from error
+
+
+def load_config(
+    source: str | os.PathLike, *, trust_remote_code: bool = False, argument: str = "model"
+) -> PreTrainedConfig:
+    """The config of a checkpoint. Arguments and errors: `load_checkpoint`."""
+    source = checkpoint_source(source, argument)
+    with reading(argument, source):
+        return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
 
 
 def load_checkpoint(
-    source: str | os.PathLike, auto_class: type, *, trust_remote_code: bool = False, **config_options: Any
+    source: str | os.PathLike,
+    auto_class: type,
+    *,
+    trust_remote_code: bool = False,
+    argument: str = "model",
+    **config_options: Any,
 ) -> PreTrainedModel:
     """`auto_class.from_pretrained`, which fails where weights would be random, or left over.
 
     Args:
         source (`str` or `os.PathLike`): name of a bundled checkpoint, local folder, or name on the hub.
         auto_class (`type`): `AutoModelForImageClassification`, `AutoModel` and the like.
-        trust_remote_code (`bool`, *optional*, defaults to `False`): run code that the checkpoint brings; False never
+        trust_remote_code (`bool`, *optional*, defaults to `False`): run code that the checkpoint brings; `False` never
             asks.
-        config_options: config fields to set.
+        argument (`str`, *optional*, defaults to `"model"`): what an error calls the checkpoint.
+        config_options: config fields to set, and other arguments of `from_pretrained`.
 
     Raises:
         ValueError: for a checkpoint that lacks tensors of the model, has others than the model, or is damaged.
-        OSError: if there is no such checkpoint.
+        MissingCheckpointError: if there is no such checkpoint.
     """
-    source = checkpoint_source(source)
-    try:
+    source = checkpoint_source(source, argument)
+    with reading(argument, source):
         model, info = auto_class.from_pretrained(
             source, output_loading_info=True, trust_remote_code=trust_remote_code, **config_options
         )
-    except OSError as error:
-        raise _missing(source, error) from error
-    except ValueError:
-        raise
-    except Exception as error:  # a damaged file may raise anything
-        raise ValueError(f"`model` {source!r} cannot be loaded ({_told(error)}).") from error
     kind = "image classifier" if auto_class is AutoModelForImageClassification else "model"
     missing = sorted({*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])})
     if missing:
         raise ValueError(
-            f"`model` {source!r} holds no trained {kind}: {len(missing)} tensors are missing or have another shape, "
-            f"such as {missing[0]!r}."
+            f"`{argument}` {source!r} holds no trained {kind}: {len(missing)} tensors are missing or have another "
+            f"shape, such as {missing[0]!r}."
         )
     left_over = _left_over(model, info["unexpected_keys"])
     if left_over:
         raise ValueError(
-            f"`model` {source!r} has {len(left_over)} tensors that its {type(model).__name__} does not, such as "
+            f"`{argument}` {source!r} has {len(left_over)} tensors that its {type(model).__name__} does not, such as "
             f"{left_over[0]!r}: its config.json belongs to another model."
         )
     return model.eval()
@@ -152,24 +195,13 @@ def _left_over(model: PreTrainedModel, unexpected: set[str]) -> list[str]:
     return [name for name in names if name.startswith(prefix) or name.partition(".")[0] in inner]
 
 
-def load_image_processor(source: str | os.PathLike, *, trust_remote_code: bool = False) -> BaseImageProcessor:
-    """The image processor of a checkpoint.
-
-    Raises:
-        ValueError: for a damaged one.
-        OSError: if there is none.
-    """
-    source = checkpoint_source(source)
-    try:
+def load_image_processor(
+    source: str | os.PathLike, *, trust_remote_code: bool = False, argument: str = "model"
+) -> BaseImageProcessor:
+    """The image processor of a checkpoint. Arguments and errors: `load_checkpoint`."""
+    source = checkpoint_source(source, argument)
+    with reading(argument, source):
         return AutoImageProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except OSError as error:
-        raise _missing(source, error) from error
-    except ValueError:
-        raise
-    except Exception as error:
-        raise ValueError(
-            f"`model` {source!r} has an image processor that cannot be loaded ({_told(error)})."
-        ) from error
 
 
 def load_classifier(
@@ -243,18 +275,21 @@ def _model_type(source: str) -> str | None:
     if source.endswith(".npz"):
         return None
     try:
-        return AutoConfig.from_pretrained(source, trust_remote_code=False).model_type
+        return load_config(source).model_type
     except (OSError, ValueError):  # no config, or one that transformers does not know: a timm name or folder
         return None
 
 
 __all__ = [
     "LoadedModel",
+    "MissingCheckpointError",
     "checkpoint_source",
+    "is_offline",
     "load_base_model",
     "load_checkpoint",
     "load_classifier",
     "load_config",
     "load_image_processor",
     "pick_device",
+    "reading",
 ]
