@@ -11,6 +11,7 @@ from .arguments import ListGroup
 from .benchmark import benchmark
 from .classify import classify
 from .convert import convert, convert_patch_embed
+from .embed import embed
 from .evaluate import evaluate
 from .printing import silence_torch
 from .show import show
@@ -49,7 +50,7 @@ def polyscale(
     """Vision models with an adjustable number of visual tokens."""
 
 
-for command in (train, evaluate, classify, show, benchmark, convert, convert_patch_embed):
+for command in (train, evaluate, classify, show, benchmark, embed, convert, convert_patch_embed):
     app.command()(command)
 
 
