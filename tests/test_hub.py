@@ -69,7 +69,7 @@ def test_other_files_of_the_folder_stay(tmp_path):
 
 def test_foreign_models_and_processors_are_refused(tmp_path):
     vit = ViTModel(ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16))
-    with pytest.raises(ValueError, match=r"only a polyscale model.*save_pretrained"):
+    with pytest.raises(ValueError, match=r"only a model of a registered family.*save_pretrained"):
         hub.save_with_code(vit, tmp_path / "model")
     with pytest.raises(ValueError, match=r"`processor` is a ViTImageProcessor.*not registered with FlexiViTConfig"):
         hub.save_with_code(tiny_model(), tmp_path / "model", ViTImageProcessor())
