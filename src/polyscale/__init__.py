@@ -9,6 +9,10 @@ Importing polyscale registers every family with the Auto classes of transformers
 
 from importlib import import_module
 
+from .utils import quiet as _quiet  # noqa: F401 (before all that it silences)
+
+
+# isort: split
 from . import dual_encoders as _dual_encoders  # noqa: F401 (registers them)
 from .layers.resizing import interpolate_resize_patch_embed, pi_resize_patch_embed, resize_abs_pos_embed
 from .llava import packed as _packed  # noqa: F401 (registers what a saved LLaVA with packed tokens needs)
@@ -36,7 +40,8 @@ from .models.quadtree_vit import (
     VanillaTokenizer,
     gradcam_oracle,
 )
-from .models.quadtree_vit.selection_quadtree_vit import quadtree_tokens, reverse_quadtree
+from .models.quadtree_vit.pyramid_quadtree_vit import reverse_quadtree
+from .models.quadtree_vit.selection_quadtree_vit import quadtree_tokens
 from .models.s2_vision import (
     S2ImageProcessor,
     S2ImageProcessorPil,

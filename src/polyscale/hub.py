@@ -20,13 +20,35 @@ from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPI
 from transformers.models.auto.video_processing_auto import VIDEO_PROCESSOR_MAPPING
 from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, VIDEO_PROCESSOR_NAME
 
+from .models.auto import family_of
+
 
 _PACKAGE = __name__.partition(".")[0]
 _WEIGHTS = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
 
 
-def _is_ours(module_name: str) -> bool:
-    return module_name.partition(".")[0] == _PACKAGE
+def _package(module_name: str) -> str:
+    return module_name.partition(".")[0]
+
+
+def _packages_of(model: PreTrainedModel) -> frozenset[str]:
+    """The packages whose modules travel with a model: this one, and the one that its family is defined in.
+
+    Raises:
+        ValueError: for a model of no registered family, or one that is defined in no file.
+    """
+    classes = (type(model), type(model.config))
+    if family_of(model.config) is None:
+        raise ValueError(
+            f"`model` is a {classes[0].__module__}.{classes[0].__name__}: only a model of a registered family carries "
+            "its code. Save other models with `model.save_pretrained`."
+        )
+    for cls in classes:
+        if getattr(sys.modules[cls.__module__], "__file__", None) is None:
+            raise ValueError(
+                f"`model`: {cls.__name__} is defined in no file. Put its family into a module of its own."
+            )
+    return frozenset({_PACKAGE, *(_package(cls.__module__) for cls in classes)})
 
 
 def _flat_name(module_name: str) -> str:
@@ -37,16 +59,16 @@ def _reference(cls: type) -> str:
     return f"{_flat_name(cls.__module__)}.{cls.__name__}"
 
 
-def _target_module(node: ast.ImportFrom, module_name: str) -> str | None:
-    """The full name of the polyscale module that an import statement of `module_name` reads from, if it is one."""
+def _target_module(node: ast.ImportFrom, module_name: str, packages: frozenset[str]) -> str | None:
+    """The full name of the module of `packages` that an import statement of `module_name` reads from, if it is one."""
     if node.level == 0:
-        return node.module if _is_ours(node.module) else None
+        return node.module if _package(node.module) in packages else None
     parents = module_name.split(".")[: -node.level]
     return ".".join([*parents, node.module] if node.module else parents)
 
 
-def _flatten(module_name: str) -> tuple[str, set[str]]:
-    """The source of a module with its polyscale imports made flat, and the names of the modules it imports from.
+def _flatten(module_name: str, packages: frozenset[str]) -> tuple[str, set[str]]:
+    """The source of a module with its imports from `packages` made flat, and the names of the modules it imports from.
 
     Raises:
         ValueError: for an import that has no flat form.
@@ -55,9 +77,11 @@ def _flatten(module_name: str) -> tuple[str, set[str]]:
     lines = source.splitlines(keepends=True)
     targets = set()
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import) and any(_is_ours(alias.name) for alias in node.names):
-            raise ValueError(f"{module_name}, line {node.lineno}: `import {_PACKAGE}` cannot travel with weights.")
-        target = _target_module(node, module_name) if isinstance(node, ast.ImportFrom) else None
+        if isinstance(node, ast.Import) and any(_package(alias.name) in packages for alias in node.names):
+            raise ValueError(
+                f"{module_name}, line {node.lineno}: `import {node.names[0].name}` cannot travel with weights."
+            )
+        target = _target_module(node, module_name, packages) if isinstance(node, ast.ImportFrom) else None
         if target is None:
             continue
         if Path(sys.modules[target].__file__).name == "__init__.py":
@@ -72,8 +96,8 @@ def _flatten(module_name: str) -> tuple[str, set[str]]:
     return "".join(lines), targets
 
 
-def _flat_sources(classes: list[type]) -> dict[str, str]:
-    """File name -> source, for the modules of `classes` and all they import from polyscale.
+def _flat_sources(classes: list[type], packages: frozenset[str]) -> dict[str, str]:
+    """File name -> source, for the modules of `classes` and all they import from `packages`.
 
     Raises:
         ValueError: if two modules have the same name, or an import has no flat form.
@@ -87,7 +111,7 @@ def _flat_sources(classes: list[type]) -> dict[str, str]:
         if modules.setdefault(file_name, module_name) != module_name:
             raise ValueError(f"{modules[file_name]} and {module_name} would both be written as {file_name}.")
         if file_name not in sources:
-            sources[file_name], targets = _flatten(module_name)
+            sources[file_name], targets = _flatten(module_name, packages)
             waiting.extend(sorted(targets))
     return sources
 
@@ -125,7 +149,7 @@ def _check_parts(config: PreTrainedConfig) -> None:
     """Refuses a polyscale model inside another: transformers looks for the code of the outer one only."""
     for name in config.sub_configs:
         part = getattr(config, name, None)
-        if isinstance(part, PreTrainedConfig) and _is_ours(type(part).__module__):
+        if isinstance(part, PreTrainedConfig) and family_of(part) is not None:
             raise ValueError(
                 f"`model` holds a {part.model_type!r} in `{name}`: code of a model inside another cannot travel with "
                 "weights. Save it with `model.save_pretrained`; it loads where polyscale is installed."
@@ -163,7 +187,7 @@ def save_with_code(model: PreTrainedModel, save_directory: str | os.PathLike, pr
     imported, its own classes are used instead. Nothing is written before every module was found and rewritten.
 
     Args:
-        model: a model of any polyscale family, with any head.
+        model: a model of any registered family, with any head.
         save_directory: created if missing. Files of the same names are replaced (a link itself, not what it points
             at), weights of an earlier save removed, other files left alone.
         processor: the image or video processor of the same family.
@@ -173,14 +197,10 @@ def save_with_code(model: PreTrainedModel, save_directory: str | os.PathLike, pr
         The folder.
 
     Raises:
-        ValueError: if `model` or `processor` is not of a polyscale family, or the model holds another polyscale model.
+        ValueError: if `model` or `processor` is not of a registered family, or the model holds another such model.
     """
     config_class = type(model.config)
-    if not _is_ours(type(model).__module__) or not _is_ours(config_class.__module__):
-        raise ValueError(
-            f"`model` is a {type(model).__module__}.{type(model).__name__}: only a polyscale model carries code of "
-            "polyscale. Save other models with `model.save_pretrained`."
-        )
+    packages = _packages_of(model)
     _check_parts(model.config)
     model_classes = _model_classes(config_class)
     auto_map = {"AutoConfig": _reference(config_class)}
@@ -191,7 +211,7 @@ def save_with_code(model: PreTrainedModel, save_directory: str | os.PathLike, pr
         processor_file, auto_class, classes = _processor_classes(config_class, processor)
         needed.extend(classes.values())
         processor_map = {auto_class: {backend: _reference(cls) for backend, cls in classes.items()}}
-    sources = _flat_sources(needed)
+    sources = _flat_sources(needed, packages)
 
     folder = Path(save_directory)
     folder.mkdir(parents=True, exist_ok=True)

@@ -41,6 +41,7 @@ _NAMES_OF_TRANSFORMERS = {
 }
 # These (and the field `transformers_version`) are in dictionaries that `to_dict` writes, not in what a user types.
 _MARKS_OF_A_FILE = ("model_type", "_name_or_path")
+_MOST = 1 << 20  # of anything that is counted: more is a slip, or an attempt to fill the memory
 _WORDS = {int: "an int", float: "a number", bool: "True or False", str: "a string", type(None): "None"}
 
 
@@ -206,8 +207,8 @@ def _is_finite(value: Any) -> bool:
 
 
 def _check_num_labels(value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ConfigError(f"`num_labels` must be an int of at least 0, got {value!r}.")
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= _MOST:
+        raise ConfigError(f"`num_labels` must be an int of at least 0 and at most {_MOST}, got {value!r}.")
 
 
 def _check_dtype(value: Any) -> None:
@@ -253,6 +254,8 @@ def at_least(minimum: int, default: int | None, reason: str | None = None) -> An
     def check(value: Any) -> None:
         if value is not None and value < minimum:
             raise ValueError(f"must be at least {minimum}, got {value!r}{'' if reason is None else f': {reason}'}.")
+        if value is not None and value > _MOST:
+            raise ValueError(f"must be at most {_MOST}, got {value!r}.")
 
     return validated_field(check, default=default)
 

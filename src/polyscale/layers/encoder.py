@@ -14,9 +14,12 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
 from .attention import attention_for
+from .attention_pooling import AttentionPooling
 from .call_checks import CheckedModelMixin
 from .encoder_config import EncoderConfig
 from .freezing import FreezableMixin, is_plain, takes_gradients
+from .key_bias import with_key_bias
+from .token_merging import MergeStep, merge_tokens
 
 
 class DropPath(nn.Module):
@@ -90,26 +93,31 @@ class EncoderAttention(FreezableMixin, nn.Module):
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         num_queries: int | None = None,
+        key_bias: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """With `num_queries` only the first tokens ask, of all: (batch, num_queries, hidden) comes back."""
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        """With `num_queries` only the first tokens ask, of all: (batch, num_queries, hidden) comes back.
+
+        `key_bias` (batch, tokens) is added to the logits of each key. Last, the keys come back: (batch,
+        heads, tokens, head width).
+        """
         query, key, value = (
             tokens.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for tokens in self._project(hidden_states, num_queries)
         )  # (batch, heads, tokens, head width)
-        needs_fused = attention_mask is not None or self.training or (torch.is_grad_enabled() and query.requires_grad)
-        attention = attention_for(self.config._attn_implementation, query, key, needs_fused=needs_fused)
+        inputs = (query, key, value, attention_mask)
+        if key_bias is not None:
+            inputs = with_key_bias(*inputs, key_bias, self.scaling, self.config._attn_implementation)
+        needs_fused = inputs[3] is not None or self.training or (torch.is_grad_enabled() and query.requires_grad)
+        attention = attention_for(self.config._attn_implementation, *inputs[:2], needs_fused=needs_fused)
         output, weights = attention(
             self,
-            query,
-            key,
-            value,
-            attention_mask,
+            *inputs,
             dropout=self.config.attention_probs_dropout_prob if self.training else 0.0,
             scaling=self.scaling,
             **kwargs,
         )
-        return self.o_proj(output.flatten(2)), weights
+        return self.o_proj(output[..., : self.head_dim].flatten(2)), weights, key
 
 
 class EncoderMLP(nn.Module):
@@ -143,7 +151,7 @@ class EncoderLayer(GradientCheckpointingLayer):
     """Pre-norm transformer layer. (batch, tokens, hidden) -> the same shape.
 
     With `num_queries` only the first tokens are computed, and only they come back: all that a classifier reads of the
-    last layer.
+    last layer. With `merge_step` tokens are merged between attention and MLP, and their sizes come back too.
     """
 
     def __init__(self, config: EncoderConfig, drop_path_rate: float = 0.0):
@@ -163,14 +171,21 @@ class EncoderLayer(GradientCheckpointingLayer):
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         num_queries: int | None = None,
+        key_bias: torch.Tensor | None = None,
+        merge_step: MergeStep | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> torch.Tensor:
-        update, _ = self.attention(self.layernorm_before(hidden_states), attention_mask, num_queries, **kwargs)
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        normed = self.layernorm_before(hidden_states)
+        update, _, keys = self.attention(normed, attention_mask, num_queries, key_bias, **kwargs)
         if num_queries is not None:
             hidden_states = hidden_states[:, :num_queries]
         hidden_states = hidden_states + self.drop_path(self.attention_scale(self.dropout(update)))
+        sizes = None
+        if merge_step is not None:
+            hidden_states, sizes = merge_tokens(hidden_states, keys.mean(dim=1), *merge_step)
         update = self.mlp(self.layernorm_after(hidden_states))
-        return hidden_states + self.drop_path(self.mlp_scale(self.dropout(update)))
+        hidden_states = hidden_states + self.drop_path(self.mlp_scale(self.dropout(update)))
+        return hidden_states if merge_step is None else (hidden_states, sizes)
 
 
 def make_encoder_layers(config: EncoderConfig) -> nn.ModuleList:
@@ -215,25 +230,35 @@ class TokenPooler(nn.Module):
         if config.pooling == "pooler":
             self.dense = nn.Linear(config.hidden_size, config.pooled_size)
             self.activation = ACT2FN[config.pooler_act]
+        if config.pooling == "attention":
+            self.attention = AttentionPooling(config)
         self.layernorm = (
             nn.LayerNorm(config.pooled_size, eps=config.layer_norm_eps) if config.fc_norm else nn.Identity()
         )
 
-    def _mean(self, hidden_states: torch.Tensor, token_mask: torch.Tensor | None) -> torch.Tensor:
+    def _with_prefix(self, token_weights: torch.Tensor | None) -> torch.Tensor | None:
+        """Weights of the patch tokens -> of all tokens: prefix tokens count once."""
+        if token_weights is None or self.num_prefix_tokens == 0:
+            return token_weights
+        return nn.functional.pad(token_weights.float(), (self.num_prefix_tokens, 0), value=1.0)
+
+    def _mean(self, hidden_states: torch.Tensor, token_weights: torch.Tensor | None) -> torch.Tensor:
         patches = hidden_states[:, self.num_prefix_tokens :]
-        if token_mask is None:
+        if token_weights is None:
             return patches.mean(dim=1)
-        weights = token_mask.to(patches.dtype)[..., None]
+        weights = token_weights.to(patches.dtype)[..., None]
         return (patches * weights).sum(dim=1) / weights.sum(dim=1)
 
-    def forward(self, hidden_states: torch.Tensor, token_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """`token_mask` (batch, patch tokens): True where a patch token is real; without it all are."""
+    def forward(self, hidden_states: torch.Tensor, token_weights: torch.Tensor | None = None) -> torch.Tensor:
+        """`token_weights` (batch, patch tokens): of each in a mean, for instance whether it is real; without it 1."""
         if self.pooling == "mean":
-            pooled = self._mean(hidden_states, token_mask)
+            pooled = self._mean(hidden_states, token_weights)
         elif self.pooling == "cls_mean":
-            pooled = torch.cat([hidden_states[:, 0], self._mean(hidden_states, token_mask)], dim=-1)
+            pooled = torch.cat([hidden_states[:, 0], self._mean(hidden_states, token_weights)], dim=-1)
         elif self.pooling == "pooler":
             pooled = self.activation(self.dense(hidden_states[:, 0]))
+        elif self.pooling == "attention":
+            pooled = self.attention(hidden_states, self._with_prefix(token_weights))
         else:
             pooled = hidden_states[:, 0]
         return self.layernorm(pooled)
@@ -284,6 +309,8 @@ class EncoderPreTrainedModel(CheckedModelMixin, PreTrainedModel):
         if isinstance(module, PrefixTokens):
             for token in module.parameters(recurse=False):
                 init.trunc_normal_(token, mean=0.0, std=self.config.initializer_range)
+        elif isinstance(module, AttentionPooling):
+            module.draw_probe(self.config.initializer_range)
         elif isinstance(module, LayerScale):
             init.constant_(module.weight, self.config.layer_scale_init_value)
 

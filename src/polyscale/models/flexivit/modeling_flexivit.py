@@ -16,7 +16,7 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from ...layers.backbone import feature_maps_of
+from ...layers.backbone import check_nothing_merges, feature_maps_of
 from ...layers.call_checks import check_words, classification_loss
 from ...layers.encoder import (
     EncoderAttention,
@@ -26,6 +26,7 @@ from ...layers.encoder import (
     TokenPooler,
     make_encoder_layers,
 )
+from ...layers.encoding import run_merging_layers
 from ...layers.freezing import FreezableMixin, check_no_adapters, is_plain, takes_gradients, thaw
 from ...layers.patch_projection import PatchProjection, project_patches
 from ...layers.pooled_only import pooled_only_suffices
@@ -234,6 +235,7 @@ class FlexiViTModel(FlexiViTPreTrainedModel):
         pixel_values: torch.Tensor | None = None,
         patch_size: int | Sequence[int] | None = None,
         pooled_only: bool = False,
+        merge_tokens_to: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         """
@@ -243,16 +245,29 @@ class FlexiViTModel(FlexiViTPreTrainedModel):
                 if there are any; otherwise `config.patch_size`, or `config.base_patch_size`.
             pooled_only: leaves out of the last layer the tokens that neither pooling nor head reads; those that
                 are read, the first ones, are `last_hidden_state`. Without effect where the pooling reads all tokens.
+            merge_tokens_to: patch tokens that are left after the last layer, similar ones merged on the way;
+                `config.merge_tokens_to` when None.
 
         Returns:
             `last_hidden_state` (batch, num_prefix_tokens + num_tokens, hidden) and `pooler_output` (batch, pooled).
 
         Raises:
-            ValueError: for a wrong shape of `pixel_values`, or a patch size below 1 or larger than the image.
+            ValueError: for a wrong shape of `pixel_values`, a patch size below 1 or larger than the image, or a number
+                of merged tokens that the layers cannot reach.
         """
         check_words(self, kwargs)
         hidden_states, _ = self.embeddings(pixel_values, patch_size)
         hidden_states = self.pre_layernorm(hidden_states)
+        if merge_tokens_to is None:
+            merge_tokens_to = self.config.merge_tokens_to
+        if merge_tokens_to is not None:
+            num_prefix = self.config.num_prefix_tokens
+            hidden_states, sizes = run_merging_layers(
+                self.layers, hidden_states, merge_tokens_to, num_prefix, **kwargs
+            )
+            hidden_states = self.layernorm(hidden_states)
+            pooled = self.pooler(hidden_states, sizes[:, num_prefix:])
+            return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=pooled)
         for index, layer in enumerate(self.layers, start=1):
             is_short = pooled_only and index == len(self.layers)
             num_queries = self.config.num_pooled_tokens if is_short else None
@@ -277,6 +292,7 @@ class FlexiViTForImageClassification(FlexiViTPreTrainedModel):
         pixel_values: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         patch_size: int | Sequence[int] | None = None,
+        merge_tokens_to: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> ImageClassifierOutput:
         """
@@ -284,13 +300,20 @@ class FlexiViTForImageClassification(FlexiViTPreTrainedModel):
             pixel_values: (batch, channels, height, width).
             labels: (batch,) class indices, or (batch, num_labels) for multi-label problems; gives `loss`.
             patch_size: as in `FlexiViTModel.forward`.
+            merge_tokens_to: see there.
 
         Returns:
             `logits` (batch, num_labels), and `loss` when `labels` are given.
         """
         check_words(self, kwargs)
         pooled_only = pooled_only_suffices(self, kwargs)
-        outputs = self.flexivit(pixel_values, patch_size=patch_size, pooled_only=pooled_only, **kwargs)
+        outputs = self.flexivit(
+            pixel_values,
+            patch_size=patch_size,
+            pooled_only=pooled_only,
+            merge_tokens_to=merge_tokens_to,
+            **kwargs,
+        )
         logits = self.head(outputs.pooler_output, outputs.last_hidden_state)
         loss = classification_loss(self, labels, logits, self.config, kwargs)
         return ImageClassifierOutput(
@@ -326,6 +349,7 @@ class FlexiViTBackbone(BackboneMixin, FlexiViTPreTrainedModel):
         """
         check_words(self, kwargs)
         check_pixel_values(pixel_values, self.config.num_channels)
+        check_nothing_merges(self.config)
         patch_size = self.flexivit.embeddings.resolve_patch_size(patch_size)
         outputs = self.flexivit(pixel_values, patch_size=patch_size, **kwargs)
         patch_grid = self.config.patch_grid_for(pixel_values.shape[-2:], patch_size)
