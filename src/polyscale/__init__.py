@@ -36,7 +36,8 @@ from .models.quadtree_vit import (
     VanillaTokenizer,
     gradcam_oracle,
 )
-from .models.quadtree_vit.selection_quadtree_vit import quadtree_tokens, reverse_quadtree
+from .models.quadtree_vit.pyramid_quadtree_vit import reverse_quadtree
+from .models.quadtree_vit.selection_quadtree_vit import quadtree_tokens
 from .models.s2_vision import (
     S2ImageProcessor,
     S2ImageProcessorPil,

@@ -12,7 +12,7 @@ from .printing import reporting
 def convert(
     source: Annotated[str, typer.Argument(help="Folder, file, hub name, timm name, or released npz name.")],
     out: Annotated[Path, typer.Argument(help="Folder to write; must not exist or be empty.")],
-    to: Annotated[str, typer.Option(help="Model type of the result.")] = "flexivit",
+    to: Annotated[str, typer.Option(help="Model type of the result; vit or timm: a plain ViT.")] = "flexivit",
     architecture: Annotated[
         str | None, typer.Option(help="timm's name of the model, where SOURCE is a bare weights file.")
     ] = None,
@@ -22,10 +22,19 @@ def convert(
     replicates: Annotated[
         int | None, typer.Option(help="To sparseformer_video: times that each token is repeated along time.")
     ] = None,
+    image_size: Annotated[
+        str | None, typer.Option(metavar="N|HEIGHTxWIDTH", help="To vit or timm: pixels of the images.")
+    ] = None,
+    patch_size: Annotated[
+        str | None, typer.Option(metavar="N|HEIGHTxWIDTH", help="To vit or timm: pixels of a patch.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is there.")] = False,
 ) -> None:
-    """Turn a checkpoint of transformers, timm or the authors into one of polyscale."""
+    """Turn a checkpoint of transformers, timm or the authors into one of polyscale, or a FlexiViT into a plain ViT."""
     options = parse_fields(set_)
+    for name, value in (("image_size", image_size), ("patch_size", patch_size)):
+        if value is not None:
+            options[name] = parse_size(value)
     if architecture is not None:
         options["architecture"] = architecture
     if replicates is not None:

@@ -31,12 +31,21 @@ COLUMNS: dict[str, str | None] = {
     "torch.compile, one graph, no recompilation": None,
     "torch.export, any batch size": None,
     "ONNX, any batch size": None,
+    "torch.onnx.export(dynamo=True), any batch size": None,
     "OpenVINO, any batch size": None,
     "ExecuTorch (XNNPACK), any batch size": None,
     "int8 weights (torchao)": None,
     "LoRA (peft), saved and reloaded": None,
     "LLaVA tower at two budgets: forward, loss, generate, save, reload": None,
     "LLaVA tower: projector-only and full training": None,
+    "converted and wrapped: reload, hidden states, compile": (
+        "Checkpoints with learned positions (ViT), a pre-norm (CLIP), registers and SwiGLU (DINOv2), a bootstrapped "
+        "SparseFormer; S2 around CLIP, ViT, DINOv2 and SigLIP."
+    ),
+    "converted and wrapped: resumed training equals unbroken": (
+        "By the trainers of `polyscale.training`: `Trainer` itself leaves out weights that transformers stores under "
+        "other names than they have in memory, such as those of a ViT."
+    ),
     "without polyscale, by the code in the checkpoint": None,
     "Hugging Face's common test-suite": None,
 }

@@ -72,6 +72,8 @@ class EncoderConfig(CheckedConfigMixin, TokenBudgetMixin, BackboneConfigMixin, P
         num_channels (`int`, *optional*, defaults to 3): channels of an image.
         image_size (`int` or `(height, width)`, *optional*, defaults to 224): in pixels: the size the positions were
             made for.
+        merge_tokens_to (`int`, *optional*): merges similar tokens between the layers until this many are left after
+            the last, prefix tokens not counted (ToMe, arXiv 2210.09461); nothing is merged when `None`.
         keep_all_tokens (`bool`, *optional*, defaults to `False`): whether a classifier computes every token of the
             last layer, also those that its head does not read. Without it they are computed where
             `output_hidden_states` or `output_attentions` asks for them.
@@ -111,6 +113,7 @@ class EncoderConfig(CheckedConfigMixin, TokenBudgetMixin, BackboneConfigMixin, P
     num_channels: int = positive(3)
     image_size: int | list[int] | tuple[int, int] = pixel_size(224)
     keep_all_tokens: bool = False
+    merge_tokens_to: int | None = positive(None)
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
     apply_layernorm: bool = True

@@ -136,6 +136,23 @@ def _resize_separable(
     return resized.to(grid.dtype)
 
 
+def _resize_positions(
+    grid: torch.Tensor, new_size: tuple[int, int], interpolation: str, antialias: bool
+) -> torch.Tensor:
+    """(batch, rows, columns, width) -> (batch, *new_size, width): as `_resize_separable`, but the channels stay last,
+    so that the rows take one matrix product with all channels and columns side by side, and nothing is transposed.
+    """
+    rows, columns = grid.shape[1:3]
+    with maybe_autocast(device_type=grid.device.type, enabled=False):
+        resized = grid.float()
+        if rows != new_size[0]:
+            matrix = _matrix("interpolate", rows, new_size[0], interpolation, antialias, grid.device)
+            resized = (matrix @ resized.flatten(2)).unflatten(2, (columns, -1))
+        if columns != new_size[1]:
+            resized = _matrix("interpolate", columns, new_size[1], interpolation, antialias, grid.device) @ resized
+    return resized.to(grid.dtype)
+
+
 def _check_kernel(patch_embed: torch.Tensor) -> None:
     if patch_embed.ndim != 4:
         raise ValueError(
@@ -283,9 +300,9 @@ def resize_abs_pos_embed(
     if (rows, columns) == (old_rows, old_columns):
         return pos_embed
     prefix, grid = pos_embed[:, :num_prefix_tokens], pos_embed[:, num_prefix_tokens:]
-    grid = grid.reshape(-1, old_rows, old_columns, pos_embed.shape[-1]).permute(0, 3, 1, 2)
-    grid = _resize_separable(grid, (rows, columns), "interpolate", interpolation, antialias)
-    return torch.cat([prefix, grid.flatten(2).transpose(1, 2)], dim=1)
+    grid = grid.unflatten(1, (old_rows, old_columns))
+    resized = _resize_positions(grid, (rows, columns), interpolation, antialias).flatten(1, 2)
+    return torch.cat([prefix, resized], dim=1) if num_prefix_tokens else resized
 
 
 __all__ = [

@@ -37,6 +37,18 @@ class TokenBudgetMixin:
         """Values of the budget argument to try when a user names none; `[None]` where there is no such argument."""
         return [None if self.budget_argument is None else getattr(self, self.budget_argument)]
 
+    def budget_for_share(self, image_size: int | Sequence[int] | None, share: float) -> Any:
+        """The budget whose tokens are nearest to a share of the full budget, which costs the most that makes sense.
+
+        Args:
+            image_size (`int` or `(height, width)`): in pixels; the config's own when `None`.
+            share (`float`): above 0, at most 1.
+
+        Returns:
+            A value of the budget argument; the default one where there is nothing to choose.
+        """
+        return self.default_budgets()[0]
+
     def parse_budget(self, text: str) -> Any:
         """The value of the budget argument that a user types: "16" -> 16. Families with other values override it.
 

@@ -4,21 +4,21 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-import torch
 from datasets import Dataset, DatasetDict
 from transformers import AutoModelForImageClassification, TrainingArguments
 from transformers.image_processing_utils import BaseImageProcessor
 
 from ..evaluation.labels import match_labels
-from ..loading import load_checkpoint, load_image_processor
 from .bootstrapping import BootstrapTrainer, load_teacher, make_student
 from .data import check_images, evaluation_split, image_shapes, sample_rows
 from .labels import listed, renumbered
 from .processing import adopt_processing, make_image_processor
+from .reading import load_processor, load_whole
 from .recipe import TrainingRecipe
-from .starting_point import StartingPoint, default_batch_size, starting_point
+from .starting_point import StartingPoint, completed, starting_point
 from .trainer import BudgetTrainer, ImageClassificationTrainer
 from .transforms import AugmentedImages, ImageCollator, ProcessorTransform, TrainingTransform, collate_images
+from .tuning import has_classes, make_tuning_trainer
 
 
 _HELD_OUT = 0.1
@@ -106,9 +106,8 @@ def make_plan(
     if recipe.bootstrap_from is not None:
         return _bootstrapping(recipe, splits, arguments)
     if recipe.tune_budgets is not None:
-        from .tuning import tuning_plan
-
-        return tuning_plan(recipe, splits, arguments)
+        trainer, processor, recipe, notes = make_tuning_trainer(recipe, splits, arguments, datasets_of, collate_images)
+        return Plan(trainer, processor, recipe, has_classes(trainer.model), notes)
     return _classification(recipe, splits, arguments)
 
 
@@ -119,10 +118,11 @@ def datasets_of(
     stats = (list(recipe.image_mean), list(recipe.image_std))
     transform = TrainingTransform(recipe.augmentation, tuple(recipe.image_size), *stats)
     name = evaluation_split(splits)
-    return {
-        "train_dataset": AugmentedImages(splits["train"], transform, seed=recipe.seed),
-        "eval_dataset": name and AugmentedImages(splits[name], ProcessorTransform(processor, recipe.num_channels)),
-    }
+    evaluated = name and AugmentedImages(splits[name], ProcessorTransform(processor, recipe.num_channels))
+    trained = AugmentedImages(splits["train"], transform, seed=recipe.seed)
+    for images in filter(None, (trained, evaluated)):
+        images[0]  # what no image of the data can be is refused before training
+    return {"train_dataset": trained, "eval_dataset": evaluated}
 
 
 def _classification(
@@ -150,19 +150,13 @@ def _teacher(recipe: TrainingRecipe, point: StartingPoint) -> dict:
     """Arguments of `ImageClassificationTrainer` for the teacher of a recipe."""
     if recipe.teacher is None:
         return {}
-    teacher = load_checkpoint(
-        recipe.teacher,
-        AutoModelForImageClassification,
-        trust_remote_code=recipe.trust_remote_code,
-        argument="teacher",
-        dtype=torch.float32,
-    )
+    teacher = load_whole("teacher", recipe.teacher, AutoModelForImageClassification, recipe)
     label_map = recipe.label_map if recipe.init_from is None else None
     try:
         classes = match_labels(point.label_names, teacher.config.id2label, label_map)
     except ValueError as error:
         raise ValueError(f"`teacher` {recipe.teacher!r} does not know the classes of the data. {error}") from error
-    processor = load_image_processor(recipe.teacher, trust_remote_code=recipe.trust_remote_code, argument="teacher")
+    processor = load_processor("teacher", recipe.teacher, recipe)
     stats = (
         (list(recipe.image_mean), list(recipe.image_std)),
         (list(processor.image_mean), list(processor.image_std)),
@@ -178,9 +172,7 @@ def _bootstrapping(
     recipe: TrainingRecipe, splits: DatasetDict, arguments: Callable[[TrainingRecipe], TrainingArguments]
 ) -> Plan:
     teacher = load_teacher(recipe.bootstrap_from, recipe)
-    processor = load_image_processor(
-        recipe.bootstrap_from, trust_remote_code=recipe.trust_remote_code, argument="bootstrap_from"
-    )
+    processor = load_processor("bootstrap_from", recipe.bootstrap_from, recipe)
     # what the teacher sees is its own affair; the student is trained on images of the recipe's size
     theirs, _ = adopt_processing(
         replace(recipe, image_size=None, num_channels=None, image_mean=None, image_std=None), processor, teacher.config
@@ -191,9 +183,8 @@ def _bootstrapping(
         num_channels=theirs.num_channels,
         image_mean=recipe.image_mean or theirs.image_mean,
         image_std=recipe.image_std or theirs.image_std,
-        batch_size=recipe.batch_size or default_batch_size(len(splits["train"])),
-        learning_rate=recipe.learning_rate or 1e-3,
     )
+    recipe = completed(recipe, len(splits["train"]), learning_rate=1e-3)
     shape = {"num_blocks": recipe.num_blocks, "frozen_share": recipe.frozen_share}
     student, _ = make_student(
         teacher,

@@ -11,5 +11,5 @@ def clip():
 
 
 @pytest.fixture
-def pictures():
+def images():
     return torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))

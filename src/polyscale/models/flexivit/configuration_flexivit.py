@@ -61,8 +61,9 @@ class FlexiViTConfig(EncoderConfig):
     """
 
     model_type = "flexivit"
+    keys_to_ignore_at_inference = ["hidden_states", "attentions"]
     budget_argument = "patch_size"
-    changeable_fields = ("patch_size", "num_tokens", "image_size")
+    changeable_fields = ("patch_size", "num_tokens", "image_size", "merge_tokens_to")
 
     attribute_map = {**EncoderConfig.attribute_map, "uneven": "remainder"}
 
@@ -153,14 +154,18 @@ class FlexiViTConfig(EncoderConfig):
     def token_grid_for(
         self, image_size: int | Sequence[int] | None = None, patch_size: int | Sequence[int] | None = None
     ) -> tuple[int, int]:
-        """(rows, columns) of the tokens: those of the patches. Arguments and errors: `patch_grid_for`."""
-        return self.patch_grid_for(image_size, patch_size)
+        """(rows, columns) of the tokens: those of the patches; `None` where tokens are merged. Arguments and errors:
+        `patch_grid_for`.
+        """
+        grid = self.patch_grid_for(image_size, patch_size)
+        return grid if self.num_tokens_for(image_size, patch_size) == math.prod(grid) else None
 
     def num_tokens_for(
         self, image_size: int | Sequence[int] | None = None, patch_size: int | Sequence[int] | None = None
     ) -> int:
         """How many tokens an image costs, prefix tokens not counted. Arguments and errors: `patch_grid_for`."""
-        return math.prod(self.patch_grid_for(image_size, patch_size))
+        count = math.prod(self.patch_grid_for(image_size, patch_size))
+        return count if self.merge_tokens_to is None else min(count, self.merge_tokens_to)
 
     def default_budgets(self) -> list[int | list[int]]:
         """The patch sizes it was trained with, smallest first, else its own one."""
@@ -201,6 +206,14 @@ class FlexiViTConfig(EncoderConfig):
                 raise ValueError("Give either `patch_size` or `num_tokens`, not both: each gives the other.")
             fields["patch_size"] = self.patch_size_for(fields.get("image_size"), fields.pop("num_tokens"))
         return fields
+
+    def budget_for_share(self, image_size: int | Sequence[int] | None, share: float) -> int:
+        """The patch size whose tokens are nearest to a share of those of the smallest patches trained with.
+
+        Arguments: `TokenBudgetMixin.budget_for_share`.
+        """
+        full = self.num_tokens_for(image_size, self.default_budgets()[0])
+        return self.patch_size_for(image_size, max(round(full * share), 1))
 
     def patch_size_for(self, image_size: int | Sequence[int] | None, num_tokens: int) -> int:
         """The square patch size whose token count is nearest to `num_tokens`; of two, the one that costs fewer tokens.

@@ -16,9 +16,9 @@ from ...utils.validation import to_pair
 from ..flexivit.configuration_flexivit import FlexiViTConfig
 from ..flexivit.convert_flexivit import load_flexivit_source
 from .configuration_quadtree_vit import QuadtreeViTConfig
+from .feature_scoring_quadtree_vit import FeatureBasedPatchScorer
 from .image_processing_quadtree_vit import QuadtreeViTImageProcessor
 from .modeling_quadtree_vit import QuadtreeViTForImageClassification, QuadtreeViTModel
-from .scoring_quadtree_vit import FeatureBasedPatchScorer
 
 
 _KERNEL = "embeddings.patch_embeddings.projection.weight"

@@ -85,6 +85,14 @@ class S2VisionConfig(CheckedConfigMixin, TokenBudgetMixin, BackboneConfigMixin, 
     """
 
     model_type = "s2_vision"
+    keys_to_ignore_at_inference = [
+        "hidden_states",
+        "attentions",
+        "token_mask",
+        "num_tokens",
+        "block_sizes",
+        "tile_mask",
+    ]
     changeable_fields = ("scales", "img_sizes", "max_tiles", "num_tiles")
     fixed_fields = {
         "num_tokens": "its tokens are those of the wrapped model at one scale, whatever the other scales are"

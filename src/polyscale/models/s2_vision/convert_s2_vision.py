@@ -118,7 +118,7 @@ def convert_s2_vision(
         base: of a LLaVA LoRA, the folder of its language model.
         vision_tower: of a LLaVA, the folder of its CLIP.
         dtype: of a LLaVA, that of the result.
-        overrides: for a plain vision model, fields of `S2VisionConfig`: `scales` or `img_sizes`, ...
+        overrides: for a plain vision model, fields of `S2VisionConfig`: `scales` (`[1, 2]` by default), ...
 
     Raises:
         ValueError: for another layout, or parts that do not fit.
@@ -134,6 +134,8 @@ def convert_s2_vision(
         model.save_pretrained(out)
         processor.save_pretrained(out)
         return None
+    if overrides.get("scales") is None and overrides.get("img_sizes") is None:
+        overrides["scales"] = [1, 2]
     model = S2VisionWrapper.from_vision_pretrained(source, **overrides)
     model.save_pretrained(out)
     _save_image_processor(model, source, out)

@@ -170,6 +170,14 @@ class SparseFormerConfig(CheckedConfigMixin, TokenBudgetMixin, PreTrainedConfig)
     """
 
     model_type = "sparseformer"
+    keys_to_ignore_at_inference = [
+        "hidden_states",
+        "attentions",
+        "rois",
+        "all_rois",
+        "sampling_points",
+        "sampling_rois",
+    ]
     changeable_fields = ("image_size",)
     fixed_fields = {
         "num_tokens": "its tokens are weights (one latent token each), so another number of them needs new weights"

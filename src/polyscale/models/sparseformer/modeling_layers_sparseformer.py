@@ -15,7 +15,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
-from ...layers.encoder import DropPath, eager_attention_forward
+from ...layers.attention import eager_attention_forward
+from ...layers.encoder import DropPath
 from .configuration_sparseformer import SparseFormerConfig
 from .cpu_sparseformer import MAX_THIN_HEAD, ThinAttention, sample_features_on_cpu, uses_cpu_kernels
 from .geometry_sparseformer import ClampGradient, adjust_rois, encode_rois, halves, place_points, sample_features
