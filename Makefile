@@ -16,7 +16,7 @@ LOWEST_PYTEST := $(SETTINGS) $(LOWEST)/bin/python -m pytest -n 2 --dist loadgrou
 # Slow, but not the same for every version of what they use.
 LOWEST_SLOW := $(addprefix tests/matrix/test_,save_load.py export.py training.py) tests/test_llava_swap.py
 
-.PHONY: demo test test-fast test-lowest quality benchmark docs
+.PHONY: demo test test-fast test-lowest soak quality benchmark docs
 
 # Classify the sample photographs with the bundled checkpoint at each patch size.
 demo: $(VENV)/.installed
@@ -25,6 +25,10 @@ demo: $(VENV)/.installed
 # All tests.
 test: $(VENV)/.installed-dev
 	$(PYTEST)
+
+# A hundred kills of a training run, each of which must go on from its last whole checkpoint.
+soak: $(VENV)/.installed-dev
+	POLYSCALE_KILLS=100 $(SETTINGS) $(BIN)/python -m pytest tests/training/test_kills.py
 
 # Without the slow ones.
 test-fast: $(VENV)/.installed-dev

@@ -14,6 +14,7 @@ from .arguments import ListGroup
 from .benchmark import benchmark
 from .classify import classify
 from .convert import convert, convert_patch_embed
+from .embed import embed
 from .evaluate import evaluate
 from .explore import explore
 from .printing import silence_torch
@@ -50,7 +51,7 @@ def polyscale(
     """Vision models with an adjustable number of visual tokens."""
 
 
-for command in (train, evaluate, classify, show, explore, benchmark, convert, convert_patch_embed):
+for command in (train, evaluate, classify, show, explore, benchmark, embed, convert, convert_patch_embed):
     app.command()(command)
 
 
