@@ -14,11 +14,13 @@ import tempfile
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, HfApi
-from transformers import AutoImageProcessor, AutoVideoProcessor, PreTrainedConfig, PreTrainedModel
+from transformers import AutoImageProcessor, AutoVideoProcessor, PreTrainedModel, ProcessorMixin
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 from transformers.models.auto.video_processing_auto import VIDEO_PROCESSOR_MAPPING
-from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, VIDEO_PROCESSOR_NAME
+from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, VIDEO_PROCESSOR_NAME
+
+from .hub_parts import MODULE, Parts, inner_configs
 
 
 _PACKAGE = __name__.partition(".")[0]
@@ -121,15 +123,17 @@ def _processor_classes(config_class: type, processor) -> tuple[str, str, dict[st
     )
 
 
-def _check_parts(config: PreTrainedConfig) -> None:
-    """Refuses a polyscale model inside another: transformers looks for the code of the outer one only."""
-    for name in config.sub_configs:
-        part = getattr(config, name, None)
-        if isinstance(part, PreTrainedConfig) and _is_ours(type(part).__module__):
-            raise ValueError(
-                f"`model` holds a {part.model_type!r} in `{name}`: code of a model inside another cannot travel with "
-                "weights. Save it with `model.save_pretrained`; it loads where polyscale is installed."
-            )
+def _plan_parts(model: PreTrainedModel, processor) -> Parts | None:
+    """The models of polyscale inside a model, where there are any."""
+    inside = [config for config in inner_configs(model.config) if _is_ours(type(config).__module__)]
+    if not inside:
+        return None
+    is_outer_ours = _is_ours(type(model).__module__)
+    is_whole = isinstance(processor, ProcessorMixin) and _is_ours(type(processor).__module__)
+    parts = Parts.of(inside, processor if is_whole else None)
+    if not is_outer_ours:
+        parts.outer = type(model)
+    return parts
 
 
 def _add_auto_map(path: Path, auto_map: dict) -> None:
@@ -162,26 +166,31 @@ def save_with_code(model: PreTrainedModel, save_directory: str | os.PathLike, pr
     other Auto classes of the family, both backends of the image processor and the pipelines. Where polyscale is
     imported, its own classes are used instead. Nothing is written before every module was found and rewritten.
 
+    A LLaVA with a tower of polyscale carries the tower's code and that of its processor; it loads with
+    `AutoModelForImageTextToText` and `AutoProcessor`.
+
     Args:
-        model: a model of any polyscale family, with any head.
+        model: a model of any polyscale family, with any head, or a LLaVA with a tower of polyscale.
         save_directory: created if missing. Files of the same names are replaced (a link itself, not what it points
             at), weights of an earlier save removed, other files left alone.
-        processor: the image or video processor of the same family.
+        processor: the image or video processor of the same family; of a LLaVA, its processor.
         kwargs: passed to `model.save_pretrained`, e.g. `max_shard_size`.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: if `model` or `processor` is not of a polyscale family, or the model holds another polyscale model.
+        ValueError: if `model` or `processor` is not of a polyscale family, and no polyscale model is inside of it.
     """
     config_class = type(model.config)
+    parts = _plan_parts(model, processor)
+    if parts is not None and parts.outer is not None:
+        return _save_with_parts(model, Path(save_directory), processor, parts, **kwargs)
     if not _is_ours(type(model).__module__) or not _is_ours(config_class.__module__):
         raise ValueError(
             f"`model` is a {type(model).__module__}.{type(model).__name__}: only a polyscale model carries code of "
             "polyscale. Save other models with `model.save_pretrained`."
         )
-    _check_parts(model.config)
     model_classes = _model_classes(config_class)
     auto_map = {"AutoConfig": _reference(config_class)}
     auto_map.update({name: _reference(cls) for name, cls in model_classes.items()})
@@ -191,7 +200,11 @@ def save_with_code(model: PreTrainedModel, save_directory: str | os.PathLike, pr
         processor_file, auto_class, classes = _processor_classes(config_class, processor)
         needed.extend(classes.values())
         processor_map = {auto_class: {backend: _reference(cls) for backend, cls in classes.items()}}
-    sources = _flat_sources(needed)
+    if parts is not None:  # the module that registers what is inside holds the outer classes too
+        parts.others += list(dict.fromkeys(needed))
+        auto_map = {name: f"{MODULE}.{reference.rpartition('.')[2]}" for name, reference in auto_map.items()}
+        needed = parts.classes
+    sources = _flat_sources(needed) | ({} if parts is None else {f"{MODULE}.py": parts.source()})
 
     folder = Path(save_directory)
     folder.mkdir(parents=True, exist_ok=True)
@@ -202,6 +215,25 @@ def save_with_code(model: PreTrainedModel, save_directory: str | os.PathLike, pr
         if processor_file is not None:
             processor.save_pretrained(scratch)
             _add_auto_map(scratch / processor_file, processor_map)
+        for file_name, source in sources.items():
+            (scratch / file_name).write_text(source, encoding="utf-8")
+        _put_into(scratch, folder)
+    return folder
+
+
+def _save_with_parts(model: PreTrainedModel, folder: Path, processor, parts: Parts, **kwargs) -> Path:
+    """A model of transformers with models of polyscale inside: a LLaVA with another tower, say."""
+    sources = _flat_sources(parts.classes) | {f"{MODULE}.py": parts.source()}
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch_name:
+        scratch = Path(scratch_name)
+        # Under the names of the model itself: transformers knows the older names of its own classes alone.
+        model.save_pretrained(scratch, **{"save_original_format": False, **kwargs})
+        _add_auto_map(scratch / CONFIG_NAME, parts.auto_map(_model_classes(type(model.config))))
+        if processor is not None:
+            processor.save_pretrained(scratch)
+            if type(processor) in parts.others:
+                _add_auto_map(scratch / PROCESSOR_NAME, {"AutoProcessor": f"{MODULE}.{type(processor).__name__}"})
         for file_name, source in sources.items():
             (scratch / file_name).write_text(source, encoding="utf-8")
         _put_into(scratch, folder)
