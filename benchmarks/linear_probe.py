@@ -15,9 +15,9 @@ from transformers import AutoImageProcessor, AutoModel, BaseImageProcessor, PreT
 
 import polyscale  # noqa: F401 (registers the families)
 from polyscale.checkpoints import resolve_checkpoint
-from polyscale.cli.arguments import parse_fields
 from polyscale.training.bootstrapping import final_token
 from polyscale.training.data import evaluation_split, load_image_dataset
+from polyscale_cli.arguments import parse_fields
 
 
 @torch.no_grad()

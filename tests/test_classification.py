@@ -1,12 +1,12 @@
 import json
-import struct
-import zlib
+import shutil
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import (
+    CLIPVisionConfig,
     DeiTConfig,
     DeiTForImageClassification,
     ResNetConfig,
@@ -17,33 +17,42 @@ from transformers import (
     pipeline,
 )
 
-from polyscale import FlexiViTModel
+from polyscale import (
+    FlexiViTConfig,
+    FlexiViTModel,
+    QuadtreeViTConfig,
+    QuadtreeViTForImageClassification,
+    QuadtreeViTImageProcessor,
+    S2VisionConfig,
+)
 from polyscale.assets import sample_photographs
 from polyscale.checkpoints import available_checkpoints
-from polyscale.classification import (
-    classify_images,
-    load_classifier,
-    num_prefix_tokens,
+from polyscale.classification import as_pipeline, classify_images, load_classifier
+from polyscale.layers.token_budget import (
+    choose_budgets,
+    count_tokens,
+    default_budgets_of,
+    format_budget,
+    parse_budget,
+    token_budget,
+    tokens_per_image,
 )
-from polyscale.layers.token_budget import default_budgets_of, format_budget, token_budget
-from polyscale.utils.images import find_images, open_image
+from polyscale.loading import load_base_model, load_config
+from polyscale.utils.images import open_image
 
-from .tiny_checkpoints import CIFAR10_LABELS, save_tiny_flexivit
+from .tiny_checkpoints import (
+    CIFAR10_LABELS,
+    save_tiny_flexivit,
+    save_tiny_quadtree_vit,
+    save_tiny_s2,
+    save_tiny_sparseformer,
+)
+from .utils.test_images import png_header
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     return save_tiny_flexivit(tmp_path_factory.mktemp("flexivit"))
-
-
-def write_png_header(path, width: int, height: int) -> None:
-    """A PNG that claims a size and holds no pixels."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b""))
 
 
 # the sample photographs
@@ -60,51 +69,6 @@ def test_sample_photographs_are_small_attributed_and_of_several_classes():
         assert path.stat().st_size < 100_000
         assert f"photographs/{path.name}" in attribution
         assert max(open_image(path).size) <= 480
-
-
-# reading files
-
-
-def test_find_images_searches_folders_and_keeps_files_of_any_name(tmp_path):
-    (tmp_path / "sub").mkdir()
-    for name in ("b.png", "a.JPG", "notes.txt", "sub/c.webp"):
-        (tmp_path / name).touch()
-    assert find_images(tmp_path) == [tmp_path / "a.JPG", tmp_path / "b.png", tmp_path / "sub" / "c.webp"]
-    assert find_images(tmp_path / "notes.txt") == [tmp_path / "notes.txt"]
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="without picture files"):
-        find_images(tmp_path / "empty")
-
-
-def test_open_image_turns_the_picture_upright(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # shown turned by 90 degrees
-    Image.new("RGB", (20, 10)).save(tmp_path / "turned.jpg", exif=exif)
-    assert open_image(tmp_path / "turned.jpg").size == (10, 20)
-
-
-def test_open_image_scales_16_bit_greys(tmp_path):
-    Image.fromarray(np.full((4, 4), 0x8040, dtype=np.uint16)).save(tmp_path / "grey.png")
-    assert open_image(tmp_path / "grey.png").getpixel((0, 0)) == (0x80, 0x80, 0x80)
-
-
-@pytest.mark.parametrize("name", ["missing.png", "text.png", "truncated.jpg", "folder", "floats.tif", "program.png"])
-def test_open_image_refuses_what_is_no_picture(tmp_path, name):
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "text.png").write_text("no picture")
-    Image.fromarray(np.full((4, 4), np.nan, dtype=np.float32)).save(tmp_path / "floats.tif")
-    (tmp_path / "program.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
-    whole = sample_photographs()[0].read_bytes()
-    (tmp_path / "truncated.jpg").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match=r"no such file|not a file|not a readable picture|pixels of 32 bits"):
-        open_image(tmp_path / name)
-
-
-@pytest.mark.parametrize("side", [10_000, 30_000])  # Pillow warns of the first and refuses the second
-def test_open_image_refuses_decompression_bombs(tmp_path, side):
-    write_png_header(tmp_path / "bomb.png", side, side)
-    with pytest.raises(ValueError, match="decompression bomb"):
-        open_image(tmp_path / "bomb.png")
 
 
 # budgets
@@ -132,8 +96,49 @@ def test_token_budget_is_put_back_even_after_an_error(checkpoint):
         pass
 
 
-def test_format_budget():
+def test_budgets_are_typed_and_printed_alike():
     assert [format_budget(budget) for budget in (8, (4, 8), [4, 8], None)] == ["8", "4x8", "4x8", ""]
+    flexivit, quadtree = FlexiViTConfig(), QuadtreeViTConfig()
+    base = CLIPVisionConfig(image_size=16, patch_size=4)
+    s2 = S2VisionConfig(vision_config=base, scales=[1, 2])
+    sized = S2VisionConfig(vision_config=base, img_sizes=[16, 32])
+    typed = [(flexivit, "16", 16), (flexivit, "8x16", (8, 16)), (quadtree, "64", 64), (s2, "1+2.5", [1, 2.5])]
+    for config, text, budget in [*typed, (sized, "16+32x48", [16, [32, 48]])]:
+        assert parse_budget(config, text) == budget
+        assert format_budget(budget, config) == text
+    for config, text in [(flexivit, "8x8x8"), (flexivit, "a"), (quadtree, "8x8"), (s2, "1+"), (sized, "1x2x3")]:
+        with pytest.raises(ValueError, match=r"`budgets` of .* got "):
+            parse_budget(config, text)
+
+
+def test_words_of_other_budgets_are_refused():
+    flexivit, quadtree = FlexiViTConfig(), QuadtreeViTConfig()
+    assert choose_budgets(flexivit, {"budgets": None, "patch_sizes": ["8", "4x8"]}) == [8, (4, 8)]
+    assert choose_budgets(quadtree, {"num_tokens": ["64"], "patch_sizes": None}) == [64]
+    assert choose_budgets(quadtree, {"budgets": None}) is None
+    with pytest.raises(ValueError, match=r"`num_tokens` does not fit a model of type 'flexivit'.*`patch_size`"):
+        choose_budgets(flexivit, {"num_tokens": ["16"]})
+    with pytest.raises(ValueError, match="`patch_sizes` does not fit a model of type 'quadtree_vit'"):
+        choose_budgets(quadtree, {"patch_sizes": ["16"]})
+    with pytest.raises(ValueError, match="Give one of `budgets`, `patch_sizes`, not all"):
+        choose_budgets(flexivit, {"budgets": ["8"], "patch_sizes": ["8"]})
+    with pytest.raises(ValueError, match="`budgets` must be None for a model of type 'vit'"):
+        choose_budgets(ViTConfig(), {"budgets": ["8"]})
+
+
+def test_real_tokens_are_counted_and_padding_is_not():
+    torch.manual_seed(0)
+    encoder = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = QuadtreeViTConfig(
+        **encoder, image_size=64, min_patch_size=8, max_patch_size=32, split_threshold=0.05, num_tokens=None
+    )
+    model = QuadtreeViTForImageClassification(config).eval()
+    images = torch.zeros(2, 3, 64, 64)
+    images[1, :, :, ::2] = 1  # busy everywhere: split to the end
+    with torch.no_grad():
+        outputs = model(images)
+    assert count_tokens(outputs, config, (64, 64)) == [4, 64]
+    assert tokens_per_image(model, {"pixel_values": images}, outputs) == [4, 64]
 
 
 # classifying
@@ -153,31 +158,87 @@ def test_records_are_those_of_the_plain_pipeline_at_each_patch_size(checkpoint):
         assert record["label"] == best["label"]
         assert record["score"] == pytest.approx(best["score"], abs=1e-6)
         assert set(record) == {"file", "budget", "tokens", "label", "score", "milliseconds"}
-        assert record["milliseconds"] > 0
     json.dumps(records)
 
 
 def test_a_pipeline_can_be_given_and_is_left_as_it_was(checkpoint):
-    classifier = load_classifier(checkpoint, device="cpu")
-    before = dict(classifier.model._forward_hooks), classifier.model.config.patch_size
-    records, _ = classify_images(sample_photographs()[:1], classifier)
+    loaded = load_classifier(checkpoint)
+    before = loaded.model.config.to_dict()
+    records, _ = classify_images(sample_photographs()[:1], as_pipeline(loaded))
     assert [record["budget"] for record in records] == [4, 8, 16]
-    assert (dict(classifier.model._forward_hooks), classifier.model.config.patch_size) == before
+    assert loaded.model.config.to_dict() == before
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in loaded.model.modules())
+
+
+def test_batches_and_repeats_change_no_answer(checkpoint):
+    one_by_one, _ = classify_images(sample_photographs(), checkpoint, [4, 16])
+    done = []
+    in_batches, _ = classify_images(
+        sample_photographs(), checkpoint, [4, 16], batch_size=4, repeats=2, progress=lambda *args: done.append(args)
+    )
+    assert done == [(4, 6), (6, 6)]
+    for left, right in zip(one_by_one, in_batches, strict=True):
+        assert left.pop("milliseconds") is not right.pop("milliseconds")
+        assert left.pop("score") == pytest.approx(right.pop("score"), abs=1e-6)
+        assert left == right
+
+
+@pytest.mark.parametrize(
+    ("save", "budgets", "expected"),
+    [
+        (save_tiny_s2, None, [([1, 2], 16)]),
+        (save_tiny_s2, [[1, 2], [2, 3]], [([1, 2], 16), ([2, 3], 64)]),
+        (save_tiny_sparseformer, None, [(None, 9)]),
+        (save_tiny_quadtree_vit, [4, 16], [(4, 4), (16, 16)]),
+    ],
+)
+def test_every_family_classifies_at_its_budgets(save, budgets, expected, tmp_path):
+    save(tmp_path)
+    photograph = sample_photographs()[0]
+    records, errors = classify_images([photograph], tmp_path, budgets)
+    assert errors == []
+    assert [(record["budget"], record["tokens"]) for record in records] == expected
+    plain = pipeline("image-classification", model=str(tmp_path), device="cpu")
+    for record in records:
+        with token_budget(plain.model.config, record["budget"]):
+            best = plain(str(photograph))[0]
+        assert (record["label"], record["score"]) == (best["label"], pytest.approx(best["score"], abs=1e-6))
+
+
+def test_images_of_several_sizes_are_classified_one_size_at_a_time(tmp_path):
+    save_tiny_quadtree_vit(tmp_path)
+    fields = {"size": {"height": 32, "width": 32}, "max_patch_size": 16, "fit": "aspect"}
+    QuadtreeViTImageProcessor(**fields).save_pretrained(tmp_path)
+    for name, size in (("a", (90, 30)), ("b", (30, 90)), ("c", (90, 30))):
+        Image.linear_gradient("L").resize(size).save(tmp_path / f"{name}.png")
+    records, errors = classify_images([tmp_path], tmp_path, [6], batch_size=3)
+    assert errors == []
+    assert [record["file"][-5] for record in records] == ["a", "b", "c"]
+    assert records[0]["score"] == pytest.approx(records[2]["score"], abs=1e-6)
+
+
+def test_damaged_weights_are_refused(checkpoint, tmp_path):
+    loaded = load_classifier(checkpoint)
+    for weight in loaded.model.parameters():
+        weight.data.fill_(float("nan"))
+    records, errors = classify_images(sample_photographs()[:1], loaded, [8])
+    assert records == []
+    assert "scores that are not finite" in errors[0]["error"]
 
 
 def test_unreadable_files_are_reported_and_the_others_go_on(checkpoint, tmp_path):
     good = sample_photographs()[0]
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
-    write_png_header(tmp_path / "bomb.png", 30_000, 30_000)
+    (tmp_path / "bomb.png").write_bytes(png_header(30_000, 30_000))
     (tmp_path / "empty").mkdir()
     records, errors = classify_images([tmp_path, tmp_path / "missing.jpg", tmp_path / "empty", good], checkpoint, [8])
     assert [record["file"] for record in records] == [str(good)]
-    assert [error["file"] for error in errors] == [
-        str(tmp_path / name) for name in ("bomb.png", "broken.png", "missing.jpg", "empty")
-    ]
-    assert "decompression bomb" in errors[0]["error"]
-    assert "not a readable picture" in errors[1]["error"]
-    assert errors[2]["error"] == "no such file"
+    reasons = {error["file"].rpartition("/")[2]: error["error"] for error in errors}
+    assert set(reasons) == {"bomb.png", "broken.png", "missing.jpg", "empty"}
+    assert "decompression bomb" in reasons["bomb.png"]
+    assert "not a readable image" in reasons["broken.png"]
+    assert "without image files" in reasons["empty"]
+    assert reasons["missing.jpg"] == "no such file"
 
 
 @pytest.mark.parametrize("budgets", [[0], [-4], [33], [8, "x"], []])
@@ -187,8 +248,9 @@ def test_a_budget_that_is_not_allowed_is_refused(checkpoint, budgets):
 
 
 def test_repeats_below_one_are_refused(checkpoint):
-    with pytest.raises(ValueError, match="`repeats` must be at least 1, got 0"):
-        classify_images(sample_photographs()[:1], checkpoint, repeats=0)
+    for name in ("repeats", "batch_size"):
+        with pytest.raises(ValueError, match=f"`{name}` must be at least 1, got 0"):
+            classify_images(sample_photographs()[:1], checkpoint, **{name: 0})
 
 
 def small_vit(config_class, **fields):
@@ -205,24 +267,22 @@ def small_vit(config_class, **fields):
 
 
 @pytest.mark.parametrize(
-    ("model", "tokens", "prefix"),
+    ("model", "tokens"),
     [
-        (lambda: ViTForImageClassification(small_vit(ViTConfig)), 16, 1),
-        (lambda: DeiTForImageClassification(small_vit(DeiTConfig)), 16, 2),
+        (lambda: ViTForImageClassification(small_vit(ViTConfig)), 16),
+        (lambda: DeiTForImageClassification(small_vit(DeiTConfig)), 16),
         (
             lambda: ResNetForImageClassification(
                 ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], num_labels=3)
             ),
             16,  # a map of 4 x 4
-            0,
         ),
     ],
 )
-def test_other_models_run_once_and_their_tokens_are_counted(tmp_path, model, tokens, prefix):
+def test_other_models_run_once_and_their_tokens_are_counted(tmp_path, model, tokens):
     model = model()
     model.save_pretrained(tmp_path)
     ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
-    assert num_prefix_tokens(model) == prefix
     records, errors = classify_images(sample_photographs()[:1], tmp_path)
     assert errors == []
     assert [(record["budget"], record["tokens"]) for record in records] == [(None, tokens)]
@@ -234,6 +294,56 @@ def test_a_checkpoint_without_a_classifier_is_refused(checkpoint, tmp_path):
     FlexiViTModel.from_pretrained(checkpoint).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="holds no trained image classifier: 2 tensors are missing"):
         load_classifier(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda weights: weights.pop("flexivit.layernorm.weight"),
+            "1 tensors are missing .*'flexivit.layernorm.weight'",
+        ),
+        (lambda weights: weights.update(more=torch.zeros(1)), "has 1 tensors that its .* does not, such as 'more'"),
+    ],
+)
+def test_a_checkpoint_with_other_tensors_is_refused_by_every_tool(checkpoint, tmp_path, change, message):
+    shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
+    weights = load_file(tmp_path / "model.safetensors")
+    change(weights)
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=message):
+        load_classifier(tmp_path)
+    if "more" not in weights:
+        with pytest.raises(ValueError, match=message.replace("flexivit.", "")):
+            load_base_model(tmp_path)
+
+
+def test_damaged_files_are_one_clear_error(checkpoint, tmp_path):
+    shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
+    weights = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    with pytest.raises((ValueError, OSError), match="cannot be loaded"):
+        load_classifier(tmp_path)
+
+
+def test_a_device_that_is_not_there_is_refused(checkpoint):
+    with pytest.raises(ValueError, match=r"`device` must be one of cpu.*'gpu'"):
+        load_classifier(checkpoint, "gpu")
+    with pytest.raises(ValueError, match="`device` 'cuda:99' is not on this machine"):
+        load_classifier(checkpoint, "cuda:99")
+
+
+def test_code_of_a_checkpoint_never_runs_unasked(checkpoint, tmp_path, monkeypatch):
+    shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {"model_type": "evil", "auto_map": dict.fromkeys(("AutoConfig", "AutoModel"), "evil.Evil")}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\nclass Evil: ...\n")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    for load in (load_classifier, load_base_model, load_config):
+        with pytest.raises(ValueError, match="trust_remote_code"):
+            load(tmp_path)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_missing_checkpoint_is_named(tmp_path):
@@ -253,3 +363,11 @@ def test_the_bundled_checkpoint_gets_the_sample_photographs_mostly_right():
     finest = [record for record in records if record["budget"] == 4]
     right = [record["label"] in record["file"].rpartition("/")[2] for record in finest]
     assert sum(right) >= 4  # of six: the model is small, and two of the photographs are hard for it
+
+
+def test_a_hub_that_cannot_be_reached_is_not_waited_for(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr("polyscale.loading.is_offline", lambda: True)
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("the hub was asked"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(OSError, match=r"'some/model' cannot be loaded: .* Offline: the hub cannot be reached"):
+        load_classifier("some/model")

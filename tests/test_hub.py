@@ -1,6 +1,8 @@
 import json
+import stat
 
 import pytest
+import torch
 from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
 import polyscale
@@ -67,7 +69,7 @@ def test_other_files_of_the_folder_stay(tmp_path):
 
 def test_foreign_models_and_processors_are_refused(tmp_path):
     vit = ViTModel(ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16))
-    with pytest.raises(ValueError, match=r"only a polyscale model.*save_pretrained"):
+    with pytest.raises(ValueError, match=r"only a model of a registered family.*save_pretrained"):
         hub.save_with_code(vit, tmp_path / "model")
     with pytest.raises(ValueError, match=r"`processor` is a ViTImageProcessor.*not registered with FlexiViTConfig"):
         hub.save_with_code(tiny_model(), tmp_path / "model", ViTImageProcessor())
@@ -130,3 +132,23 @@ def test_nothing_is_uploaded_when_the_folder_cannot_be_made(monkeypatch):
     with pytest.raises(ValueError, match="`processor`"):
         hub.push_to_hub(tiny_model(), "someone/flexivit-tiny", ViTImageProcessor())
     assert RecordingApi.last.calls == []
+
+
+def test_the_folder_keeps_its_mode_its_links_and_its_notes_and_no_stale_weights(tmp_path):
+    model = tiny_model()
+    folder, victim = tmp_path / "model", tmp_path / "victim"
+    folder.mkdir()
+    folder.chmod(0o755)
+    victim.write_text("mine")
+    (folder / "config.json").symlink_to(victim)
+    (folder / "notes.txt").write_text("mine")
+    hub.save_with_code(model, folder, max_shard_size="5KB")
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o755
+    assert victim.read_text() == "mine"
+    assert (folder / "notes.txt").read_text() == "mine"
+    assert not (folder / "config.json").is_symlink()
+    assert (folder / "model.safetensors.index.json").is_file()
+    hub.save_with_code(model, folder)
+    assert sorted(path.name for path in folder.glob("*model*.safetensors*")) == ["model.safetensors"]
+    loaded = type(model).from_pretrained(folder)
+    assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in model.state_dict().items())

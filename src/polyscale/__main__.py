@@ -1,6 +1,6 @@
 """`python -m polyscale` and `accelerate launch -m polyscale`: the `polyscale` command."""
 
-from .cli import main
+from polyscale_cli import main
 
 
 if __name__ == "__main__":

@@ -1,163 +1,85 @@
-"""Classifies picture files with `pipeline("image-classification")` at several token budgets."""
+"""Classifies image files at several token budgets."""
 
 import os
-import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
-from transformers import (
-    AutoImageProcessor,
-    AutoModelForImageClassification,
-    ImageClassificationPipeline,
-    PreTrainedModel,
-    pipeline,
-)
+from transformers import ImageClassificationPipeline, pipeline
+from transformers.utils import ModelOutput
 
-from .checkpoints import available_checkpoints, resolve_checkpoint
-from .layers.token_budget import default_budgets_of, plain_size, token_budget
-from .utils.images import find_images, open_image
-
-
-# Parameters that hold the tokens in front of the patch tokens, in transformers' models and in ours.
-_PREFIX_PARAMETERS = ("cls_token", "class_embedding", "distillation_token", "register_tokens")
+from .layers.token_budget import budget_kwargs, default_budgets_of, plain_size, tokens_per_image
+from .loading import LoadedModel, load_classifier
+from .utils.images import UnreadableImageError, find_images, open_image
+from .utils.processors import process_images
+from .utils.timing import device_wait, timed
 
 
 class Classification(NamedTuple):
     """What `classify_images` found.
 
     Attributes:
-        records: a dict for each picture and budget: "file", "budget" (patch size, token count, or None), "tokens",
-            "label", "score" and "milliseconds".
-        errors: a dict for each file that could not be read or classified: "file" and "error".
+        records (`list[dict]`): one for each image and budget: "file", "budget" (a value of the model's budget
+            argument, or `None`), "tokens", "label", "score" and "milliseconds".
+        errors (`list[dict]`): one for each file that could not be read or classified: "file" and "error".
     """
 
     records: list[dict]
     errors: list[dict]
 
 
-def load_classifier(
-    model: str | os.PathLike, device: str | int | torch.device | None = None
+def as_pipeline(
+    model: str | os.PathLike | LoadedModel | ImageClassificationPipeline,
+    device: str | int | torch.device | None = None,
+    *,
+    trust_remote_code: bool = False,
 ) -> ImageClassificationPipeline:
-    """`pipeline("image-classification")` for a checkpoint.
-
-    Args:
-        model: name of a bundled checkpoint, local folder, or name on the hub.
-        device: where it runs; the pipeline's own choice when None.
-
-    Raises:
-        ValueError: if the checkpoint holds no trained classifier.
-        OSError: if there is no such checkpoint.
-    """
-    source = resolve_checkpoint(model)
-    try:
-        network, info = AutoModelForImageClassification.from_pretrained(source, output_loading_info=True)
-        if info["missing_keys"]:
-            raise ValueError(
-                f"`model` {source!r} holds no trained image classifier: {len(info['missing_keys'])} tensors are "
-                f"missing, such as {sorted(info['missing_keys'])[0]!r}."
-            )
-        processor = AutoImageProcessor.from_pretrained(source)
-    except OSError as error:
-        raise OSError(
-            f"`model` {source!r} cannot be loaded: it is neither a bundled checkpoint "
-            f"({', '.join(available_checkpoints())}) nor a complete one in a local folder or on the hub. {error}"
-        ) from error
-    return pipeline("image-classification", model=network, image_processor=processor, device=device)
-
-
-def num_prefix_tokens(model: PreTrainedModel) -> int:
-    """Tokens in front of a model's patch tokens: what its config says, or else its parameters."""
-    count = getattr(model.config, "num_prefix_tokens", None)
-    if count is not None:
-        return count
-    return sum(
-        parameter.shape[1] if parameter.ndim == 3 else 1
-        for name, parameter in model.named_parameters()
-        if name.rpartition(".")[2] in _PREFIX_PARAMETERS
-    )
-
-
-class ForwardMeter:
-    """Times each forward call of a classifier by a pipeline, and counts the tokens of the last one.
-
-    Attributes:
-        milliseconds: the duration of each call since `reset`.
-        tokens: tokens of one picture in the last call, prefix tokens not counted; None where the model has none.
-    """
-
-    def __init__(self, model: PreTrainedModel):
-        self.model = model
-        self.prefix = num_prefix_tokens(model)
-        self.reset()
-        self._handles = [
-            model.register_forward_pre_hook(self._start, with_kwargs=True),
-            model.base_model.register_forward_hook(self._count),
-            model.register_forward_hook(self._stop),
-        ]
-
-    def reset(self) -> None:
-        self.milliseconds: list[float] = []
-        self.tokens: int | None = None
-
-    def remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def _now(self) -> float:
-        if self.model.device.type == "cuda":
-            torch.cuda.synchronize(self.model.device)
-        return time.perf_counter()
-
-    def _start(self, module, inputs, arguments) -> None:
-        self._image_size = tuple(arguments[self.model.main_input_name].shape[-2:])
-        self._started = self._now()
-
-    def _stop(self, *_) -> None:
-        self.milliseconds.append(1000 * (self._now() - self._started))
-
-    def _count(self, module, inputs, output) -> None:
-        mask = getattr(output, "token_mask", None)
-        hidden = getattr(output, "last_hidden_state", None)
-        if mask is not None:
-            self.tokens = int(mask[0].sum())
-        elif hasattr(self.model.config, "num_tokens_for"):
-            # the last hidden state of a classifier may hold the prefix tokens alone
-            self.tokens = self.model.config.num_tokens_for(self._image_size)
-        elif hidden is not None:
-            # (batch, tokens, hidden) or, of a convolutional network, (batch, hidden, rows, columns)
-            is_map = hidden.ndim == 4
-            self.tokens = hidden.shape[2] * hidden.shape[3] if is_map else hidden.shape[1] - self.prefix
+    """`pipeline("image-classification")` of a model that is loaded already, or of a checkpoint (`load_classifier`)."""
+    if isinstance(model, ImageClassificationPipeline):
+        return model
+    if not isinstance(model, LoadedModel):
+        model = load_classifier(model, device, trust_remote_code=trust_remote_code)
+    network, processor = model
+    return pipeline("image-classification", model=network, image_processor=processor, device=network.device)
 
 
 def classify_images(
     files: Iterable[str | os.PathLike],
-    model: str | os.PathLike | ImageClassificationPipeline = "flexivit-cifar10",
+    model: str | os.PathLike | LoadedModel | ImageClassificationPipeline = "flexivit-cifar10",
     budgets: Sequence | None = None,
     *,
     device: str | int | torch.device | None = None,
     repeats: int = 1,
+    batch_size: int = 1,
+    trust_remote_code: bool = False,
+    progress: Callable[[int, int], object] | None = None,
 ) -> Classification:
-    """Classifies picture files at several token budgets, through transformers' image-classification pipeline.
+    """Classifies image files at several token budgets, with the same answers as transformers' pipeline.
 
-    A file that cannot be read is reported and the others go on. "milliseconds" is the time of the model alone on one
-    picture (reading and resizing not counted), the median of `repeats` calls; before the first picture at a budget
-    one call is made that is not counted, so that one-time costs do not show.
+    A file that cannot be read is reported and the others go on. "milliseconds" is the time of the model alone for one
+    image (reading and resizing not counted), the median of `repeats` calls, in a batch its share of the call's time;
+    before the first image one call per budget is made that is not counted, so that one-time costs do not show.
 
     Args:
-        files: picture files, and folders that are searched for them.
-        model: name of a bundled checkpoint, local folder, name on the hub, or a pipeline that is loaded already.
-        budgets: patch sizes (pixels, int or (height, width)) of a FlexiViT, token counts of a Quadtree ViT;
-            those of the model's config when None. Any other model is run once, and takes none.
-        device: where the model runs; the pipeline's own choice when None.
-        repeats: calls whose median is reported.
+        files (`Iterable[str or os.PathLike]`): image files, and folders that are searched for them.
+        model (`str`, `os.PathLike`, `LoadedModel` or `ImageClassificationPipeline`, *optional*, defaults to
+            `"flexivit-cifar10"`): name of a bundled checkpoint, local folder, name on the hub, or a loaded one.
+        budgets (`Sequence`, *optional*): values of the model's budget argument, e.g. patch sizes of a FlexiViT, token
+            counts of a Quadtree ViT, lists of scales of S2; those of its config when `None`. A model without such an
+            argument is run once, and takes none.
+        device (`str`, `int` or `torch.device`, *optional*): where a model that is not loaded yet runs; the machine's
+            accelerator, else the CPU, when `None`.
+        repeats (`int`, *optional*, defaults to 1): calls whose median is reported.
+        batch_size (`int`, *optional*, defaults to 1): images per call; those of other sizes make calls of their own.
+        trust_remote_code (`bool`, *optional*, defaults to `False`): run code that a checkpoint brings.
+        progress (`Callable`, *optional*): called with the images done and their number, after each batch.
 
     Raises:
-        ValueError: for a budget that the first picture or the model does not allow, `repeats` below 1, or a checkpoint
-            that is no trained classifier.
+        ValueError: for a budget that the first image or the model does not allow, `repeats` or `batch_size` below 1,
+            or a checkpoint that is no trained classifier.
         OSError: if there is no such checkpoint.
 
     Example:
@@ -170,79 +92,130 @@ def classify_images(
     >>> records[0]["label"], records[0]["tokens"]
     ```
     """
-    if repeats < 1:
-        raise ValueError(f"`repeats` must be at least 1, got {repeats}.")
-    classifier = model if isinstance(model, ImageClassificationPipeline) else load_classifier(model, device)
+    for name, value in (("repeats", repeats), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"`{name}` must be at least 1, got {value}.")
+    classifier = as_pipeline(model, device, trust_remote_code=trust_remote_code)
     budgets = default_budgets_of(classifier.model.config) if budgets is None else list(budgets)
     if not budgets:
         raise ValueError("`budgets` is empty: give at least one, or None for the model's own.")
 
     result = Classification([], [])
-    warm = False
-    meter = ForwardMeter(classifier.model)
-    try:
-        for file, image in _open_images(files, result.errors):
-            if not warm:
-                for budget in budgets:
-                    with token_budget(classifier.model.config, budget):
-                        classifier(image)
-                warm = True
-            try:
-                result.records.extend(_classify(classifier, meter, file, image, budgets, repeats))
-            except ValueError as error:
-                result.errors.append({"file": str(file), "error": str(error)})
-    finally:
-        meter.remove()
+    paths, warm = _find(files, result.errors), False
+    for done in range(0, len(paths), batch_size):
+        images = list(_open(paths[done : done + batch_size], result.errors))
+        if images and not warm:
+            _try_budgets(classifier, images[0][1], budgets)
+            warm = True
+        for records, error in _classify_batch(classifier, images, budgets, repeats):
+            result.records.extend(records)
+            result.errors.extend([error] if error else [])
+        if progress is not None:
+            progress(min(done + batch_size, len(paths)), len(paths))
     return result
 
 
-def _open_images(paths: Iterable[str | os.PathLike], errors: list[dict]) -> Iterator[tuple[Path, Image.Image]]:
-    """Each readable picture; what cannot be read goes to `errors`."""
+def _find(paths: Iterable[str | os.PathLike], errors: list[dict]) -> list[Path]:
+    files = []
     for path in paths:
         try:
-            files = find_images(path)
-        except ValueError as error:
-            errors.append({"file": str(path), "error": str(error)})
-            continue
-        for file in files:
-            try:
-                image = open_image(file)
-            except ValueError as error:
-                errors.append({"file": str(file), "error": str(error)})
-            else:
-                yield file, image
+            files.extend(find_images(path))
+        except UnreadableImageError as error:
+            errors.append({"file": str(path), "error": error.reason})
+    return files
 
 
-def _classify(
+def _open(files: Sequence[Path], errors: list[dict]) -> Iterator[tuple[Path, Image.Image]]:
+    """Each readable image; what cannot be read goes to `errors`."""
+    for file in files:
+        try:
+            yield file, open_image(file)
+        except UnreadableImageError as error:
+            errors.append({"file": str(file), "error": error.reason})
+
+
+@torch.no_grad()
+def _try_budgets(classifier: ImageClassificationPipeline, image: Image.Image, budgets: Sequence) -> None:
+    """One call per budget, so that illegal ones are refused before any work, and one-time costs are paid."""
+    _, inputs = next(process_images(classifier.image_processor, [image], _channels(classifier)))
+    inputs = _on_device(inputs, classifier.model)
+    for budget in budgets:
+        classifier.model(**inputs, **budget_kwargs(classifier.model.config, budget))
+
+
+def _channels(classifier: ImageClassificationPipeline) -> int:
+    return getattr(classifier.model.config, "num_channels", 3)
+
+
+def _on_device(inputs: Mapping[str, torch.Tensor], model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {
+        name: tensor.to(device=model.device, dtype=model.dtype if tensor.is_floating_point() else None)
+        for name, tensor in inputs.items()
+    }
+
+
+def _classify_batch(
     classifier: ImageClassificationPipeline,
-    meter: ForwardMeter,
-    file: Path,
-    image: Image.Image,
+    images: Sequence[tuple[Path, Image.Image]],
     budgets: Sequence,
     repeats: int,
+) -> Iterator[tuple[list[dict], dict | None]]:
+    """For each image its records, in the order of `budgets`, and an error where there is one."""
+    found: dict[int, list[dict]] = {index: [] for index in range(len(images))}
+    errors: dict[int, dict] = {}
+    try:
+        opened = [image for _, image in images]
+        groups = list(process_images(classifier.image_processor, opened, _channels(classifier))) if images else []
+    except ValueError as error:  # of one of them: each by itself
+        if len(images) == 1:
+            yield [], {"file": str(images[0][0]), "error": str(error)}
+        else:
+            for image in images:
+                yield from _classify_batch(classifier, [image], budgets, repeats)
+        return
+    for indices, inputs in groups:
+        inputs = _on_device(inputs, classifier.model)
+        for budget in budgets:
+            try:
+                answers = _answers(classifier, inputs, budget, repeats)
+            except ValueError as error:  # a budget that images of this size do not allow
+                errors |= {index: {"file": str(images[index][0]), "error": str(error)} for index in indices}
+                break
+            for index, answer in zip(indices, answers, strict=True):
+                found[index].append({"file": str(images[index][0]), **answer})
+    for index, records in found.items():
+        yield ([] if index in errors else records), errors.get(index)
+
+
+@torch.no_grad()
+def _answers(
+    classifier: ImageClassificationPipeline, inputs: dict[str, torch.Tensor], budget: Any, repeats: int
 ) -> list[dict]:
-    records = []
-    for budget in budgets:
-        meter.reset()
-        with token_budget(classifier.model.config, budget):
-            best = [classifier(image, top_k=1)[0] for _ in range(repeats)][-1]
-        records.append(
+    """What a model says of each image of a batch at a budget."""
+    model = classifier.model
+    chosen = budget_kwargs(model.config, budget)
+    count = len(inputs["pixel_values"])
+    seconds = []
+    for _ in range(repeats):
+        outputs, duration = timed(lambda: model(**inputs, **chosen), device_wait(model.device))
+        seconds.append(duration)
+    logits = outputs.logits.float().cpu()
+    if not logits.isfinite().all():
+        raise ValueError("the model gives scores that are not finite (NaN or infinity): its weights are damaged")
+    tokens = tokens_per_image(model, inputs, outputs, **chosen)
+    answers = []
+    for row in range(count):
+        best = classifier.postprocess(ModelOutput(logits=logits[row : row + 1]), top_k=1)[0]
+        answers.append(
             {
-                "file": str(file),
                 "budget": plain_size(budget) if isinstance(budget, tuple) else budget,
-                "tokens": meter.tokens,
+                "tokens": tokens[row],
                 "label": best["label"],
                 "score": best["score"],
-                "milliseconds": round(median(meter.milliseconds), 3),
+                "milliseconds": round(1000 * median(seconds) / count, 3),
             }
         )
-    return records
+    return answers
 
 
-__all__ = [
-    "Classification",
-    "ForwardMeter",
-    "classify_images",
-    "load_classifier",
-    "num_prefix_tokens",
-]
+__all__ = ["Classification", "as_pipeline", "classify_images", "load_classifier"]

@@ -31,6 +31,7 @@ from .models.auto import families, family_of
 from .utils.checkpoint_files import (
     SAFETENSORS_SUFFIXES,
     TORCH_SUFFIXES,
+    check_index,
     load_safetensors_file,
     load_torch_file,
 )
@@ -45,11 +46,13 @@ _PARSER_ERRORS = (
 )
 
 
-def _converter(model_type: str) -> Callable[..., Any]:
-    """The function (source, out, **options) of a family, which writes into the folder `out`, which is empty."""
+def _converter(to: str) -> Callable[..., Any]:
+    """The function (source, out, **options) that writes into the folder `out`, which is empty: a family's reader of
+    other libraries' models, or what writes its own models for another library."""
     known = [name for name, family in families().items() if family.converter is not None]
-    check_choice("to", model_type, tuple(known))
-    return family_of(model_type).function("converter")
+    exporting = {name: family for family in families().values() for name in family.exporters}
+    check_choice("to", to, (*known, *exporting))
+    return exporting[to].exporter(to) if to in exporting else family_of(to).function("converter")
 
 
 @contextmanager
@@ -160,7 +163,8 @@ def convert_checkpoint(
         source (`str`, `os.PathLike` or `torch.nn.Module`): what to convert: the name of a bundled checkpoint, or for
             "flexivit" see `polyscale.models.flexivit.convert_flexivit.load_flexivit_source`.
         out (`str` or `os.PathLike`): the folder to write; it appears complete, or not at all.
-        to (`str`, *optional*, defaults to `"flexivit"`): model type of the result.
+        to (`str`, *optional*, defaults to `"flexivit"`): model type of the result; "vit" or "timm" write a FlexiViT at
+            one budget (`image_size=240, patch_size=16`) as a plain ViT of transformers or timm.
         overwrite (`bool`, *optional*, defaults to `False`): whether to replace `out` if it is a checkpoint. A folder
             that is none, or that holds the source, is never deleted.
         options: for the family's converter, for instance config fields (`patch_size=16`).
@@ -182,6 +186,8 @@ def convert_checkpoint(
     if isinstance(source, str | os.PathLike):
         source = resolve_checkpoint(source)
         path = Path(source)
+        if path.is_dir():
+            check_index(path)
     out = Path(out).expanduser().absolute()
     with _only_writer(out):
         _check_free(out, "out", overwrite, path)

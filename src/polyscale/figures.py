@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from PIL import Image
-from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
-from .checkpoints import resolve_checkpoint
-from .layers.token_budget import budget_argument_of, format_budget
+from .layers.token_budget import budget_argument_of, format_budget, parse_budget
+from .loading import load_base_model, load_config
 from .models.auto import families, family_of
-from .utils.images import open_image
+from .utils.images import open_image, to_rgb
+from .utils.outputs import check_output
+from .utils.processors import seen_region
+from .utils.text import no_math
 
 
 if TYPE_CHECKING:
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
 
 MAX_PICTURES = 12
+DRAWING_SUFFIXES = (".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 MAX_SIDE = 480  # pixels: what a cell of a figure can show
 
 
@@ -44,29 +47,21 @@ def make_grid(rows: int, columns: int, cell: tuple[float, float] = (2.0, 2.0)) -
 
 
 def figure_to_image(figure: "Figure") -> Image.Image:
-    """A figure as a picture."""
+    """A figure as an image."""
     buffer = BytesIO()
     figure.savefig(buffer, format="png")
     return Image.open(buffer).convert("RGB")
 
 
-def seen_region(image: Image.Image, processor) -> Image.Image:
-    """The part of a picture that an image processor hands to the model, at the picture's own resolution."""
-    crop = getattr(processor, "crop_size", None)
-    if not getattr(processor, "do_center_crop", False) or crop is None:
-        return image
-    width, height = image.size
-    size = processor.size if getattr(processor, "do_resize", False) else None
-    if size is not None and size["shortest_edge"]:
-        scale_x = scale_y = size["shortest_edge"] / min(width, height)
-    elif size is not None and size["height"] and size["width"]:
-        scale_x, scale_y = size["width"] / width, size["height"] / height
-    else:
-        scale_x = scale_y = 1.0
-    seen_width = min(width, crop["width"] / scale_x)
-    seen_height = min(height, crop["height"] / scale_y)
-    left, top = (width - seen_width) / 2, (height - seen_height) / 2
-    return image.crop((round(left), round(top), round(left + seen_width), round(top + seen_height)))
+def check_image_output(path: str | os.PathLike) -> None:
+    """Refuses a place where no drawing can be written, before anything was worked for.
+
+    Raises:
+        ValueError: for a suffix that names no kind of image, or a place where nothing can be written.
+    """
+    if os.path.splitext(path)[1].lower() not in DRAWING_SUFFIXES:
+        raise ValueError(f"`output` {os.fspath(path)} must end in one of {', '.join(DRAWING_SUFFIXES)}.")
+    check_output(path)
 
 
 def draw_picture(axis: "Axes", image: Image.Image, **options) -> None:
@@ -77,8 +72,8 @@ def draw_picture(axis: "Axes", image: Image.Image, **options) -> None:
 
 
 def preprocess(image: Image.Image, processor, model) -> torch.Tensor:
-    """A picture as a model on its device takes it: (1, channels, height, width)."""
-    pixel_values = processor(images=image.convert("RGB"), return_tensors="pt")["pixel_values"]
+    """An image as a model on its device takes it: (1, channels, height, width)."""
+    pixel_values = processor(images=to_rgb(image), return_tensors="pt")["pixel_values"]
     return pixel_values.to(device=model.device, dtype=model.dtype)
 
 
@@ -95,7 +90,7 @@ def image_drawer(model, processor) -> Callable[["Axes", Image.Image, object], No
 
 
 def draw_classification(model, processor, records: Sequence[dict]) -> "Figure":
-    """What a model says of pictures: a row a picture (at most `MAX_PICTURES`), a column a budget.
+    """What a model says of images: one row per image (at most `MAX_PICTURES`), one column per budget.
 
     Args:
         model: the classifier.
@@ -106,20 +101,22 @@ def draw_classification(model, processor, records: Sequence[dict]) -> "Figure":
         ValueError: if there are no records.
     """
     if not records:
-        raise ValueError("`records` is empty: no picture was classified, so there is none to draw.")
+        raise ValueError("`records` is empty: no image was classified, so there is none to draw.")
     draw = image_drawer(model, processor)
-    is_patch_size = budget_argument_of(model.config) == "patch_size"
+    argument = budget_argument_of(model.config)
     files = list(dict.fromkeys(record["file"] for record in records))[:MAX_PICTURES]
     by_file = [[record for record in records if record["file"] == file] for file in files]
     figure, axes = make_grid(len(files), max(map(len, by_file)), cell=(2.0, 2.25))
     for row, of_file in zip(axes, by_file, strict=True):
         image = open_image(of_file[0]["file"])
-        row[0].set_ylabel(os.path.basename(of_file[0]["file"]), fontsize=8)
+        row[0].set_ylabel(no_math(os.path.basename(of_file[0]["file"])), fontsize=8)
         for axis, record in zip(row, of_file, strict=False):
             draw(axis, image, record["budget"])
-            axis.set_xlabel(f"{record['label']}  {record['score']:.0%}", fontsize=10)
+            axis.set_xlabel(f"{no_math(record['label'])}  {record['score']:.0%}", fontsize=10)
     for axis, record in zip(axes[0], by_file[0], strict=False):
-        title = [f"patch size {format_budget(record['budget'])}"] if is_patch_size else []
+        # a budget that is a number of tokens is said once
+        says_more = argument is not None and record["budget"] not in (None, record["tokens"])
+        title = [f"{argument.replace('_', ' ')} {format_budget(record['budget'], model.config)}"] if says_more else []
         title += [f"{record['tokens']} tokens"] if record["tokens"] else []
         axis.set_title("\n".join(title), fontsize=9)
     return figure
@@ -162,44 +159,49 @@ def features_to_rgb(feature_maps: Sequence[np.ndarray]) -> list[np.ndarray]:
 
 
 def show(
-    model: str | os.PathLike, image: str | os.PathLike | Image.Image, budgets: Sequence | None = None
+    model: str | os.PathLike,
+    image: str | os.PathLike | Image.Image,
+    budgets: Sequence | None = None,
+    *,
+    device: str | None = "cpu",
+    trust_remote_code: bool = False,
 ) -> Image.Image:
-    """What a model looks at in a picture, drawn in the manner of its family.
+    """What a model looks at in an image, drawn in the manner of its family.
 
     FlexiViT: the patches and the features at several patch sizes. Quadtree ViT: the patches at several numbers of
     tokens, each as coarse as the model sees it. S2: the tiles and the features of each scale. SparseFormer: the
     regions of interest and the sampling points of its tokens, step by step.
 
     Args:
-        model: name of a bundled checkpoint, local folder, or name on the hub.
-        image: a picture, or its file.
-        budgets: patch sizes of a FlexiViT, token counts of a Quadtree ViT; the model's own when None. The other
-            families take none.
+        model (`str` or `os.PathLike`): name of a bundled checkpoint, local folder, or name on the hub.
+        image (`str`, `os.PathLike` or `PIL.Image.Image`): an image, or its file.
+        budgets (`Sequence`, *optional*): values of the model's budget argument, as texts that a user types or as they
+            are (patch sizes of a FlexiViT, token counts of a Quadtree ViT, lists of scales of S2); the model's own
+            when `None`.
+        device (`str`, *optional*, defaults to `"cpu"`): where the model runs.
+        trust_remote_code (`bool`, *optional*, defaults to `False`): run code that the checkpoint brings.
 
     Raises:
-        ValueError: for a model of another family, a file that is no picture, or a budget that the model cannot take.
+        ValueError: for a model of another family, a file that is no image, or a budget that the model cannot take.
         OSError: if there is no such checkpoint.
     """
-    source = resolve_checkpoint(model)
-    config = AutoConfig.from_pretrained(source)
+    opened = to_rgb(image) if isinstance(image, Image.Image) else open_image(image)
+    config = load_config(model, trust_remote_code=trust_remote_code)
     family = family_of(config)
     if family is None or family.drawing is None:
         drawn = ", ".join(name for name, other in families().items() if other.drawing is not None)
         raise ValueError(
             f"`model` is of type {config.model_type!r}, which has no drawing; those that have one: {drawn}."
         )
-    if not isinstance(image, Image.Image):
-        try:
-            image = open_image(image)
-        except ValueError as error:
-            raise ValueError(f"`image` {os.fspath(image)!r} cannot be drawn: {error}.") from error
-    network = AutoModel.from_pretrained(source).eval()
-    processor = AutoImageProcessor.from_pretrained(source)
-    drawing = family.function("drawing")(network, processor, image, budgets)
+    network, processor = load_base_model(model, device, trust_remote_code=trust_remote_code)
+    if budgets is not None:
+        budgets = [parse_budget(network.config, budget) if isinstance(budget, str) else budget for budget in budgets]
+    drawing = family.function("drawing")(network, processor, opened, budgets)
     return drawing if isinstance(drawing, Image.Image) else figure_to_image(drawing)
 
 
 __all__ = [
+    "check_image_output",
     "draw_classification",
     "draw_picture",
     "features_to_rgb",
@@ -207,6 +209,5 @@ __all__ = [
     "image_drawer",
     "make_grid",
     "preprocess",
-    "seen_region",
     "show",
 ]

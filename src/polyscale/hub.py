@@ -21,14 +21,35 @@ from transformers.models.auto.video_processing_auto import VIDEO_PROCESSOR_MAPPI
 from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, VIDEO_PROCESSOR_NAME
 
 from .hub_parts import MODULE, Parts, inner_configs
+from .models.auto import family_of
 
 
 _PACKAGE = __name__.partition(".")[0]
 _WEIGHTS = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
 
 
-def _is_ours(module_name: str) -> bool:
-    return module_name.partition(".")[0] == _PACKAGE
+def _package(module_name: str) -> str:
+    return module_name.partition(".")[0]
+
+
+def _packages_of(model: PreTrainedModel) -> frozenset[str]:
+    """The packages whose modules travel with a model: this one, and the one that its family is defined in.
+
+    Raises:
+        ValueError: for a model of no registered family, or one that is defined in no file.
+    """
+    classes = (type(model), type(model.config))
+    if family_of(model.config) is None:
+        raise ValueError(
+            f"`model` is a {classes[0].__module__}.{classes[0].__name__}: only a model of a registered family carries "
+            "its code. Save other models with `model.save_pretrained`."
+        )
+    for cls in classes:
+        if getattr(sys.modules[cls.__module__], "__file__", None) is None:
+            raise ValueError(
+                f"`model`: {cls.__name__} is defined in no file. Put its family into a module of its own."
+            )
+    return frozenset({_PACKAGE, *(_package(cls.__module__) for cls in classes)})
 
 
 def _flat_name(module_name: str) -> str:
@@ -39,16 +60,16 @@ def _reference(cls: type) -> str:
     return f"{_flat_name(cls.__module__)}.{cls.__name__}"
 
 
-def _target_module(node: ast.ImportFrom, module_name: str) -> str | None:
-    """The full name of the polyscale module that an import statement of `module_name` reads from, if it is one."""
+def _target_module(node: ast.ImportFrom, module_name: str, packages: frozenset[str]) -> str | None:
+    """The full name of the module of `packages` that an import statement of `module_name` reads from, if it is one."""
     if node.level == 0:
-        return node.module if _is_ours(node.module) else None
+        return node.module if _package(node.module) in packages else None
     parents = module_name.split(".")[: -node.level]
     return ".".join([*parents, node.module] if node.module else parents)
 
 
-def _flatten(module_name: str) -> tuple[str, set[str]]:
-    """The source of a module with its polyscale imports made flat, and the names of the modules it imports from.
+def _flatten(module_name: str, packages: frozenset[str]) -> tuple[str, set[str]]:
+    """The source of a module with its imports from `packages` made flat, and the names of the modules it imports from.
 
     Raises:
         ValueError: for an import that has no flat form.
@@ -57,9 +78,11 @@ def _flatten(module_name: str) -> tuple[str, set[str]]:
     lines = source.splitlines(keepends=True)
     targets = set()
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import) and any(_is_ours(alias.name) for alias in node.names):
-            raise ValueError(f"{module_name}, line {node.lineno}: `import {_PACKAGE}` cannot travel with weights.")
-        target = _target_module(node, module_name) if isinstance(node, ast.ImportFrom) else None
+        if isinstance(node, ast.Import) and any(_package(alias.name) in packages for alias in node.names):
+            raise ValueError(
+                f"{module_name}, line {node.lineno}: `import {node.names[0].name}` cannot travel with weights."
+            )
+        target = _target_module(node, module_name, packages) if isinstance(node, ast.ImportFrom) else None
         if target is None:
             continue
         if Path(sys.modules[target].__file__).name == "__init__.py":
@@ -74,8 +97,8 @@ def _flatten(module_name: str) -> tuple[str, set[str]]:
     return "".join(lines), targets
 
 
-def _flat_sources(classes: list[type]) -> dict[str, str]:
-    """File name -> source, for the modules of `classes` and all they import from polyscale.
+def _flat_sources(classes: list[type], packages: frozenset[str]) -> dict[str, str]:
+    """File name -> source, for the modules of `classes` and all they import from `packages`.
 
     Raises:
         ValueError: if two modules have the same name, or an import has no flat form.
@@ -89,7 +112,7 @@ def _flat_sources(classes: list[type]) -> dict[str, str]:
         if modules.setdefault(file_name, module_name) != module_name:
             raise ValueError(f"{modules[file_name]} and {module_name} would both be written as {file_name}.")
         if file_name not in sources:
-            sources[file_name], targets = _flatten(module_name)
+            sources[file_name], targets = _flatten(module_name, packages)
             waiting.extend(sorted(targets))
     return sources
 
@@ -124,16 +147,20 @@ def _processor_classes(config_class: type, processor) -> tuple[str, str, dict[st
 
 
 def _plan_parts(model: PreTrainedModel, processor) -> Parts | None:
-    """The models of polyscale inside a model, where there are any."""
-    inside = [config for config in inner_configs(model.config) if _is_ours(type(config).__module__)]
-    if not inside:
+    """The models of registered families inside a model, and what holds them, where there are any."""
+    inside = list(inner_configs(model.config))
+    if not any(family_of(config) is not None for config in inside):
         return None
-    is_outer_ours = _is_ours(type(model).__module__)
-    is_whole = isinstance(processor, ProcessorMixin) and _is_ours(type(processor).__module__)
+    inside = [config for config in inside if family_of(config) is not None or _package_of(config) == _PACKAGE]
+    is_whole = isinstance(processor, ProcessorMixin) and _package_of(processor) == _PACKAGE
     parts = Parts.of(inside, processor if is_whole else None)
-    if not is_outer_ours:
+    if family_of(model.config) is None:
         parts.outer = type(model)
     return parts
+
+
+def _package_of(thing: object) -> str:
+    return _package(type(thing).__module__)
 
 
 def _add_auto_map(path: Path, auto_map: dict) -> None:
@@ -166,11 +193,11 @@ def save_with_code(model: PreTrainedModel, save_directory: str | os.PathLike, pr
     other Auto classes of the family, both backends of the image processor and the pipelines. Where polyscale is
     imported, its own classes are used instead. Nothing is written before every module was found and rewritten.
 
-    A LLaVA with a tower of polyscale carries the tower's code and that of its processor; it loads with
+    A LLaVA with a tower of a registered family carries the tower's code and that of its processor; it loads with
     `AutoModelForImageTextToText` and `AutoProcessor`.
 
     Args:
-        model: a model of any polyscale family, with any head, or a LLaVA with a tower of polyscale.
+        model: a model of any registered family, with any head, or a LLaVA with a tower of one.
         save_directory: created if missing. Files of the same names are replaced (a link itself, not what it points
             at), weights of an earlier save removed, other files left alone.
         processor: the image or video processor of the same family; of a LLaVA, its processor.
@@ -180,17 +207,13 @@ def save_with_code(model: PreTrainedModel, save_directory: str | os.PathLike, pr
         The folder.
 
     Raises:
-        ValueError: if `model` or `processor` is not of a polyscale family, and no polyscale model is inside of it.
+        ValueError: if `model` or `processor` is not of a registered family, and no such model is inside of it.
     """
     config_class = type(model.config)
     parts = _plan_parts(model, processor)
     if parts is not None and parts.outer is not None:
         return _save_with_parts(model, Path(save_directory), processor, parts, **kwargs)
-    if not _is_ours(type(model).__module__) or not _is_ours(config_class.__module__):
-        raise ValueError(
-            f"`model` is a {type(model).__module__}.{type(model).__name__}: only a polyscale model carries code of "
-            "polyscale. Save other models with `model.save_pretrained`."
-        )
+    packages = _packages_of(model)
     model_classes = _model_classes(config_class)
     auto_map = {"AutoConfig": _reference(config_class)}
     auto_map.update({name: _reference(cls) for name, cls in model_classes.items()})
@@ -203,8 +226,8 @@ def save_with_code(model: PreTrainedModel, save_directory: str | os.PathLike, pr
     if parts is not None:  # the module that registers what is inside holds the outer classes too
         parts.others += list(dict.fromkeys(needed))
         auto_map = {name: f"{MODULE}.{reference.rpartition('.')[2]}" for name, reference in auto_map.items()}
-        needed = parts.classes
-    sources = _flat_sources(needed) | ({} if parts is None else {f"{MODULE}.py": parts.source()})
+        needed, packages = parts.classes, packages | parts.packages
+    sources = _flat_sources(needed, packages) | ({} if parts is None else {f"{MODULE}.py": parts.source()})
 
     folder = Path(save_directory)
     folder.mkdir(parents=True, exist_ok=True)
@@ -223,7 +246,7 @@ def save_with_code(model: PreTrainedModel, save_directory: str | os.PathLike, pr
 
 def _save_with_parts(model: PreTrainedModel, folder: Path, processor, parts: Parts, **kwargs) -> Path:
     """A model of transformers with models of polyscale inside: a LLaVA with another tower, say."""
-    sources = _flat_sources(parts.classes) | {f"{MODULE}.py": parts.source()}
+    sources = _flat_sources(parts.classes, parts.packages) | {f"{MODULE}.py": parts.source()}
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch_name:
         scratch = Path(scratch_name)

@@ -58,6 +58,12 @@ class Parts:
         processors = [one for backends in self.image_processors.values() for one in backends.values()]
         return list(dict.fromkeys([*self.models, *self.models.values(), *processors, *self.others]))
 
+    @property
+    def packages(self) -> frozenset[str]:
+        """The packages whose modules travel."""
+        modules = [__name__, *(one.__module__ for one in self.classes)]
+        return frozenset(module.partition(".")[0] for module in modules)
+
     def auto_map(self, model_classes: dict[str, type]) -> dict[str, str]:
         """The `auto_map` of an outer model of transformers.
 

@@ -1,13 +1,18 @@
+import subprocess
+import sys
+
 import pytest
 import typer
 from typer.testing import CliRunner
 
+import polyscale
 from polyscale.cli import app
-from polyscale.cli.arguments import parse_fields, parse_numbers, parse_size, split_list
+from polyscale_cli.arguments import join_lists, parse_fields, parse_numbers, parse_size, split_list
 
 
 def test_lists_sizes_numbers_and_fields():
     assert split_list("8,12 16") == ["8", "12", "16"]
+    assert split_list(["8,12", "16"]) == ["8", "12", "16"]
     assert split_list(None) is None
     assert [parse_size(text) for text in ("16", "10x15", "10X15")] == [16, (10, 15), (10, 15)]
     assert parse_numbers("0.5,.25 0.25") == [0.5, 0.25, 0.25]
@@ -26,8 +31,9 @@ def test_a_size_that_is_none(text):
 
 def test_bad_arguments_end_with_a_message_and_no_traceback():
     for arguments, message in (
-        (["train", "data", "out", "--patch-sizes", "4", "big"], "expected a number such as 16"),
-        (["train", "data", "out", "--mean", "a", "b"], "expected numbers"),
+        (["train", "data", "out", "--patch-sizes", "4,big"], "expected a number such as 16"),
+        (["train", "data", "out", "--patch-sizes", "4", "big"], "unexpected extra argument"),
+        (["train", "data", "out", "--mean", "a,b"], "expected numbers"),
         (["train", "data", "out", "--set", "patch_size"], "expected FIELD=JSON"),
     ):
         result = CliRunner().invoke(app, arguments)
@@ -40,3 +46,41 @@ def test_help_lists_every_command():
     assert result.exit_code == 0
     for command in ("classify", "show", "convert", "convert-patch-embed", "train", "evaluate", "benchmark"):
         assert command in result.output
+
+
+@pytest.mark.parametrize(
+    ("typed", "joined"),
+    [
+        ("--budgets 4 8x16 photo.jpg", "--budgets 4,8x16 photo.jpg"),
+        ("photo.jpg --budgets 4, 8", "photo.jpg --budgets 4,8"),
+        ("--budgets=4 8 -- 9", "--budgets=4,8 -- 9"),
+        ("--patch-sizes 8 16 MODEL 7", "--patch-sizes 8,16 MODEL 7"),
+        ("--budgets 1+2 1+3.5 --limit 5", "--budgets 1+2,1+3.5 --limit 5"),
+        ("--budgets 4 -4 -o", "--budgets 4,-4 -o"),
+        ("--budgets 4 --budgets 8", "--budgets 4 --budgets 8"),
+        ("--mean imagenet data", "--mean imagenet data"),
+        ("--mean .5 0.5 1e-1", "--mean .5,0.5,1e-1"),
+        ("--limit 4 8", "--limit 4 8"),
+        ("--budgets", "--budgets"),
+    ],
+)
+def test_numbers_after_an_option_are_its_values_and_nothing_else_is(typed, joined):
+    assert join_lists(typed.split()) == joined.split()
+
+
+def test_the_version_is_the_package_s():
+    result = CliRunner().invoke(app, ["--version"])
+    assert (result.exit_code, result.output) == (0, f"polyscale {polyscale.__version__}\n")
+
+
+def test_help_imports_no_model():
+    code = (
+        "import sys; sys.argv = ['polyscale', '--help']\n"
+        "from polyscale_cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "print(sorted({name.partition('.')[0] for name in sys.modules} & {'polyscale', 'torch', 'transformers'}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "benchmark" in done.stdout
+    assert done.stdout.splitlines()[-1] == "[]"

@@ -10,7 +10,7 @@ from polyscale.assets import sample_photographs
 from polyscale.classification import classify_images
 from polyscale.cli import app
 
-from ..tiny_checkpoints import save_tiny_flexivit
+from ..tiny_checkpoints import save_tiny_flexivit, save_tiny_s2, save_tiny_sparseformer
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def test_classify_reports_a_bad_file_goes_on_and_exits_with_1(checkpoint, tmp_pa
     done = run("classify", tmp_path / "broken.png", tmp_path / "missing.png", sample_photographs()[0], *arguments)
     assert done.exit_code == 1
     assert [record["file"] for record in json.loads(done.stdout)] == [str(sample_photographs()[0])]
-    assert f"{tmp_path / 'broken.png'}: not a readable picture" in done.stderr
+    assert f"{tmp_path / 'broken.png'}: not a readable image" in done.stderr
     assert f"{tmp_path / 'missing.png'}: no such file" in done.stderr
     assert output.is_file()
 
@@ -105,3 +105,83 @@ def test_benchmark_prints_a_row_a_budget(checkpoint):
     done = run("benchmark", checkpoint, "--budgets", "99", *arguments)
     assert done.exit_code == 2
     assert "`patch_size` must not be larger" in done.stderr
+
+
+def test_labels_and_names_are_no_markup_and_no_formulas(tmp_path):
+    labels = ["[/red] $\\frac{$", "[bold]b", "\x1b[31mc"]
+    checkpoint = save_tiny_flexivit(
+        tmp_path / "model", id2label=dict(enumerate(labels)), label2id={label: i for i, label in enumerate(labels)}
+    )
+    file = tmp_path / "$x_[bold].png"
+    Image.new("RGB", (32, 32)).save(file)
+    done = run("classify", file, "--model", checkpoint, "--budgets", 8, "--output", tmp_path / "sheet.png")
+    assert done.exit_code == 0, done.output
+    assert file.name in done.output
+    assert any(label.replace("\x1b", "\N{REPLACEMENT CHARACTER}") in done.output for label in labels)
+    assert (tmp_path / "sheet.png").is_file()
+
+
+def test_a_folder_of_many_gets_a_row_an_image_and_a_summary(checkpoint, tmp_path):
+    for index in range(15):
+        Image.new("RGB", (32, 32), (index * 17, 0, 0)).save(tmp_path / f"{index:02}.png")
+    done = run("classify", tmp_path, "--model", checkpoint, "--budgets", "4", "16", "--batch-size", 4)
+    assert done.exit_code == 0, done.output
+    lines = [line for line in done.output.splitlines() if ".png" in line]
+    assert len(lines) == 15
+    records, _ = classify_images([tmp_path], checkpoint, [4, 16])
+    by_budget = {budget: [r["label"] for r in records if r["budget"] == budget] for budget in (4, 16)}
+    same = sum(fine == coarse for fine, coarse in zip(by_budget[4], by_budget[16], strict=True)) / 15
+    summary = " ".join(done.output.split())
+    assert f"{same:.1%}" in summary
+    assert "100.0%" in summary
+
+
+@pytest.mark.parametrize(
+    ("save", "budgets", "expected"),
+    [(save_tiny_s2, ["--budgets", "1+2", "2+3"], [16, 64]), (save_tiny_sparseformer, [], [9])],
+)
+def test_every_family_goes_through_every_command(save, budgets, expected, tmp_path):
+    model = save(tmp_path / "model")
+    photograph = sample_photographs()[0]
+    done = run("classify", photograph, "--model", model, "--json", *budgets)
+    assert done.exit_code == 0, done.output
+    assert [record["tokens"] for record in json.loads(done.stdout)] == expected
+    done = run("benchmark", model, "--json", "--rounds", 1, "--batch-size", 1, *budgets)
+    assert done.exit_code == 0, done.output
+    assert [row["tokens"] for row in json.loads(done.stdout)] == expected
+    done = run("show", photograph, "--model", model, "--output", tmp_path / "show.png", *budgets)
+    assert done.exit_code == 0, done.output
+    for name in ("cat", "dog"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        Image.open(photograph).save(tmp_path / "data" / name / "a.png")
+    done = run("evaluate", model, tmp_path / "data", "--json", *budgets)
+    assert done.exit_code == 0, done.output
+    assert [(record["tokens"], record["images"]) for record in json.loads(done.stdout)] == [
+        (tokens, 2) for tokens in expected
+    ]
+
+
+@pytest.mark.parametrize("command", ["classify", "show"])
+@pytest.mark.parametrize("place", ["folder.png", "file/below.png", "sheet.xyz"])
+def test_an_output_that_cannot_be_is_refused_before_the_work(checkpoint, command, place, tmp_path):
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "file").write_text("kept")
+    done = run(command, sample_photographs()[0], "--model", checkpoint, "--output", tmp_path / place)
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert "`output`" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_failed_drawing_leaves_no_file(checkpoint, tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    def full_disk(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Figure, "savefig", full_disk)
+    (tmp_path / "sheet.png").write_bytes(b"old")
+    done = run("classify", sample_photographs()[0], "--model", checkpoint, "--output", tmp_path / "sheet.png")
+    assert done.exit_code == 2
+    assert "cannot be written: No space left on device" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["sheet.png"]
+    assert (tmp_path / "sheet.png").read_bytes() == b"old"

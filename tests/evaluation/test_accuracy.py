@@ -1,41 +1,59 @@
+import csv
 import json
 
 import numpy as np
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, Features, Image
+from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as PILImage
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 from typer.testing import CliRunner
 
-from polyscale import FlexiViTConfig, FlexiViTForImageClassification, FlexiViTImageProcessor
+from polyscale import FlexiViTConfig, FlexiViTForImageClassification, FlexiViTImageProcessor, QuadtreeViTImageProcessor
 from polyscale.cli import app
-from polyscale.evaluation import evaluate_budgets, load_classifier, plot_results
-from polyscale.layers.token_budget import budget_argument_of, count_tokens
+from polyscale.evaluation import evaluate_budgets, evaluate_checkpoints, load_classifier, wilson_interval
+from polyscale.training.data import sample_rows
+
+from ..tiny_checkpoints import save_tiny_quadtree_vit, save_tiny_s2, save_tiny_sparseformer
 
 
 NAMES = ["a", "b", "c"]
 
 
+def make_split(names=NAMES, count=11, images=None) -> Dataset:
+    rng = np.random.default_rng(0)
+    made = [PILImage.fromarray(rng.integers(0, 255, (20, 28, 3)).astype(np.uint8)) for _ in range(count)]
+    labels = [int(label) for label in rng.integers(0, len(names), count)]
+    features = Features({"image": Image(), "label": ClassLabel(names=names)})
+    return Dataset.from_dict({"image": images or made, "label": labels}, features=features)
+
+
 @pytest.fixture(scope="module")
 def split() -> Dataset:
-    rng = np.random.default_rng(0)
-    images = [PILImage.fromarray(rng.integers(0, 255, (20, 28, 3)).astype(np.uint8)) for _ in range(11)]
-    labels = [int(label) for label in rng.integers(0, 3, 11)]
-    features = Features({"image": Image(), "label": ClassLabel(names=NAMES)})
-    return Dataset.from_dict({"image": images, "label": labels}, features=features)
+    return make_split()
+
+
+def save_checkpoint(folder, **fields):
+    torch.manual_seed(0)
+    config = FlexiViTConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=16,
+        base_patch_size=4,
+        initializer_range=0.3,  # so that answers differ from image to image
+        id2label=dict(enumerate(NAMES)),
+        label2id={name: index for index, name in enumerate(NAMES)},
+        **fields,
+    )
+    FlexiViTForImageClassification(config).save_pretrained(folder)
+    FlexiViTImageProcessor(size={"shortest_edge": 20}, crop_size={"height": 16, "width": 16}).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    torch.manual_seed(0)
-    config = FlexiViTConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=16, base_patch_size=4, num_labels=3
-    )
-    folder = tmp_path_factory.mktemp("checkpoint")
-    FlexiViTForImageClassification(config).save_pretrained(folder)
-    FlexiViTImageProcessor(size={"shortest_edge": 20}, crop_size={"height": 16, "width": 16}).save_pretrained(folder)
-    return folder
+    return save_checkpoint(tmp_path_factory.mktemp("checkpoint"))
 
 
 def accuracy_by_hand(model, pixel_values, labels, **budget) -> float:
@@ -45,9 +63,17 @@ def accuracy_by_hand(model, pixel_values, labels, **budget) -> float:
 
 def test_each_budget_has_the_accuracy_of_a_plain_loop(split, checkpoint):
     model, processor = load_classifier(checkpoint)
+    done = []
     results = evaluate_budgets(
-        model, processor, split, budgets=[2, 4, (8, 4)], image_sizes=[16, (16, 24)], batch_size=4
+        model,
+        processor,
+        split,
+        budgets=[2, 4, (8, 4)],
+        image_sizes=[16, (16, 24)],
+        batch_size=4,
+        progress=lambda *args: done.append(args),
     )
+    assert done == [(4, 22), (8, 22), (11, 22), (15, 22), (19, 22), (22, 22)]
     assert [(result.image_size, result.budget) for result in results] == [
         (size, budget) for size in ((16, 16), (16, 24)) for budget in (2, 4, (8, 4))
     ]
@@ -58,38 +84,148 @@ def test_each_budget_has_the_accuracy_of_a_plain_loop(split, checkpoint):
             crop_size=dict(zip(("height", "width"), result.image_size, strict=True)),
             return_tensors="pt",
         )["pixel_values"]
-        assert result.top1 == pytest.approx(
-            accuracy_by_hand(model, pixel_values, split["label"], patch_size=result.budget)
-        )
-        assert result.tokens == model.num_tokens_for(result.image_size, result.budget)
+        expected = accuracy_by_hand(model, pixel_values, split["label"], patch_size=result.budget)
+        assert result.top1 == pytest.approx(expected)
+        assert result.tokens == model.config.num_tokens_for(result.image_size, patch_size=result.budget)
         assert result.top5 == 1.0
-        assert result.images_per_second > 0
+        assert result.images == 11
+        assert result.top1_interval == wilson_interval(result.top1, 11)
 
 
-def test_defaults_are_the_checkpoints_own(split, checkpoint):
+def test_the_interval_is_that_of_wilson():
+    # the examples of Newcombe (1998), table I: 81 of 263, and 0 of 20
+    assert wilson_interval(81 / 263, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
+    assert wilson_interval(0, 20) == pytest.approx((0, 0.1611), abs=5e-5)
+    assert wilson_interval(1, 29)[1] == 1
+
+
+def test_all_default_budgets_are_run(split, checkpoint, tmp_path):
     model, processor = load_classifier(checkpoint)
     (result,) = evaluate_budgets(model, processor, split)
     pixel_values = processor(list(split["image"]), return_tensors="pt")["pixel_values"]
-    assert (result.image_size, result.budget, result.tokens) == ((16, 16), None, 16)
+    assert (result.image_size, result.budget, result.tokens) == ((16, 16), 4, 16)
     assert result.top1 == pytest.approx(accuracy_by_hand(model, pixel_values, split["label"]))
+    loaded = load_classifier(save_checkpoint(tmp_path, train_patch_sizes=[8, 4, 2]))
+    assert [result.budget for result in evaluate_budgets(*loaded, split)] == [2, 4, 8]
 
 
 def test_statistics_and_interpolation_reach_the_processor(split, checkpoint):
     model, processor = load_classifier(checkpoint)
-    seen = {}
-
-    def recording(images, **options):
-        seen.update(options)
-        return processor(images, **options)
-
-    recording.do_center_crop, recording.size, recording.crop_size = True, processor.size, processor.crop_size
-    evaluate_budgets(
-        model, recording, split, crop_pct=0.5, mean="imagenet", std=[0.1, 0.2, 0.3], interpolation="nearest"
+    changes = {"crop_pct": 0.5, "mean": "imagenet", "std": [0.1, 0.2, 0.3], "interpolation": "nearest"}
+    (result,) = evaluate_budgets(model, processor, split, [4], **changes)
+    by_hand = FlexiViTImageProcessor(
+        size={"shortest_edge": 32},
+        crop_size={"height": 16, "width": 16},
+        image_mean=[0.485, 0.456, 0.406],
+        image_std=[0.1, 0.2, 0.3],
+        resample=0,
     )
-    assert seen["size"] == {"shortest_edge": 32}
-    assert seen["image_mean"] == [0.485, 0.456, 0.406]
-    assert seen["image_std"] == [0.1, 0.2, 0.3]
-    assert seen["resample"] == 0
+    pixel_values = by_hand(list(split["image"]), return_tensors="pt")["pixel_values"]
+    assert result.top1 == pytest.approx(accuracy_by_hand(model, pixel_values, split["label"], patch_size=4))
+    with torch.no_grad():
+        logits = model(pixel_values, patch_size=4).logits
+    own = processor(list(split["image"]), return_tensors="pt")["pixel_values"]
+    assert not torch.allclose(logits, model(own, patch_size=4).logits, atol=1e-2)
+
+
+def test_classes_are_matched_by_name(checkpoint):
+    model, processor = load_classifier(checkpoint)
+    split = make_split()
+    expected = [result.top1 for result in evaluate_budgets(model, processor, split, [2, 4])]
+    order = ["c", "A", "b"]
+    renamed = [order.index(NAMES[label].upper() if NAMES[label] == "a" else NAMES[label]) for label in split["label"]]
+    features = Features({"image": Image(), "label": ClassLabel(names=order)})
+    turned = Dataset.from_dict({"image": list(split["image"]), "label": renamed}, features=features)
+    assert [result.top1 for result in evaluate_budgets(model, processor, turned, [2, 4])] == expected
+    integers = split.cast_column("label", Value("int64"))
+    assert [result.top1 for result in evaluate_budgets(model, processor, integers, [2, 4])] == expected
+    pets = split.cast_column("label", ClassLabel(names=["cat", "dog", "owl"]))
+    with pytest.raises(ValueError, match=r"'cat', 'dog', 'owl'\. Of the model: 'a', 'b', 'c'"):
+        evaluate_budgets(model, processor, pets)
+    mapped = evaluate_budgets(model, processor, pets, [2, 4], label_map={"cat": "a", "dog": "b", "owl": "c"})
+    assert [result.top1 for result in mapped] == expected
+
+
+def test_a_part_of_the_classes_and_their_accuracies(checkpoint):
+    model, processor = load_classifier(checkpoint)
+    split = make_split(["c", "a"])
+    (result,) = evaluate_budgets(model, processor, split, [4], per_class=True)
+    pixel_values = processor(list(split["image"]), return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        best = model(pixel_values).logits.argmax(-1).tolist()
+    right = [guess == [2, 0][label] for guess, label in zip(best, split["label"], strict=True)]
+    assert result.top1 == pytest.approx(np.mean(right))
+    for label, name in enumerate(["c", "a"]):
+        of_class = [hit for hit, other in zip(right, split["label"], strict=True) if other == label]
+        assert result.per_class[name] == {"images": len(of_class), "top1": pytest.approx(np.mean(of_class))}
+
+
+def test_labels_that_are_missing_are_no_class(split, checkpoint):
+    rows = {"image": list(split["image"]), "label": [-1] * len(split)}
+    unknown = Dataset.from_dict(rows, features=split.features)
+    with pytest.raises(ValueError, match="11 of the data's 11 labels are missing or -1"):
+        evaluate_budgets(*load_classifier(checkpoint), unknown)
+
+
+def test_odd_images_have_the_pixels_of_the_image_processor(checkpoint, tmp_path):
+    model, processor = load_classifier(checkpoint)
+    deep = PILImage.fromarray((np.random.default_rng(1).random((20, 28)) * 65535).astype(np.uint16))
+    deep.save(tmp_path / "deep.png")
+    PILImage.fromarray(np.ones((20, 28), dtype=np.float32)).save(tmp_path / "float.tif")
+    split = make_split(count=1, images=[str(tmp_path / "deep.png")])
+    seen = []
+    model.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["pixel_values"]), with_kwargs=True)
+    evaluate_budgets(model, processor, split, [4])
+    torch.testing.assert_close(
+        seen[0], processor(PILImage.open(tmp_path / "deep.png"), return_tensors="pt")["pixel_values"], rtol=0, atol=0
+    )
+    with pytest.raises(ValueError, match=r"float\.tif: pixels are 32-bit floats"):
+        evaluate_budgets(model, processor, make_split(count=1, images=[str(tmp_path / "float.tif")]))
+
+
+@pytest.mark.parametrize("save", [save_tiny_s2, save_tiny_sparseformer, save_tiny_quadtree_vit])
+def test_image_sizes_take_effect_in_every_family(save, tmp_path):
+    save(tmp_path)
+    model, processor = load_classifier(tmp_path)
+    split = make_split([model.config.id2label[index] for index in range(3)])
+    results = evaluate_budgets(model, processor, split, image_sizes=[32, 64])
+    assert [result.image_size for result in results] == [(32, 32), (64, 64)]
+    for result in results:
+        size = {"height": result.image_size[0], "width": result.image_size[1]}
+        if save is save_tiny_sparseformer:
+            sizes = {"size": {"shortest_edge": int(36 / 32 * size["height"])}, "crop_size": size}
+        else:
+            sizes = {"size": size, "crop_size": size}
+        pixel_values = processor(list(split["image"]), return_tensors="pt", **sizes)["pixel_values"]
+        assert result.top1 == pytest.approx(accuracy_by_hand(model, pixel_values, split["label"]))
+
+
+def test_a_size_without_effect_is_refused_and_varying_sizes_are_scored(tmp_path):
+    save_tiny_quadtree_vit(tmp_path, split_threshold=0.1, num_tokens=None)
+    model, _ = load_classifier(tmp_path)
+    processor = QuadtreeViTImageProcessor(size={"height": 32, "width": 32}, max_patch_size=16, fit="aspect")
+    images = [PILImage.linear_gradient("L").resize(size) for size in ((90, 30), (40, 40), (30, 90))]
+    images += [PILImage.new("L", (40, 40))]
+    split = make_split([model.config.id2label[0]], count=4, images=images)
+    (result,) = evaluate_budgets(model, processor, split)
+    counts = []
+    for image in images:
+        with torch.no_grad():
+            outputs = model(processor(image, return_tensors="pt")["pixel_values"])
+        counts.append(int((outputs.patch_sizes > 0).sum()))
+    assert counts[3] == 4  # nothing to split, and no padding counted
+    assert (result.image_size, result.tokens) == (None, pytest.approx(np.mean(counts), abs=0.051))
+    with pytest.raises(ValueError, match="`fit='aspect'`"):
+        evaluate_budgets(model, processor, split, image_sizes=[64])
+
+
+def test_a_limit_is_a_sample_over_all_classes():
+    labels = [0] * 50 + [1] * 50
+    rows = Dataset.from_dict({"label": labels})
+    sample = sample_rows(rows, 20)
+    assert 5 <= sum(sample["label"]) <= 15
+    assert sample["label"] == sample_rows(rows, 20)["label"]
+    assert len(sample_rows(rows, 1000)) == len(sample_rows(rows, None)) == 100
 
 
 def test_an_ordinary_vit_is_converted_on_the_fly(split, tmp_path):
@@ -106,7 +242,7 @@ def test_an_ordinary_vit_is_converted_on_the_fly(split, tmp_path):
     vit = ViTForImageClassification(config).eval()
     vit.save_pretrained(tmp_path)
     ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path)
-    model, processor = load_classifier(tmp_path, resize_method="interpolate")
+    model, processor = load_classifier(tmp_path, convert=True, resize_method="interpolate")
     assert model.config.resize_method == "interpolate"
     pixel_values = processor(list(split["image"]), return_tensors="pt")["pixel_values"]
     torch.testing.assert_close(model(pixel_values).logits, vit(pixel_values).logits, rtol=0, atol=1e-4)
@@ -117,44 +253,103 @@ def test_an_ordinary_vit_is_converted_on_the_fly(split, tmp_path):
 
 def test_bad_input(split, checkpoint):
     model, processor = load_classifier(checkpoint)
-    with pytest.raises(ValueError, match="`patch_size` must not be larger"):
-        evaluate_budgets(model, processor, split, budgets=[17])
-    with pytest.raises(ValueError, match="`interpolation` must be one of"):
-        evaluate_budgets(model, processor, split, interpolation="magic")
-    with pytest.raises(ValueError, match="`mean` must be one of"):
-        evaluate_budgets(model, processor, split, mean="mars")
+    for arguments, message in (
+        ({"budgets": [17]}, "`patch_size` must not be larger"),
+        ({"budgets": []}, "`budgets` is empty"),
+        ({"image_sizes": []}, "`image_sizes` is empty"),
+        ({"image_sizes": [0]}, "`image_sizes` must be at least 1"),
+        ({"interpolation": "magic"}, "`interpolation` must be one of"),
+        ({"mean": "mars"}, "`mean` must be one of"),
+        ({"std": [0.0, 1, 1]}, "`std` must be finite and above 0"),
+        ({"mean": [float("nan")] * 3}, "`mean` must be finite"),
+        ({"crop_pct": 0}, "`crop_pct` must be above 0"),
+        ({"batch_size": 0}, "`batch_size` must be at least 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            evaluate_budgets(model, processor, split, **arguments)
     with pytest.raises(ValueError, match="is empty"):
         evaluate_budgets(model, processor, split.select([]))
-    other = split.cast_column("label", ClassLabel(names=[*NAMES, "d"]))
-    with pytest.raises(ValueError, match="4 classes and the model 3"):
-        evaluate_budgets(model, processor, other)
 
 
-def test_count_tokens_and_budget_argument_of(checkpoint):
-    model, _ = load_classifier(checkpoint)
-    assert budget_argument_of(model.config) == "patch_size"
-    assert budget_argument_of(ViTConfig()) is None
-    assert count_tokens(None, model.config, (16, 16), patch_size=8) == [4]
+def run(*arguments):
+    return CliRunner().invoke(app, ["evaluate", *map(str, arguments)])
 
 
-def test_the_command_prints_and_writes(split, checkpoint, tmp_path):
-    split.to_parquet(tmp_path / "test.parquet")
-    arguments = ["evaluate", str(checkpoint), str(tmp_path / "test.parquet"), "--patch-sizes", "4", "8x4"]
-    result = CliRunner().invoke(app, [*arguments, "--limit", "5", "--output", str(tmp_path / "out")])
-    assert result.exit_code == 0, result.output
-    records = json.loads((tmp_path / "out" / "results.json").read_text())
+def test_the_command_says_what_it_measured_everywhere(split, checkpoint, tmp_path):
+    (tmp_path / "data").mkdir()
+    split.to_parquet(tmp_path / "data" / "test.parquet")
+    output = tmp_path / "out"
+    done = run(checkpoint, tmp_path / "data", "--budgets", "4", "8x4", "--limit", 5, "--output", output, "--per-class")
+    assert done.exit_code == 0, done.output
+    expected = evaluate_checkpoints([checkpoint], tmp_path / "data", limit=5, budget_words={"budgets": ["4", "8x4"]})
+    records = json.loads((output / "results.json").read_text())
     assert [(record["budget"], record["tokens"]) for record in records] == [(4, 16), ([8, 4], 8)]
-    with PILImage.open(tmp_path / "out" / "accuracy.png") as picture:
+    for record, result in zip(records, expected[0].results, strict=True):
+        assert record["top1"] == pytest.approx(result.top1)
+        assert (record["top1_low"], record["top1_high"]) == pytest.approx(result.top1_interval)
+        assert (record["model"], record["data"]) == (str(checkpoint), str(tmp_path / "data"))
+        assert (record["split"], record["images"], record["image_size"]) == ("test", 5, [16, 16])
+        assert {"polyscale", "torch", "transformers"} <= set(record["versions"])
+        assert set(record["per_class"]) <= set(NAMES)
+    with (output / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["budget"], row["image_size"], row["split"]) for row in rows] == [
+        ("4", "16x16", "test"),
+        ("8x4", "16x16", "test"),
+    ]
+    assert float(rows[0]["top1"]) == records[0]["top1"]
+    with PILImage.open(output / "accuracy.png") as picture:
         assert picture.size == (1050, 675)
-    assert "8x4" in result.output
+    assert sorted(path.name for path in output.iterdir()) == ["accuracy.png", "results.csv", "results.json"]
+    for said in ("8x4", "split test, 5 images", "95 %", "by class"):
+        assert said in " ".join(done.output.split())
+    assert "top-5" not in done.output  # of three classes
 
-    failed = CliRunner().invoke(app, [*arguments, "--mean", "mars"])
-    assert failed.exit_code == 2
-    assert "`mean` must be one of" in failed.output
+
+def test_several_models_are_measured_on_the_same_images(split, checkpoint, tmp_path):
+    split.to_parquet(tmp_path / "train.parquet")
+    other = save_checkpoint(tmp_path / "_$odd$ [/red]", train_patch_sizes=[2, 4])
+    done = run(checkpoint, other, tmp_path / "train.parquet", "--json", "--output", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    records = json.loads(done.stdout)
+    assert [(record["model"], record["budget"]) for record in records] == [
+        (str(checkpoint), 4),
+        (str(other), 2),
+        (str(other), 4),
+    ]
+    assert "no validation or test split: scored on 'train'" in done.stderr
+    assert json.loads((tmp_path / "out" / "results.json").read_text())[1]["model"] == str(other)
+    table = run(other, tmp_path / "train.parquet")
+    assert table.exit_code == 0
+    assert "[/red]" in table.output
 
 
-def test_plots_of_several_models(split, checkpoint, tmp_path):
-    model, processor = load_classifier(checkpoint)
-    results = evaluate_budgets(model, processor, split, budgets=[4, 8])
-    plot_results({"one": results, "two": results}, tmp_path / "plot.png")
-    assert (tmp_path / "plot.png").stat().st_size > 5000
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--mean", "mars"], "`mean` must be one of"),
+        (["--num-tokens", "16"], "`num_tokens` does not fit a model of type 'flexivit'"),
+        (["--budgets", "big"], "got 'big'"),
+        (["--device", "tpu9"], "`device`"),
+        (["--split", "nonsense"], "nonsense"),
+        (["--label-map", "a=z"], "no class of the model"),
+        (["--label-map", "nowhere.json"], "must be NAME=NAME or a JSON file"),
+    ],
+)
+def test_a_bad_word_is_one_line_and_exit_code_2(split, checkpoint, tmp_path, arguments, message):
+    split.to_parquet(tmp_path / "test.parquet")
+    done = run(checkpoint, tmp_path / "test.parquet", *arguments)
+    assert done.exit_code == 2
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(split, checkpoint, tmp_path):
+    split.to_parquet(tmp_path / "test.parquet")
+    (tmp_path / "file").write_text("kept")
+    for place in (tmp_path / "file", tmp_path / "file" / "below"):
+        done = run(checkpoint, tmp_path / "test.parquet", "--output", place)
+        assert (done.exit_code, done.stdout) == (2, "")
+        assert "`output`" in done.stderr
+    assert (tmp_path / "file").read_text() == "kept"
+    assert run(checkpoint).exit_code == 2

@@ -207,6 +207,7 @@ def _sparseformer_config(**overrides) -> PreTrainedConfig:
     return polyscale.SparseFormerConfig(**{**_SPARSEFORMER, **overrides})
 
 
+_CONVERTED_ROWS = tuple(column for column in COLUMNS if column.startswith("converted"))
 _LLAVA_ROWS = tuple(column for column in COLUMNS if column.startswith("LLaVA"))
 _FIXED_TOKENS = "The tokens of a SparseFormer are weights: their number is chosen when a model is made."
 
@@ -254,6 +255,7 @@ SPARSEFORMER_VIDEO = Family(
     not_asked={
         'pipeline("image-classification")': 'Not for videos: `pipeline("video-classification")` has its own test.',
         'pipeline("image-feature-extraction")': "transformers has no pipeline for features of videos.",
+        **dict.fromkeys(_CONVERTED_ROWS, "Made from a SparseFormer for images: no layout of its own."),
         **dict.fromkeys(_LLAVA_ROWS, "LLaVA takes pictures, not videos."),
     },
     dropout_overrides={"drop_path_rate": 0.2},
@@ -315,7 +317,7 @@ S2_VISION = Family(
 FAMILIES = (FLEXIVIT, QUADTREE_VIT, SPARSEFORMER, SPARSEFORMER_VIDEO, S2_VISION)
 
 
-def _cell(column: str, family: Family) -> list[pytest.MarkDecorator] | None:
+def cell(column: str, family: Family) -> list[pytest.MarkDecorator] | None:
     """The mark that writes a test's result to the README's table, or None where the family does not ask for it."""
     if column not in COLUMNS:
         raise ValueError(f"{column!r} is not a row of the table: add it to COLUMNS in table.py.")
@@ -324,7 +326,7 @@ def _cell(column: str, family: Family) -> list[pytest.MarkDecorator] | None:
 
 def each_family(column: str) -> pytest.MarkDecorator:
     """Parametrises a test by family; the results go to the row `column` of the README's table."""
-    rows = [(family, _cell(column, family)) for family in FAMILIES]
+    rows = [(family, cell(column, family)) for family in FAMILIES]
     return pytest.mark.parametrize(
         "family", [pytest.param(family, id=family.name, marks=marks) for family, marks in rows if marks is not None]
     )
@@ -341,9 +343,9 @@ def each_check(columns: dict[str, str], group: str, reported_as: str | None = No
     for family in FAMILIES:
         together = pytest.mark.xdist_group(f"{group}-{family.name}")
         for check, column in columns.items():
-            marks = _cell(column, family)
+            marks = cell(column, family)
             if marks is not None:
-                marks = marks if reported_as is None else _cell(reported_as, family)
+                marks = marks if reported_as is None else cell(reported_as, family)
                 rows.append(pytest.param(family, check, id=f"{family.name}-{check}", marks=[*marks, together]))
     return pytest.mark.parametrize(("family", "check"), rows)
 
@@ -352,4 +354,4 @@ def family_named(name: str) -> Family:
     return next(family for family in FAMILIES if family.name == name)
 
 
-__all__ = ["FAMILIES", "Budget", "Family", "Gap", "LlavaRecipe", "each_check", "each_family", "family_named"]
+__all__ = ["FAMILIES", "Budget", "Family", "Gap", "LlavaRecipe", "cell", "each_check", "each_family", "family_named"]

@@ -5,6 +5,7 @@ import importlib.util
 import numpy as np
 import pytest
 import torch
+from packaging.version import Version
 from torch.export import Dim
 from torch.testing import assert_close
 from transformers.exporters import (
@@ -21,8 +22,16 @@ from transformers.exporters import (
 from .families import Budget, Family, each_family
 
 
+_TORCH = DynamoExporter.min_versions["torch"]
 # The exporters are newer than the versions of torch they were tried with, and some of what they call is deprecated.
-pytestmark = [pytest.mark.filterwarnings("ignore::FutureWarning"), pytest.mark.filterwarnings("ignore::UserWarning")]
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+    pytest.mark.skipif(
+        Version(torch.__version__) < Version(_TORCH),
+        reason=f"transformers' exporters need torch {_TORCH}; test_onnx_dynamo asks torch's own",
+    ),
+]
 
 
 _OPENVINO, _EXECUTORCH = "OpenVINO, any batch size", "ExecuTorch (XNNPACK), any batch size"

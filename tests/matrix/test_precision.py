@@ -8,6 +8,27 @@ from .families import each_family
 
 
 _HALF = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+# The error of one rounding is a draw: so many times that of the reference may another be.
+_FACTOR = 4
+
+
+@torch.no_grad()
+def _rounding_error(family, dtype: torch.dtype, budget) -> float:
+    """The largest error of a plain reference: the model in float32, its weights, inputs and the output of every
+    innermost module rounded to `dtype`.
+    """
+    model, inputs = family.make_model(), family.make_inputs()
+    expected = model(inputs, **budget.knobs).logits
+    for parameter in model.parameters():
+        parameter.copy_(parameter.to(dtype))
+
+    def rounded(module, args, output):
+        return output.to(dtype).float() if isinstance(output, torch.Tensor) else output
+
+    for module in model.modules():
+        if not list(module.children()):
+            module.register_forward_hook(rounded)
+    return (model(inputs.to(dtype).float(), **budget.knobs).logits - expected).abs().max().item()
 
 
 @_HALF
@@ -21,7 +42,7 @@ def test_half_precision(family, dtype):
         half = family.make_model().to(dtype)
         loss = half(inputs.to(dtype), labels=torch.tensor([0, 1]), **budget.knobs)
         assert loss.logits.dtype == dtype
-        assert_close(loss.logits.float(), expected, rtol=0.1, atol=0.1)
+        assert_close(loss.logits.float(), expected, rtol=0, atol=_FACTOR * _rounding_error(family, dtype, budget))
         loss.loss.backward()
         assert all(parameter.grad.isfinite().all() for parameter in half.parameters() if parameter.grad is not None)
 
@@ -36,7 +57,7 @@ def test_autocast(family, dtype):
             expected = model.eval()(inputs, **budget.knobs).logits
         with torch.autocast("cpu", dtype=dtype):
             outputs = model.train()(inputs, labels=torch.tensor([0, 1]), **budget.knobs)
-        assert_close(outputs.logits.float(), expected, rtol=0.1, atol=0.1)
+        assert_close(outputs.logits.float(), expected, rtol=0, atol=_FACTOR * _rounding_error(family, dtype, budget))
         outputs.loss.backward()
         for name, parameter in model.named_parameters():
             if parameter.grad is not None:

@@ -1,30 +1,41 @@
-"""Accuracy and speed of a classifier across token budgets: the function behind `polyscale evaluate`."""
+"""Accuracy and speed of a classifier across token budgets, on images in memory."""
 
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
-from PIL import Image
-from rich.progress import Progress
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
+from datasets import ClassLabel, Dataset, Image
+from transformers import PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
-from transformers.image_utils import PILImageResampling
+from transformers.image_utils import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    IMAGENET_STANDARD_MEAN,
+    IMAGENET_STANDARD_STD,
+    OPENAI_CLIP_MEAN,
+    OPENAI_CLIP_STD,
+    PILImageResampling,
+)
 
-from ..checkpoints import resolve_checkpoint
-from ..layers.token_budget import budget_kwargs, count_tokens
-from ..models.auto import family_of
-from ..models.flexivit import FlexiViTForImageClassification
+from ..layers.token_budget import TokenBudgetMixin, budget_kwargs, default_budgets_of, tokens_per_image
+from ..utils.images import read_image
+from ..utils.processors import options_for_size, output_size, process_images
+from ..utils.timing import device_wait, timed
 from ..utils.validation import check_choice, to_pair
-from .data_statistics import IMAGE_STATISTICS
-from .metrics import TopKAccuracy
+from .labels import match_labels
+from .metrics import TopKAccuracy, wilson_interval
 
 
 INTERPOLATIONS = {"nearest": PILImageResampling.NEAREST} | {
     name: PILImageResampling[name.upper()] for name in ("bilinear", "bicubic", "lanczos")
+}
+# (mean, standard deviation) of the channels that published models were trained with
+IMAGE_STATISTICS = {
+    "imagenet": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
+    "inception": (IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD),
+    "clip": (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD),
 }
 
 
@@ -33,102 +44,94 @@ class BudgetResult:
     """Accuracy and speed at one budget.
 
     Attributes:
-        image_size: (height, width) in pixels.
-        budget: the value of the budget argument (a patch size, a number of tokens), None where there is none.
-        tokens: tokens a picture, prefix tokens not counted.
-        top1: share of pictures whose label has the highest score, in [0, 1].
-        top5: share of pictures whose label is among the five highest scores, in [0, 1].
-        images_per_second: pictures a second through the model alone, reading and resizing not counted.
+        image_size (`(height, width)`): in pixels; `None` where it differs from image to image.
+        budget: the value of the budget argument (a patch size, a number of tokens), `None` where there is none.
+        tokens (`int` or `float`): tokens per image, prefix tokens and padding not counted; the mean where they differ.
+        top1 (`float`): share of images whose label has the highest score, in [0, 1].
+        top5 (`float`): share of images whose label is among the five highest scores, in [0, 1].
+        images_per_second (`float`): images per second through the model alone, reading and resizing not counted.
+        images (`int`): how many were scored.
+        top1_interval (`(low, high)`): Wilson's 95 % interval of `top1`.
+        per_class (`dict[str, dict]` or `None`): for each class of the data its "images" and "top1", where asked for.
     """
 
-    image_size: tuple[int, int]
-    budget: int | tuple[int, int] | None
-    tokens: int
+    image_size: tuple[int, int] | None
+    budget: Any
+    tokens: int | float
     top1: float
     top5: float
     images_per_second: float
+    images: int
+    top1_interval: tuple[float, float]
+    per_class: dict[str, dict] | None = None
 
 
-def load_classifier(source: str | Path, **config_options) -> tuple[PreTrainedModel, BaseImageProcessor]:
-    """A classifier of this library, or an ordinary ViT converted to FlexiViT in memory, with its image processor.
+@dataclass
+class _Scores:
+    """What is gathered at one budget, batch by batch."""
 
-    Args:
-        source: the name of a bundled checkpoint, a folder or hub name of any family, or whatever
-            `convert_checkpoint(..., to="flexivit")` reads: a transformers or timm ViT, a big_vision `.npz`.
-        config_options: config fields to set, e.g. `resize_method`.
+    logits: list[np.ndarray] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+def value_options(
+    mean: str | Sequence[float] | None, std: str | Sequence[float] | None, interpolation: str | None
+) -> dict[str, Any]:
+    """Arguments of an image processor's call for other statistics or another interpolation; none for `None`.
 
     Raises:
-        ValueError: if the source cannot be used, or has no classifier.
+        ValueError: for an unknown name, or numbers that are no statistics.
     """
-    source = resolve_checkpoint(source)
-    if _is_ours(source):
-        model = AutoModelForImageClassification.from_pretrained(source, **config_options)
-        return model.eval(), AutoImageProcessor.from_pretrained(source)
-
-    from ..models.flexivit.convert_flexivit import flexivit_from_source, load_flexivit_source
-
-    loaded = load_flexivit_source(source, **config_options)
-    model, processor = flexivit_from_source(loaded), loaded.image_processor
-    if not isinstance(model, FlexiViTForImageClassification):
-        raise ValueError(f"{source!s} has no classifier: accuracy needs an image-classification checkpoint.")
-    if processor is None:
-        raise ValueError(f"{source!s} brings no image processor: convert it first, and write one beside the result.")
-    return model.eval(), processor
-
-
-def _is_ours(source: str | Path) -> bool:
-    if str(source).endswith(".npz"):
-        return False
-    try:
-        return family_of(AutoConfig.from_pretrained(source)) is not None
-    except (OSError, ValueError):  # no config, or one that transformers does not know: a timm name or folder
-        return False
-
-
-def _processor_options(
-    processor: BaseImageProcessor,
-    image_size: tuple[int, int],
-    crop_pct: float | None,
-    mean: str | Sequence[float] | None,
-    std: str | Sequence[float] | None,
-    interpolation: str | None,
-) -> dict:
-    """Arguments of the processor's call that bring pictures to `image_size`, keeping its own way of doing it."""
-    height, width = image_size
-    options: dict = {}
-    if crop_pct is None and processor.do_center_crop:
-        shortest, crop = processor.size.shortest_edge, processor.crop_size
-        crop_pct = crop.height / shortest if shortest else None
-    if crop_pct is None:
-        options |= {"size": {"height": height, "width": width}, "do_center_crop": False}
-    else:
-        shortest_edge = int(max(height, width) / crop_pct)
-        options |= {
-            "size": {"shortest_edge": shortest_edge},
-            "crop_size": {"height": height, "width": width},
-            "do_center_crop": True,
-        }
-    for name, value, index in (("image_mean", mean, 0), ("image_std", std, 1)):
+    options: dict[str, Any] = {}
+    for name, value, index in (("mean", mean, 0), ("std", std, 1)):
         if isinstance(value, str):
-            check_choice(name.removeprefix("image_"), value, tuple(IMAGE_STATISTICS))
+            check_choice(name, value, tuple(IMAGE_STATISTICS))
             value = IMAGE_STATISTICS[value][index]
         if value is not None:
-            options[name] = list(value)
+            values = [float(number) for number in value]
+            if not np.isfinite(values).all() or (name == "std" and min(values, default=0) <= 0):
+                raise ValueError(f"`{name}` must be finite{' and above 0' if name == 'std' else ''}, got {values}.")
+            options[f"image_{name}"] = values
     if interpolation is not None:
         check_choice("interpolation", interpolation, tuple(INTERPOLATIONS))
         options["resample"] = INTERPOLATIONS[interpolation]
     return options
 
 
-def _batches(split: Dataset, batch_size: int) -> Iterator[tuple[list[Image.Image], np.ndarray]]:
-    for start in range(0, len(split), batch_size):
-        rows = split[start : start + batch_size]
-        yield [image.convert("RGB") for image in rows["image"]], np.asarray(rows["label"])
+def class_indices(split: Dataset, id2label: Mapping[int, str], label_map: Mapping | None = None) -> np.ndarray:
+    """For each row of a split, the index of its class in a model (`match_labels`).
+
+    Raises:
+        ValueError: for labels that are missing or unknown, or classes that the model does not have.
+    """
+    feature = split.features["label"]
+    labels = list(split.with_format(None)["label"])
+    unknown = sum(label is None or label < 0 for label in labels)
+    if unknown:
+        raise ValueError(
+            f"{unknown} of the data's {len(split)} labels are missing or -1: such images cannot be scored."
+        )
+    labels = np.asarray(labels)
+    names = feature.names if isinstance(feature, ClassLabel) else None
+    count = len(names) if names is not None else int(labels.max()) + 1
+    return np.asarray(match_labels(names, id2label, label_map, num_classes=count))[labels]
 
 
-def _synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
+def _batches(split: Dataset, batch_size: int) -> Iterator[list]:
+    opens_itself = split.format["type"] == "custom"  # as `load_image_dataset` gives it
+    files = split if opens_itself else split.cast_column("image", Image(decode=False))
+    for start in range(0, len(files), batch_size):
+        cells = files[start : start + batch_size]["image"]
+        yield [
+            cell if isinstance(cell, np.ndarray) else read_image(cell, _row_name(cell, start + index))
+            for index, cell in enumerate(cells)
+        ]
+
+
+def _row_name(value: Any, row: int) -> str:
+    path = value.get("path") if isinstance(value, Mapping) else None
+    return path or f"image {row} of the data"
 
 
 @torch.no_grad()
@@ -144,85 +147,148 @@ def evaluate_budgets(
     std: str | Sequence[float] | None = None,
     interpolation: str | None = None,
     batch_size: int = 64,
+    label_map: Mapping[str, str | int] | None = None,
+    per_class: bool = False,
+    progress: Callable[[int, int], object] | None = None,
 ) -> list[BudgetResult]:
-    """Scores a classifier on a data set at each budget and image size. Each picture is read once an image size.
+    """Scores a classifier on a data set at each budget and image size. Each image is read once per image size.
 
     Args:
-        model: the classifier, on the device and in the dtype it is to run in.
-        processor: its image processor.
-        split: rows with `image` and `label` (see `load_image_dataset`).
-        budgets: values of the model's budget argument (patch sizes of FlexiViT, token counts of Quadtree ViT); the
-            model's default when None.
-        image_sizes: (height, width) or int, in pixels; the processor's own when None.
-        crop_pct: share of the resized picture's side that the centre crop keeps; the processor's own when None.
-        mean: mean of each channel, or "imagenet", "inception" or "clip"; the processor's own when None.
-        std: standard deviation, likewise.
-        interpolation: "nearest", "bilinear", "bicubic" or "lanczos"; the processor's own when None.
-        batch_size: pictures a forward pass.
+        model (`PreTrainedModel`): the classifier, on the device and in the dtype it is to run in.
+        processor (`BaseImageProcessor`): its image processor.
+        split (`datasets.Dataset`): rows with `image` and `label` (see `load_image_dataset`). Classes are matched with
+            the model's by name (see `match_labels`).
+        budgets (`Sequence`, *optional*): values of the model's budget argument (patch sizes of FlexiViT, token counts
+            of Quadtree ViT, lists of scales of S2); all of the model's default budgets when `None`.
+        image_sizes (`Sequence`, *optional*): (height, width) or int, in pixels; the processor's own when `None`.
+        crop_pct (`float`, *optional*): share of the resized image's side that the centre crop keeps; the processor's
+            own when `None`.
+        mean (`str` or `Sequence[float]`, *optional*): mean of each channel, or "imagenet", "inception" or "clip"; the
+            processor's own when `None`.
+        std (`str` or `Sequence[float]`, *optional*): standard deviation, likewise.
+        interpolation (`str`, *optional*): "nearest", "bilinear", "bicubic" or "lanczos"; the processor's own when
+            `None`.
+        batch_size (`int`, *optional*, defaults to 64): images per forward pass.
+        label_map (`Mapping[str, str or int]`, *optional*): the model's class for a class of the data.
+        per_class (`bool`, *optional*, defaults to `False`): whether results hold the accuracy of each class.
+        progress (`Callable`, *optional*): called with the images done and their number, over all image sizes.
 
     Returns:
-        One result an image size and budget, in the order given.
+        `list[BudgetResult]`: one per image size and budget, in the order given.
 
     Raises:
-        ValueError: for a budget that the model cannot take, labels that are not the model's, or an unknown choice.
+        ValueError: for a budget or size that model or processor cannot take, classes that are not the model's, an
+            image that cannot be read, scores that are not finite, or an unknown choice.
     """
-    num_classes = split.features["label"].num_classes
-    if num_classes != model.config.num_labels:
-        raise ValueError(f"The data set has {num_classes} classes and the model {model.config.num_labels}.")
     if len(split) == 0:
         raise ValueError("The data set is empty: there is nothing to evaluate.")
-    calls = [{}] if budgets is None else [budget_kwargs(model.config, budget) for budget in budgets]
-    sizes = [_default_image_size(processor)] if image_sizes is None else [to_pair(size) for size in image_sizes]
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+    budgets = default_budgets_of(model.config) if budgets is None else list(budgets)
+    sizes = [None] if image_sizes is None else [to_pair(size, "image_sizes") for size in image_sizes]
+    if not budgets or not sizes:
+        raise ValueError(f"`{'image_sizes' if budgets else 'budgets'}` is empty: give at least one, or None.")
+    calls = [budget_kwargs(model.config, budget) for budget in budgets]
+    labels = class_indices(split, model.config.id2label, label_map)
+    values = value_options(mean, std, interpolation)
 
     results = []
-    with Progress(transient=True) as progress:
-        task = progress.add_task("Evaluating", total=len(sizes) * len(calls) * len(split))
-        for size in sizes:
-            options = _processor_options(processor, size, crop_pct, mean, std, interpolation)
-            scores: list[list[np.ndarray]] = [[] for _ in calls]
-            seconds = [0.0] * len(calls)
-            labels, tokens = [], []
-            for images, batch_labels in _batches(split, batch_size):
-                inputs = processor(images, return_tensors="pt", **options)["pixel_values"]
-                inputs = inputs.to(device=model.device, dtype=model.dtype)
-                if not tokens:
-                    size = tuple(inputs.shape[-2:])
-                    warmed = [model.base_model(inputs[:1], **call) for call in calls]
-                    tokens = [
-                        count_tokens(outputs, model.config, size, **call)[0]
-                        for outputs, call in zip(warmed, calls, strict=True)
-                    ]
-                labels.append(batch_labels)
-                for index, call in enumerate(calls):
-                    _synchronize(model.device)
-                    start = time.perf_counter()
-                    logits = model(inputs, **call).logits
-                    _synchronize(model.device)
-                    seconds[index] += time.perf_counter() - start
-                    scores[index].append(logits.float().cpu().numpy())
-                    progress.advance(task, len(images))
-            for index, call in enumerate(calls):
-                accuracy = TopKAccuracy().compute(
-                    predictions=np.concatenate(scores[index]), references=np.concatenate(labels)
+    for number, size in enumerate(sizes):
+        # a crop other than the processor's own still ends at the size that it makes
+        target = size or (output_size(processor) if crop_pct is not None else None)
+        if target is None and crop_pct is not None:
+            raise ValueError("`crop_pct` needs `image_sizes`: the image processor has no size of its own.")
+        options = values | ({} if target is None else options_for_size(processor, target, crop_pct))
+        scores = [_Scores() for _ in calls]
+        seen_sizes, done = set(), number * len(split)
+        for images in _batches(split, batch_size):
+            seen_sizes |= _score_batch(model, processor, images, options, calls, scores)
+            if size is not None and seen_sizes != {size}:
+                raise ValueError(
+                    f"`image_sizes` {size} does not take effect: the image processor makes images of {seen_sizes}."
                 )
-                results.append(
-                    BudgetResult(
-                        image_size=size,
-                        budget=next(iter(call.values()), None),
-                        tokens=tokens[index],
-                        top1=accuracy["top1"],
-                        top5=accuracy["top5"],
-                        images_per_second=len(split) / seconds[index],
-                    )
-                )
+            done += len(images)
+            if progress is not None:
+                progress(done, len(sizes) * len(split))
+        made = next(iter(seen_sizes)) if len(seen_sizes) == 1 else None
+        results += [
+            _result(made, budget, score, labels, split if per_class else None)
+            for budget, score in zip(budgets, scores, strict=True)
+        ]
     return results
 
 
-def _default_image_size(processor: BaseImageProcessor) -> tuple[int, int]:
-    size = processor.crop_size if processor.do_center_crop else processor.size
-    if size.height and size.width:
-        return size.height, size.width
-    raise ValueError("The image processor has no fixed (height, width): give `image_sizes`.")
+def _score_batch(
+    model: PreTrainedModel,
+    processor: BaseImageProcessor,
+    images: Sequence,
+    options: Mapping[str, Any],
+    calls: Sequence[Mapping],
+    scores: Sequence[_Scores],
+) -> set[tuple[int, int]]:
+    """Adds what a model says of a batch to `scores`, one for each call; returns the sizes of its images."""
+    sizes, channels = set(), getattr(model.config, "num_channels", 3)
+    logits = [np.empty((len(images), model.config.num_labels), dtype=np.float32) for _ in calls]
+    counts = [[0] * len(images) for _ in calls]
+    for indices, inputs in process_images(processor, images, channels, **options):
+        inputs = {
+            name: tensor.to(device=model.device, dtype=model.dtype if tensor.is_floating_point() else None)
+            for name, tensor in inputs.items()
+        }
+        sizes.add(tuple(inputs["pixel_values"].shape[-2:]))
+        for index, call in enumerate(calls):
+            if not scores[index].logits and not scores[index].seconds:
+                model(**{name: tensor[:1] for name, tensor in inputs.items()}, **call)  # one-time costs
+            outputs, seconds = timed(lambda: model(**inputs, **call), device_wait(model.device))  # noqa: B023
+            scores[index].seconds += seconds
+            logits[index][indices] = outputs.logits.float().cpu().numpy()
+            for place, count in zip(indices, _tokens(model, inputs, outputs, call, scores[index]), strict=True):
+                counts[index][place] = count
+    for score, batch, tokens in zip(scores, logits, counts, strict=True):
+        if not np.isfinite(batch).all():
+            raise ValueError("The model gives scores that are not finite (NaN or infinity): its weights are damaged.")
+        score.logits.append(batch)
+        score.tokens += tokens
+    return sizes
 
 
-__all__ = ["BudgetResult", "evaluate_budgets", "load_classifier"]
+def _tokens(model: PreTrainedModel, inputs: dict, outputs: Any, call: Mapping, score: _Scores) -> list[int]:
+    """Tokens of each image; those of the first batch again, where they cannot differ but by the image's size."""
+    if score.tokens and not isinstance(model.config, TokenBudgetMixin):
+        return [score.tokens[0]] * len(inputs["pixel_values"])
+    return tokens_per_image(model, inputs, outputs, **call)
+
+
+def _result(
+    image_size: tuple[int, int] | None, budget: Any, score: _Scores, labels: np.ndarray, split: Dataset | None
+) -> BudgetResult:
+    logits = np.concatenate(score.logits)
+    accuracy = TopKAccuracy().compute(predictions=logits, references=labels)
+    mean = sum(score.tokens) / len(score.tokens)
+    return BudgetResult(
+        image_size=image_size,
+        budget=budget,
+        tokens=int(mean) if mean == int(mean) else round(mean, 1),
+        top1=accuracy["top1"],
+        top5=accuracy["top5"],
+        images_per_second=len(labels) / score.seconds,
+        images=len(labels),
+        top1_interval=wilson_interval(accuracy["top1"], len(labels)),
+        per_class=None if split is None else _per_class(logits.argmax(axis=1) == labels, split),
+    )
+
+
+def _per_class(right: np.ndarray, split: Dataset) -> dict[str, dict]:
+    labels = np.asarray(split.with_format(None)["label"])
+    feature = split.features["label"]
+    names = feature.names if isinstance(feature, ClassLabel) else None
+    return {
+        names[label] if names is not None else str(label): {
+            "images": int((labels == label).sum()),
+            "top1": float(right[labels == label].mean()),
+        }
+        for label in np.unique(labels).tolist()
+    }
+
+
+__all__ = ["IMAGE_STATISTICS", "INTERPOLATIONS", "BudgetResult", "class_indices", "evaluate_budgets", "value_options"]

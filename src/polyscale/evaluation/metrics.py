@@ -1,4 +1,6 @@
-"""Metrics as `evaluate.Metric` classes: part of the package, so nothing is downloaded and no foreign code runs."""
+"""Metrics: part of the package, so nothing is downloaded and no foreign code runs."""
+
+import math
 
 import datasets
 import evaluate
@@ -6,9 +8,9 @@ import numpy as np
 
 
 class TopKAccuracy(evaluate.Metric):
-    """The share of pictures whose label is among the k classes with the highest scores.
+    """The share of images whose label is among the k classes with the highest scores.
 
-    `compute(predictions=scores, references=labels)` takes scores (pictures, classes) and integer labels (pictures,),
+    `compute(predictions=scores, references=labels)` takes scores (images, classes) and integer labels (images,),
     and returns `{"top1": ..., "top5": ...}`, one entry for each of `ks`, in [0, 1]. Of equal scores the lower class
     index counts as the higher score. With fewer classes than k the share is 1.
 
@@ -24,7 +26,7 @@ class TopKAccuracy(evaluate.Metric):
         return evaluate.MetricInfo(
             description="Top-k accuracy of class scores.",
             citation="",
-            inputs_description="predictions: scores (pictures, classes); references: labels (pictures,).",
+            inputs_description="predictions: scores (images, classes); references: labels (images,).",
             features=datasets.Features(
                 {"predictions": datasets.Sequence(datasets.Value("float32")), "references": datasets.Value("int64")}
             ),
@@ -36,4 +38,20 @@ class TopKAccuracy(evaluate.Metric):
         return {f"top{k}": float((ranking[:, :k] == labels[:, None]).any(axis=1).mean()) for k in self.ks}
 
 
-__all__ = ["TopKAccuracy"]
+def wilson_interval(share: float, count: int, z: float = 1.959963984540054) -> tuple[float, float]:
+    """The interval of a share of `count` independent images, by E. B. Wilson's score method (1927).
+
+    Args:
+        share (`float`): what was measured, in [0, 1].
+        count (`int`): of how many images, at least 1.
+        z (`float`, *optional*, defaults to 1.96, that is 95 %): standard deviations of the normal distribution.
+
+    Returns:
+        `(low, high)`, in [0, 1].
+    """
+    centre = (share + z**2 / (2 * count)) / (1 + z**2 / count)
+    margin = z / (1 + z**2 / count) * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
+    return max(centre - margin, 0.0), min(centre + margin, 1.0)
+
+
+__all__ = ["TopKAccuracy", "wilson_interval"]

@@ -1,72 +1,183 @@
-"""Results across budgets as a table, JSON and a plot."""
+"""Evaluations as a table, JSON, CSV and a plot; each says what was measured on what."""
 
+import csv
+import io
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.table import Table
 
-from .accuracy import BudgetResult
+from ..utils.outputs import write_text, written_beside
+from ..utils.text import no_math, plain
+from .run import Evaluation
 
 
-def _size(value: int | Sequence[int] | None) -> str:
-    if value is None:
-        return "default"
-    return str(value) if isinstance(value, int) else "x".join(map(str, value))
+def format_size(size: Sequence[int] | None) -> str:
+    """(32, 48) -> "32x48"; "varying" for `None`."""
+    return "varying" if size is None else "x".join(map(str, size))
 
 
-def results_table(results: Sequence[BudgetResult], title: str = "") -> Table:
-    """A rich table, one row a budget."""
-    table = Table(title=title)
-    for name in ("image", "budget", "tokens", "top-1", "top-5", "images/s"):
+def _source(evaluation: Evaluation) -> str:
+    return f"{evaluation.data}, split {evaluation.split}, {evaluation.images} images, {evaluation.classes} classes"
+
+
+def results_table(evaluation: Evaluation) -> Table:
+    """A rich table, one row per image size and budget."""
+    versions = ", ".join(f"{name} {number}" for name, number in evaluation.versions.items())
+    table = Table(
+        title=plain(f"{evaluation.model}\n{_source(evaluation)}"),
+        caption=plain(f"±: Wilson's 95 % interval. {evaluation.device}, {evaluation.dtype}; {versions}"),
+    )
+    with_top5 = evaluation.classes > 5
+    for name in ("image", "budget", "tokens", "top-1", "95 %", *(["top-5"] if with_top5 else []), "images/s"):
         table.add_column(name, justify="right")
-    for result in results:
+    for result, budget in zip(evaluation.results, evaluation.budget_texts, strict=True):
+        low, high = result.top1_interval
         table.add_row(
-            _size(result.image_size),
-            _size(result.budget),
+            format_size(result.image_size),
+            budget,
             str(result.tokens),
             f"{100 * result.top1:.2f}",
-            f"{100 * result.top5:.2f}",
+            f"{100 * low:.1f}-{100 * high:.1f}",
+            *([f"{100 * result.top5:.2f}"] if with_top5 else []),
             f"{result.images_per_second:.1f}",
         )
     return table
 
 
-def write_json(results: Sequence[BudgetResult], path: str | Path) -> None:
-    """A list of objects with the fields of `BudgetResult`."""
-    Path(path).write_text(json.dumps([asdict(result) for result in results], indent=2) + "\n")
+def per_class_table(evaluation: Evaluation) -> Table:
+    """A rich table of the top-1 accuracy of each class, one column per image size and budget."""
+    first = evaluation.results[0].per_class
+    several = len({result.image_size for result in evaluation.results}) > 1
+    table = Table(title=plain(f"{evaluation.model}: top-1 accuracy (%) by class and budget"))
+    table.add_column("class")
+    table.add_column("images", justify="right")
+    for result, budget in zip(evaluation.results, evaluation.budget_texts, strict=True):
+        at_size = f" at {format_size(result.image_size)}" if several else ""
+        table.add_column(plain(f"{budget or 'default'}{at_size}"), justify="right")
+    for name, found in first.items():
+        accuracies = [f"{100 * result.per_class[name]['top1']:.1f}" for result in evaluation.results]
+        table.add_row(plain(name), str(found["images"]), *accuracies)
+    return table
 
 
-def plot_results(series: Mapping[str, Sequence[BudgetResult]], path: str | Path) -> None:
-    """Top-1 accuracy against tokens a picture, one line for each entry of `series`, as a picture at `path`."""
+def to_records(evaluations: Sequence[Evaluation]) -> list[dict]:
+    """One flat dict per model, image size and budget."""
+    records = []
+    for evaluation in evaluations:
+        shared = {name: getattr(evaluation, name) for name in ("model", "data", "split", "images", "classes")}
+        for result in evaluation.results:
+            record = {
+                **shared,
+                "image_size": result.image_size and list(result.image_size),
+                "budget": list(result.budget) if isinstance(result.budget, tuple) else result.budget,
+                "tokens": result.tokens,
+                "top1": result.top1,
+                "top1_low": result.top1_interval[0],
+                "top1_high": result.top1_interval[1],
+                "top5": result.top5,
+                "images_per_second": result.images_per_second,
+                "device": evaluation.device,
+                "dtype": evaluation.dtype,
+                "versions": evaluation.versions,
+            }
+            records.append(record if result.per_class is None else record | {"per_class": result.per_class})
+    return records
+
+
+def write_evaluations(evaluations: Sequence[Evaluation], folder: str | os.PathLike) -> list[Path]:
+    """`results.json`, `results.csv` and `accuracy.png` in a folder; returns their paths."""
+    writers = {"results.json": write_json, "results.csv": write_csv, "accuracy.png": plot_results}
+    for name, write in writers.items():
+        write(evaluations, Path(folder) / name)
+    return [Path(folder) / name for name in writers]
+
+
+def write_json(evaluations: Sequence[Evaluation], path: str | os.PathLike) -> None:
+    """A list of the objects of `to_records`."""
+    write_text(path, json.dumps(to_records(evaluations), indent=2, allow_nan=False) + "\n")
+
+
+def write_csv(evaluations: Sequence[Evaluation], path: str | os.PathLike) -> None:
+    """The records of `to_records` as rows, without the classes; sizes, budgets and versions as text."""
+    texts = [text for evaluation in evaluations for text in evaluation.budget_texts]
+    buffer = io.StringIO()
+    writer = None
+    for record, budget in zip(to_records(evaluations), texts, strict=True):
+        record.pop("per_class", None)
+        record["image_size"] = format_size(record["image_size"])
+        record["budget"] = budget
+        record["versions"] = "; ".join(f"{name} {number}" for name, number in record["versions"].items())
+        if writer is None:
+            writer = csv.DictWriter(buffer, record, lineterminator="\n")
+            writer.writeheader()
+        writer.writerow(record)
+    write_text(path, buffer.getvalue())
+
+
+def _names(evaluations: Sequence[Evaluation]) -> list[str]:
+    """The last part of each model's path; the whole path where two end alike."""
+    short = [os.path.basename(evaluation.model.rstrip("/")) or evaluation.model for evaluation in evaluations]
+    return short if len(set(short)) == len(short) else [evaluation.model for evaluation in evaluations]
+
+
+def plot_results(evaluations: Sequence[Evaluation], path: str | os.PathLike) -> None:
+    """Top-1 accuracy against tokens per image, with its intervals, one line per model and image size, as an image."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    for name, results in series.items():
-        ordered = sorted(results, key=lambda result: result.tokens)
-        axes.plot(
-            [result.tokens for result in ordered], [100 * result.top1 for result in ordered], marker="o", label=name
-        )
-        if len(series) == 1:
-            for result in ordered:
-                axes.annotate(
-                    _size(result.budget),
-                    (result.tokens, 100 * result.top1),
-                    xytext=(4, -11),
-                    textcoords="offset points",
-                    fontsize=8,
-                )
+    ticks: set[float] = set()
+    names = _names(evaluations)
+    for name, evaluation in zip(names, evaluations, strict=True):
+        pairs = list(zip(evaluation.results, evaluation.budget_texts, strict=True))
+        sizes = list(dict.fromkeys(result.image_size for result in evaluation.results))
+        for size in sizes:
+            ordered = sorted((pair for pair in pairs if pair[0].image_size == size), key=lambda pair: pair[0].tokens)
+            tokens = [result.tokens for result, _ in ordered]
+            top1 = [100 * result.top1 for result, _ in ordered]
+            below = [100 * (result.top1 - result.top1_interval[0]) for result, _ in ordered]
+            above = [100 * (result.top1_interval[1] - result.top1) for result, _ in ordered]
+            label = name if len(sizes) == 1 else f"{name}, {format_size(size)} pixels"
+            axes.errorbar(
+                tokens,
+                top1,
+                yerr=[[max(value, 0) for value in below], [max(value, 0) for value in above]],
+                marker="o",
+                capsize=3,
+                label=no_math(label).replace("_", " _", 1) if label.startswith("_") else no_math(label),
+            )
+            ticks |= set(tokens)
+            if len(evaluations) == len(sizes) == 1:
+                for result, budget in ordered:
+                    axes.annotate(
+                        budget,
+                        (result.tokens, 100 * result.top1),
+                        xytext=(4, -11),
+                        textcoords="offset points",
+                        fontsize=8,
+                    )
     axes.set_xscale("log", base=2)
-    ticks = sorted({result.tokens for results in series.values() for result in results})
-    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.set_xticks(sorted(ticks), [f"{tick:g}" for tick in sorted(ticks)])
     axes.minorticks_off()
-    axes.set_xlabel("tokens a picture")
-    axes.set_ylabel("top-1 accuracy (%)")
+    axes.set_xlabel("tokens per image")
+    axes.set_ylabel("top-1 accuracy (%), 95 % intervals")
+    axes.set_title(no_math(_source(evaluations[0])), fontsize=9)
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=150)
+    with written_beside(path) as scratch:
+        figure.savefig(scratch, dpi=150)
 
 
-__all__ = ["plot_results", "results_table", "write_json"]
+__all__ = [
+    "format_size",
+    "per_class_table",
+    "plot_results",
+    "results_table",
+    "to_records",
+    "write_csv",
+    "write_evaluations",
+    "write_json",
+]

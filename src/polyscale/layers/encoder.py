@@ -4,19 +4,22 @@ One encoder for ViT (arXiv 2010.11929), DeiT (2012.12877), DINOv2 (2304.07193) a
 parameters have the names of transformers' ViT, so that its tensor-parallel plans and LoRA recipes carry over.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
+from .attention import attention_for
+from .attention_pooling import AttentionPooling
 from .call_checks import CheckedModelMixin
 from .encoder_config import EncoderConfig
+from .freezing import FreezableMixin, is_plain, takes_gradients
+from .key_bias import with_key_bias
+from .token_merging import MergeStep, merge_tokens
 
 
 class DropPath(nn.Module):
@@ -47,27 +50,10 @@ class LayerScale(nn.Module):
         return hidden_states * self.weight
 
 
-def eager_attention_forward(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs: Unpack[TransformersKwargs],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention written out; query, key, value are (batch, heads, tokens, head width)."""
-    weights = query @ key.transpose(2, 3) * scaling  # (batch, heads, tokens, tokens)
-    if attention_mask is not None:
-        weights = weights + attention_mask
-    weights = nn.functional.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
-    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
-    return (weights @ value).transpose(1, 2).contiguous(), weights
-
-
-class EncoderAttention(nn.Module):
+class EncoderAttention(FreezableMixin, nn.Module):
     """Multi-head self-attention with the attention implementations of transformers."""
+
+    frozen_tensors = ("frozen_qkv_weight", "frozen_qkv_bias")
 
     def __init__(self, config: EncoderConfig):
         super().__init__()
@@ -80,37 +66,58 @@ class EncoderAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
+    @torch.no_grad()
+    def freeze(self) -> None:
+        """Puts the three projections into one product; a frozen budget asks for it."""
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        if not all(type(projection) is nn.Linear and is_plain(projection.weight) for projection in projections):
+            return
+        self.frozen_qkv_weight = torch.cat([projection.weight for projection in projections])
+        if self.config.qkv_bias:
+            self.frozen_qkv_bias = torch.cat([projection.bias for projection in projections])
+
+    def _project(self, hidden_states: torch.Tensor, num_queries: int | None) -> tuple[torch.Tensor, ...]:
+        """Queries of the first tokens, keys and values of all: (batch, tokens, hidden) each."""
+        weight, bias = self.frozen_qkv_weight, self.frozen_qkv_bias
+        if weight is None or takes_gradients(self.q_proj.weight, self.k_proj.weight, self.v_proj.weight):
+            queries = hidden_states if num_queries is None else hidden_states[:, :num_queries]
+            return self.q_proj(queries), self.k_proj(hidden_states), self.v_proj(hidden_states)
+        if num_queries is None:
+            return nn.functional.linear(hidden_states, weight, bias).chunk(3, dim=-1)
+        width = hidden_states.shape[-1]
+        key_value = nn.functional.linear(hidden_states, weight[width:], None if bias is None else bias[width:])
+        return self.q_proj(hidden_states[:, :num_queries]), *key_value.chunk(2, dim=-1)
+
     def forward(
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         num_queries: int | None = None,
+        key_bias: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """With `num_queries` only the first tokens ask, of all: (batch, num_queries, hidden) comes back."""
-        queries = hidden_states[:, :num_queries]
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        """With `num_queries` only the first tokens ask, of all: (batch, num_queries, hidden) comes back.
+
+        `key_bias` (batch, tokens) is added to the logits of each key. Last, the keys come back: (batch,
+        heads, tokens, head width).
+        """
         query, key, value = (
-            projection(tokens).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for projection, tokens in (
-                (self.q_proj, queries),
-                (self.k_proj, hidden_states),
-                (self.v_proj, hidden_states),
-            )
+            tokens.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for tokens in self._project(hidden_states, num_queries)
         )  # (batch, heads, tokens, head width)
-        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
+        inputs = (query, key, value, attention_mask)
+        if key_bias is not None:
+            inputs = with_key_bias(*inputs, key_bias, self.scaling, self.config._attn_implementation)
+        needs_fused = inputs[3] is not None or self.training or (torch.is_grad_enabled() and query.requires_grad)
+        attention = attention_for(self.config._attn_implementation, *inputs[:2], needs_fused=needs_fused)
         output, weights = attention(
             self,
-            query,
-            key,
-            value,
-            attention_mask,
+            *inputs,
             dropout=self.config.attention_probs_dropout_prob if self.training else 0.0,
             scaling=self.scaling,
             **kwargs,
         )
-        return self.o_proj(output.flatten(2)), weights
+        return self.o_proj(output[..., : self.head_dim].flatten(2)), weights, key
 
 
 class EncoderMLP(nn.Module):
@@ -144,7 +151,7 @@ class EncoderLayer(GradientCheckpointingLayer):
     """Pre-norm transformer layer. (batch, tokens, hidden) -> the same shape.
 
     With `num_queries` only the first tokens are computed, and only they come back: all that a classifier reads of the
-    last layer.
+    last layer. With `merge_step` tokens are merged between attention and MLP, and their sizes come back too.
     """
 
     def __init__(self, config: EncoderConfig, drop_path_rate: float = 0.0):
@@ -164,12 +171,21 @@ class EncoderLayer(GradientCheckpointingLayer):
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         num_queries: int | None = None,
+        key_bias: torch.Tensor | None = None,
+        merge_step: MergeStep | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> torch.Tensor:
-        update, _ = self.attention(self.layernorm_before(hidden_states), attention_mask, num_queries, **kwargs)
-        hidden_states = hidden_states[:, :num_queries] + self.drop_path(self.attention_scale(self.dropout(update)))
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        normed = self.layernorm_before(hidden_states)
+        update, _, keys = self.attention(normed, attention_mask, num_queries, key_bias, **kwargs)
+        if num_queries is not None:
+            hidden_states = hidden_states[:, :num_queries]
+        hidden_states = hidden_states + self.drop_path(self.attention_scale(self.dropout(update)))
+        sizes = None
+        if merge_step is not None:
+            hidden_states, sizes = merge_tokens(hidden_states, keys.mean(dim=1), *merge_step)
         update = self.mlp(self.layernorm_after(hidden_states))
-        return hidden_states + self.drop_path(self.mlp_scale(self.dropout(update)))
+        hidden_states = hidden_states + self.drop_path(self.mlp_scale(self.dropout(update)))
+        return hidden_states if merge_step is None else (hidden_states, sizes)
 
 
 def make_encoder_layers(config: EncoderConfig) -> nn.ModuleList:
@@ -214,25 +230,35 @@ class TokenPooler(nn.Module):
         if config.pooling == "pooler":
             self.dense = nn.Linear(config.hidden_size, config.pooled_size)
             self.activation = ACT2FN[config.pooler_act]
+        if config.pooling == "attention":
+            self.attention = AttentionPooling(config)
         self.layernorm = (
             nn.LayerNorm(config.pooled_size, eps=config.layer_norm_eps) if config.fc_norm else nn.Identity()
         )
 
-    def _mean(self, hidden_states: torch.Tensor, token_mask: torch.Tensor | None) -> torch.Tensor:
+    def _with_prefix(self, token_weights: torch.Tensor | None) -> torch.Tensor | None:
+        """Weights of the patch tokens -> of all tokens: prefix tokens count once."""
+        if token_weights is None or self.num_prefix_tokens == 0:
+            return token_weights
+        return nn.functional.pad(token_weights.float(), (self.num_prefix_tokens, 0), value=1.0)
+
+    def _mean(self, hidden_states: torch.Tensor, token_weights: torch.Tensor | None) -> torch.Tensor:
         patches = hidden_states[:, self.num_prefix_tokens :]
-        if token_mask is None:
+        if token_weights is None:
             return patches.mean(dim=1)
-        weights = token_mask.to(patches.dtype)[..., None]
+        weights = token_weights.to(patches.dtype)[..., None]
         return (patches * weights).sum(dim=1) / weights.sum(dim=1)
 
-    def forward(self, hidden_states: torch.Tensor, token_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """`token_mask` (batch, patch tokens): True where a patch token is real; without it all are."""
+    def forward(self, hidden_states: torch.Tensor, token_weights: torch.Tensor | None = None) -> torch.Tensor:
+        """`token_weights` (batch, patch tokens): of each in a mean, for instance whether it is real; without it 1."""
         if self.pooling == "mean":
-            pooled = self._mean(hidden_states, token_mask)
+            pooled = self._mean(hidden_states, token_weights)
         elif self.pooling == "cls_mean":
-            pooled = torch.cat([hidden_states[:, 0], self._mean(hidden_states, token_mask)], dim=-1)
+            pooled = torch.cat([hidden_states[:, 0], self._mean(hidden_states, token_weights)], dim=-1)
         elif self.pooling == "pooler":
             pooled = self.activation(self.dense(hidden_states[:, 0]))
+        elif self.pooling == "attention":
+            pooled = self.attention(hidden_states, self._with_prefix(token_weights))
         else:
             pooled = hidden_states[:, 0]
         return self.layernorm(pooled)
@@ -283,6 +309,8 @@ class EncoderPreTrainedModel(CheckedModelMixin, PreTrainedModel):
         if isinstance(module, PrefixTokens):
             for token in module.parameters(recurse=False):
                 init.trunc_normal_(token, mean=0.0, std=self.config.initializer_range)
+        elif isinstance(module, AttentionPooling):
+            module.draw_probe(self.config.initializer_range)
         elif isinstance(module, LayerScale):
             init.constant_(module.weight, self.config.layer_scale_init_value)
 

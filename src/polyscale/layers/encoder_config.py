@@ -57,8 +57,8 @@ class EncoderConfig(CheckedConfigMixin, TokenBudgetMixin, BackboneConfigMixin, P
         fc_norm (`bool`, *optional*, defaults to `False`): whether a LayerNorm comes after pooling (CLIP, timm). Older
             checkpoints call it `pooled_norm`.
         pooling (`str`, *optional*, defaults to `"cls"`): what a head reads: `"cls"`, `"mean"` (over patch tokens),
-            `"cls_mean"` (both, concatenated: DINOv2's classifier) or `"pooler"` (CLS through a linear layer and an
-            activation: ViT's).
+            `"cls_mean"` (both, concatenated: DINOv2's classifier), `"pooler"` (CLS through a linear layer and an
+            activation: ViT's) or `"attention"` (a learned query that reads all tokens: SigLIP's).
         pooler_output_size (`int`, *optional*): width of the `"pooler"`; `hidden_size` when `None`.
         pooler_act (`str`, *optional*, defaults to `"tanh"`): activation of the `"pooler"`.
         use_cls_token (`bool`, *optional*, defaults to `True`): whether a CLS token comes first.
@@ -72,6 +72,8 @@ class EncoderConfig(CheckedConfigMixin, TokenBudgetMixin, BackboneConfigMixin, P
         num_channels (`int`, *optional*, defaults to 3): channels of an image.
         image_size (`int` or `(height, width)`, *optional*, defaults to 224): in pixels: the size the positions were
             made for.
+        merge_tokens_to (`int`, *optional*): merges similar tokens between the layers until this many are left after
+            the last, prefix tokens not counted (ToMe, arXiv 2210.09461); nothing is merged when `None`.
         keep_all_tokens (`bool`, *optional*, defaults to `False`): whether a classifier computes every token of the
             last layer, also those that its head does not read. Without it they are computed where
             `output_hidden_states` or `output_attentions` asks for them.
@@ -100,7 +102,7 @@ class EncoderConfig(CheckedConfigMixin, TokenBudgetMixin, BackboneConfigMixin, P
     pre_norm: bool = False
     final_norm: bool = True
     fc_norm: bool = False
-    pooling: Literal["cls", "mean", "cls_mean", "pooler"] = "cls"
+    pooling: Literal["cls", "mean", "cls_mean", "pooler", "attention"] = "cls"
     pooler_output_size: int | None = positive(None)
     pooler_act: str = activation("tanh")
     use_cls_token: bool = True
@@ -111,6 +113,7 @@ class EncoderConfig(CheckedConfigMixin, TokenBudgetMixin, BackboneConfigMixin, P
     num_channels: int = positive(3)
     image_size: int | list[int] | tuple[int, int] = pixel_size(224)
     keep_all_tokens: bool = False
+    merge_tokens_to: int | None = positive(None)
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
     apply_layernorm: bool = True
@@ -134,9 +137,10 @@ class EncoderConfig(CheckedConfigMixin, TokenBudgetMixin, BackboneConfigMixin, P
                 f"`hidden_size` must be a multiple of `num_attention_heads`, got {self.hidden_size} and "
                 f"{self.num_attention_heads}."
             )
-        if self.pooling != "mean" and not self.use_cls_token:
+        if self.pooling not in ("mean", "attention") and not self.use_cls_token:
             raise ValueError(
-                f"`pooling={self.pooling!r}` needs a CLS token: set `use_cls_token=True` or pool by 'mean'."
+                f"`pooling={self.pooling!r}` needs a CLS token: set `use_cls_token=True`, or pool by 'mean' or "
+                "'attention'."
             )
         if self.use_distillation_token and not self.use_cls_token:
             raise ValueError("`use_distillation_token=True` needs `use_cls_token=True`: it comes after CLS.")
@@ -186,7 +190,7 @@ class EncoderConfig(CheckedConfigMixin, TokenBudgetMixin, BackboneConfigMixin, P
     @property
     def num_pooled_tokens(self) -> int | None:
         """How many tokens, the first ones, pooling and head read; `None` where pooling reads all."""
-        if self.pooling in ("mean", "cls_mean"):
+        if self.pooling in ("mean", "cls_mean", "attention"):
             return None
         return 2 if self.use_distillation_head else 1
 

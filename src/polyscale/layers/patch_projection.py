@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .freezing import FreezableMixin, takes_gradients
 from .resizing import KernelResize, resize_patches
 
 
-class PatchProjection(nn.Conv2d):
+class PatchProjection(FreezableMixin, nn.Conv2d):
     """Cuts images into patches and embeds them, at any patch size.
 
     The arguments are those of `nn.Conv2d`, which adapters make more of by the class of what they wrap.
@@ -22,6 +23,8 @@ class PatchProjection(nn.Conv2d):
         resize (`KernelResize`, *optional*): how the kernel is resized to another patch size.
     """
 
+    frozen_tensors = ("frozen_kernel",)
+
     def __init__(self, *args, resize: KernelResize | None = None, **kwargs):
         super().__init__(*args, **kwargs)
         self.resize = resize or KernelResize()
@@ -30,7 +33,17 @@ class PatchProjection(nn.Conv2d):
         """(hidden, channels, *patch_size), always made from the stored kernel: chained resizes lose information."""
         if patch_size == self.kernel_size:
             return self.weight
+        frozen = self.frozen_kernel
+        if frozen is not None and frozen.shape[-2:] == patch_size and not takes_gradients(self.weight):
+            return frozen
         return self.resize(self.weight, patch_size)
+
+    @torch.no_grad()
+    def freeze(self, patch_size: tuple[int, int]) -> None:
+        """Keeps the kernel of a patch size; a frozen budget asks for it."""
+        self.frozen_kernel = None
+        if patch_size != self.kernel_size:
+            self.frozen_kernel = self.kernel_for(patch_size).clone()
 
     def forward(self, pixel_values: torch.Tensor, patch_size: tuple[int, int] | None = None) -> torch.Tensor:
         """

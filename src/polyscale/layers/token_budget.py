@@ -1,14 +1,17 @@
 """How a token budget is asked of a model, whatever its family: a mixin of the configs, and functions on any config."""
 
 import copy
-from collections.abc import Iterator, Sequence
+import struct
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
+
+from ..utils.vision_configs import base_feature_grid, base_num_prefix_tokens
 
 
 # Every word in which some family is asked for a budget; `register_family` adds those of each.
@@ -34,6 +37,46 @@ class TokenBudgetMixin:
     def default_budgets(self) -> list:
         """Values of the budget argument to try when a user names none; `[None]` where there is no such argument."""
         return [None if self.budget_argument is None else getattr(self, self.budget_argument)]
+
+    def budget_ladder(self) -> list:
+        """Values of the budget argument from few tokens to many, for a user who looks around: the default ones.
+
+        A family overrides it where other budgets need no training of their own.
+        """
+        budgets = self.default_budgets()
+        if budgets == [None]:
+            return budgets
+        return sorted(budgets, key=lambda budget: self.max_num_tokens_for(**{self.budget_argument: budget}))
+
+    def budget_for_share(self, image_size: int | Sequence[int] | None, share: float) -> Any:
+        """The budget whose tokens are nearest to a share of the full budget, which costs the most that makes sense.
+
+        Args:
+            image_size (`int` or `(height, width)`): in pixels; the config's own when `None`.
+            share (`float`): above 0, at most 1.
+
+        Returns:
+            A value of the budget argument; the default one where there is nothing to choose.
+        """
+        return self.default_budgets()[0]
+
+    def parse_budget(self, text: str) -> Any:
+        """The value of the budget argument that a user types: "16" -> 16. Families with other values override it.
+
+        Raises:
+            ValueError: for a text that is none.
+        """
+        try:
+            return int(text)
+        except ValueError:
+            raise ValueError(
+                f"`budgets` of a model of type {self.model_type!r} must be a `{self.budget_argument}` such as 16, got "
+                f"{text!r}."
+            ) from None
+
+    def format_budget(self, budget: Any) -> str:
+        """The text that `parse_budget` reads as `budget`."""
+        return str(budget)
 
     def num_tokens_for(self, image_size: int | Sequence[int] | None = None, **budget) -> int | None:
         """How many tokens an image costs, prefix tokens not counted; `None` where that depends on what it shows.
@@ -109,12 +152,20 @@ class TokenBudgetMixin:
         """The budget at which this config runs images of (height, width), as ints below 2 ** 20.
 
         A host carries them from the processor to the model. There are always as many of them, whatever the budget.
+        Here: the bits of the budget argument, where that is a number.
         """
-        return ()
+        value = None if self.budget_argument is None else getattr(self, self.budget_argument)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return ()
+        return struct.unpack("<4H", struct.pack("<d", value))
 
     def budget_from_code(self, code: Sequence[int], num_tokens: int) -> dict[str, Any]:
         """Arguments of `forward` for a `budget_code` and the number of tokens that was counted for the image."""
-        return {}
+        if self.budget_argument is None or len(code) != 4:
+            return {}
+        (value,) = struct.unpack("<d", struct.pack("<4H", *code))
+        is_int = isinstance(getattr(self, self.budget_argument), int)
+        return {self.budget_argument: int(value) if is_int else value}
 
     def count_images(
         self, pixel_values: Sequence[torch.Tensor], image_sizes: Sequence[Sequence[int]] | None = None
@@ -165,6 +216,11 @@ def default_budgets_of(config: PreTrainedConfig) -> list:
     return config.default_budgets() if isinstance(config, TokenBudgetMixin) else [None]
 
 
+def budget_ladder_of(config: PreTrainedConfig) -> list:
+    """The budgets of a model from few tokens to many; `[None]` for a model without any."""
+    return config.budget_ladder() if isinstance(config, TokenBudgetMixin) else [None]
+
+
 def budget_kwargs(config: PreTrainedConfig, budget: Any) -> dict[str, Any]:
     """`budget` as keyword arguments of `forward`; none for `None`.
 
@@ -211,7 +267,7 @@ def token_budget(config: PreTrainedConfig, budget: Any) -> Iterator[None]:
 def count_tokens(
     outputs: ModelOutput, config: PreTrainedConfig, image_size: tuple[int, int], **budget
 ) -> list[int] | None:
-    """How many tokens each image of a batch cost, prefix tokens and padding not counted.
+    """How many real tokens each image of a batch cost: prefix tokens and padding are not counted.
 
     Args:
         outputs (`ModelOutput`): of the model, with or without a head.
@@ -220,25 +276,100 @@ def count_tokens(
         budget: what the call named, if anything.
 
     Returns:
-        One count per image where they differ, else a list of one; `None` where neither output nor config says.
+        `list[int]`: one count per image where they differ, else a list of one; `None` where neither output nor config
+        says.
     """
-    mask = getattr(outputs, "token_mask", None)
+    mask, counts = getattr(outputs, "token_mask", None), getattr(outputs, "num_tokens", None)
     if mask is not None:
         return mask.sum(dim=1).tolist()
-    if isinstance(config, TokenBudgetMixin):
-        return [config.num_tokens_for(image_size, **budget)]
+    if isinstance(counts, torch.Tensor):
+        return counts.tolist()
+    is_ours = isinstance(config, TokenBudgetMixin)
+    if is_ours and not config.tokens_vary:
+        count = config.num_tokens_for(image_size, **budget)
+        if count is not None:
+            return [count]
     hidden = getattr(outputs, "last_hidden_state", None)
     if hidden is None:
         return None
     if hidden.ndim == 4:  # a convolutional network: (batch, hidden, rows, columns)
         return [hidden.shape[2] * hidden.shape[3]]
-    return [hidden.shape[1] - getattr(config, "num_prefix_tokens", 0)]
+    grid = None if is_ours else base_feature_grid(config, image_size)
+    if grid is not None and grid[0] * grid[1] <= hidden.shape[1]:
+        return [grid[0] * grid[1]]
+    return [hidden.shape[1] - base_num_prefix_tokens(config)]
 
 
-def format_budget(budget: int | Sequence | None) -> str:
-    """8 -> "8", (4, 8) -> "4x8", None -> ""."""
+def tokens_per_image(
+    model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], outputs: ModelOutput, **budget
+) -> list[int]:
+    """`count_tokens` for any model, with a head or without: where its outputs do not say, the model in it is asked.
+
+    Args:
+        model (`PreTrainedModel`): that gave `outputs`.
+        inputs (`Mapping[str, torch.Tensor]`): what it was called with, `pixel_values` among it.
+        outputs (`ModelOutput`): of the call.
+        budget: what the call named, if anything.
+
+    Returns:
+        `list[int]`: one count for each image of the batch.
+    """
+    pixel_values = inputs["pixel_values"]
+    size = tuple(pixel_values.shape[-2:])
+    counts = count_tokens(outputs, model.config, size, **budget)
+    if counts is None:
+        with torch.no_grad():
+            counts = count_tokens(model.base_model(**inputs, **budget), model.config, size, **budget)
+    return counts * len(pixel_values) if len(counts) == 1 else counts
+
+
+def parse_budget(config: PreTrainedConfig, text: str) -> Any:
+    """The budget that a user types, for a model with this config.
+
+    Raises:
+        ValueError: for a text that is none, or a model that has no budget to choose.
+    """
+    budget_kwargs(config, text)
+    return config.parse_budget(text)
+
+
+def choose_budgets(config: PreTrainedConfig, words: Mapping[str, Sequence[str] | None]) -> list | None:
+    """The budgets that a user typed, for a model with this config.
+
+    Args:
+        config (`PreTrainedConfig`): of the model.
+        words (`Mapping[str, Sequence[str] or None]`): by option: "budgets", which fits every model that has any, and
+            names of budget arguments ("patch_sizes", "num_tokens"), which fit the models that have this one.
+
+    Returns:
+        `list` or `None`: values of its budget argument; `None` where none was typed.
+
+    Raises:
+        ValueError: for two options, an option of another argument, or a text that is no budget.
+    """
+    given = {name: texts for name, texts in words.items() if texts is not None}
+    if not given:
+        return None
+    if len(given) > 1:
+        raise ValueError(f"Give one of {', '.join(f'`{name}`' for name in given)}, not all: each names the budgets.")
+    ((name, texts),) = given.items()
+    if not texts:
+        raise ValueError(f"`{name}` is empty: give at least one.")
+    argument = next(iter(budget_kwargs(config, texts[0])))
+    if name != "budgets" and name.removesuffix("s") != argument.removesuffix("s"):
+        raise ValueError(
+            f"`{name}` does not fit a model of type {config.model_type!r}, whose budget is its `{argument}`: give "
+            "`budgets`."
+        )
+    return [parse_budget(config, text) for text in texts]
+
+
+def format_budget(budget: Any, config: PreTrainedConfig | None = None) -> str:
+    """A budget as a user types it for a model with this config; without one, 8 -> "8" and (4, 8) -> "4x8"."""
     if budget is None:
         return ""
+    if isinstance(config, TokenBudgetMixin):
+        return config.format_budget(budget)
     return "x".join(map(str, budget)) if isinstance(budget, list | tuple) else str(budget)
 
 
@@ -255,10 +386,14 @@ __all__ = [
     "add_budget_words",
     "budget_argument_of",
     "budget_kwargs",
+    "budget_ladder_of",
+    "choose_budgets",
     "count_tokens",
     "default_budgets_of",
     "format_budget",
+    "parse_budget",
     "plain_size",
     "registered_budget_words",
     "token_budget",
+    "tokens_per_image",
 ]

@@ -116,9 +116,23 @@ def _take(tokens: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return tokens.gather(1, _spread(index, tokens))
 
 
+class MergeStep(NamedTuple):
+    """What one layer has to know to merge tokens.
+
+    Attributes:
+        num_merged (`int`): tokens that it merges away.
+        sizes (`torch.Tensor` or `None`): (batch, tokens) before it; all 1 when `None`.
+        num_prefix_tokens (`int`): tokens in front that are no patches.
+    """
+
+    num_merged: int
+    sizes: torch.Tensor | None
+    num_prefix_tokens: int
+
+
 def size_bias(sizes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The mask of proportional attention, log(size) of each key: (batch, tokens) -> (batch, 1, 1, tokens)."""
     return sizes.log().to(dtype)[:, None, None, :]
 
 
-__all__ = ["MergedTokens", "merge_schedule", "merge_tokens", "size_bias"]
+__all__ = ["MergeStep", "MergedTokens", "merge_schedule", "merge_tokens", "size_bias"]

@@ -16,7 +16,7 @@ def _own(config: PreTrainedConfig) -> BaseImageProcessor | None:
     folder = Path(getattr(config, "_name_or_path", "") or "")
     if not (folder / "preprocessor_config.json").is_file():
         return None
-    return AutoImageProcessor.from_pretrained(folder)
+    return AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
 
 
 def resized(image_processor: BaseImageProcessor, size: tuple[int, int], **fields) -> BaseImageProcessor:

@@ -38,6 +38,7 @@ class Family:
     image_processors: dict[str, type] = field(default_factory=dict)
     video_processor: type | None = None
     converter: Callable | str | None = None
+    exporters: dict[str, Callable | str] = field(default_factory=dict)
     drawing: Callable | str | None = None
     budget_drawing: Callable | str | None = None
     training_callbacks: tuple[Callable | str, ...] = ()
@@ -50,6 +51,10 @@ class Family:
     def function(self, part: str) -> Callable | None:
         """The function in the field `part` ("converter", "drawing", "training_config", ...), imported, or `None`."""
         return _imported(getattr(self, part))
+
+    def exporter(self, to: str) -> Callable | None:
+        """The function that writes models of this family as `to`, imported, or `None`."""
+        return _imported(self.exporters.get(to))
 
     def callbacks(self) -> list[Any]:
         """New callbacks for a `Trainer` that trains a model of this family."""
@@ -76,6 +81,7 @@ def register_family(
     image_processors: dict[str, type] | None = None,
     video_processor: type | None = None,
     converter: Callable | str | None = None,
+    exporters: dict[str, Callable | str] | None = None,
     drawing: Callable | str | None = None,
     budget_drawing: Callable | str | None = None,
     training_callbacks: tuple[Callable | str, ...] = (),
@@ -96,6 +102,9 @@ def register_family(
         video_processor (`type`, *optional*): the video processor class.
         converter (`Callable` or `str`, *optional*): function (source, out, **options) that writes a checkpoint made
             from another library's into the empty folder `out`. Functions may be given as "module:function".
+        exporters (`dict[str, Callable | str]`, *optional*): name of another library's model ("vit", "timm") ->
+            function (source, out, **options) that writes a checkpoint of this family as one of that library into the
+            empty folder `out`.
         drawing (`Callable` or `str`, *optional*): function (model, processor, image, budgets) -> matplotlib figure or
             PIL image: what the model looks at.
         budget_drawing (`Callable` or `str`, *optional*): function (axis, model, processor, image, budget) that draws
@@ -122,6 +131,7 @@ def register_family(
         dict(image_processors or {}),
         video_processor,
         converter,
+        dict(exporters or {}),
         drawing,
         budget_drawing,
         tuple(training_callbacks),

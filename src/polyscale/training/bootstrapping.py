@@ -9,12 +9,12 @@ from torch import nn
 from transformers import AutoModel, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from ..models.flexivit.convert_flexivit import load_flexivit_source
 from ..models.sparseformer.configuration_sparseformer import SparseFormerConfig, bootstrapped_operations
-from ..models.sparseformer.convert_sparseformer_vit import ViTLoadingReport, load_vit_weights, read_vit_blocks
+from ..models.sparseformer.convert_sparseformer_vit import ViTLoadingReport, load_vit_weights
 from ..models.sparseformer.modeling_sparseformer import SparseFormerModel
 from ..utils.validation import to_pair
 from .recipe import TrainingRecipe
-from .starting_point import load_whole
 from .trainer import BudgetTrainer, images_for_teacher
 
 
@@ -85,9 +85,9 @@ def make_student(
         raise ValueError(f"`options` must be fields of `SparseFormerConfig`, got {', '.join(map(repr, unknown))}.")
     if not 0 <= frozen_share <= 1:
         raise ValueError(f"`frozen_share` must be between 0 and 1, got {frozen_share}.")
-    state_dict = teacher.state_dict()
-    found, _ = read_vit_blocks(state_dict)
-    depth, width = len(found), teacher.config.hidden_size
+    source = load_flexivit_source(teacher)
+    vit = source.config
+    depth, width = vit.num_hidden_layers, vit.hidden_size
     num_blocks = max(round(depth * 2 / 3), 1) if num_blocks is None else num_blocks
     if not 1 <= num_blocks <= depth:
         raise ValueError(f"`num_blocks` must be between 1 and the teacher's {depth}, got {num_blocks}.")
@@ -98,11 +98,11 @@ def make_student(
         "widths": [width // 2] + [width] * (num_blocks + 1),
         "repeats": [4] + [1] * (num_blocks + 1),
         "operations": bootstrapped_operations(num_blocks + 2),
-        "attention_head_width": width // teacher.config.num_attention_heads,
-        "hidden_act": teacher.config.hidden_act,
-        "layer_norm_eps": teacher.config.layer_norm_eps,
-        "mlp_ratio": found[0]["fc1.weight"].shape[0] / width,
-        "image_size": teacher.config.image_size,
+        "attention_head_width": width // vit.num_attention_heads,
+        "hidden_act": vit.hidden_act,
+        "layer_norm_eps": vit.layer_norm_eps,
+        "mlp_ratio": vit.intermediate_size / width,
+        "image_size": vit.image_size,
         "pooling": pooling,
         "cls_token_layer": 2 if pooling == "cls" else None,
         **options,
@@ -110,7 +110,7 @@ def make_student(
     fields = {name: value for name, value in fields.items() if name in SparseFormerConfig.__dataclass_fields__}
     student = SparseFormerModel(SparseFormerConfig(**fields))
     report = load_vit_weights(
-        student, state_dict, layers=range(2, num_blocks + 2), blocks=range(depth - num_blocks, depth)
+        student, source, layers=range(2, num_blocks + 2), blocks=range(depth - num_blocks, depth)
     )
     num_frozen = min(round(depth * frozen_share), num_blocks)
     for layer in student.layers[len(student.layers) - num_frozen :]:

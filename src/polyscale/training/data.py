@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 from datasets import (
     Array2D,
     Array3D,
@@ -112,6 +113,7 @@ def _load(name: str, **options) -> DatasetDict:
 
 def _read_parquet(path: str) -> Dataset:
     try:
+        pq.read_schema(path)
         return Dataset.from_parquet(path)
     except Exception as error:  # pyarrow and datasets raise many kinds for a damaged file
         raise ValueError(f"{path} is no readable parquet file: {_first_line(error)}") from error

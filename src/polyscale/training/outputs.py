@@ -15,7 +15,12 @@ from .resume import write_json
 
 
 _PACKAGES = ("polyscale", "transformers", "torch", "torchvision", "datasets", "accelerate")
-_METRIC_NAMES = {"top1": "top-1 accuracy", "agreement": "agreement with the full budget", "loss": "loss"}
+_METRIC_NAMES = {
+    "top1": "top-1 accuracy",
+    "agreement": "agreement with the full budget",
+    "cosine": "cosine to the full budget",
+    "loss": "loss",
+}
 
 
 def versions() -> dict[str, str]:
@@ -72,7 +77,8 @@ def _draw_metric(axis: Any, epochs: Sequence[Mapping[str, Any]], argument: str |
     from matplotlib import colormaps
 
     metric = next(name for name in _METRIC_NAMES if name in epochs[-1]["budgets"][0])
-    scale = 1 if metric == "loss" else 100
+    is_share = metric in ("top1", "agreement")
+    scale = 100 if is_share else 1
     steps = [entry["step"] for entry in epochs]
     count = len(epochs[-1]["budgets"])
     for index, result in enumerate(epochs[-1]["budgets"]):
@@ -80,9 +86,9 @@ def _draw_metric(axis: Any, epochs: Sequence[Mapping[str, Any]], argument: str |
         color = colormaps["viridis"](0.85 * index / max(count - 1, 1))
         label = describe_budget(argument, result)
         axis.plot(steps, values, marker="o", markersize=3.5, linewidth=1.5, color=color, label=label)
-    unit = "" if metric == "loss" else " (%)"
+    unit = " (%)" if is_share else ""
     axis.set(xlabel="step", ylabel=f"{_METRIC_NAMES[metric]}{unit}", title="By budget, after each epoch")
-    if metric != "loss":
+    if is_share:
         bottom, top = axis.get_ylim()
         axis.set_ylim(max(bottom, -2), min(top, 102))
     axis.legend(fontsize=8, frameon=False)
@@ -113,7 +119,7 @@ def write_card(path: Path, facts: Mapping[str, Any], config: Any, is_classifier:
         )
         for result in results
         for metric in _METRIC_NAMES
-        if metric in result and (metric != "loss" or "top1" not in result)
+        if metric in result and (metric != "loss" or not {"top1", "agreement", "cosine"} & set(result))
     ]
     card_data = ModelCardData(
         library_name="transformers",
@@ -167,9 +173,8 @@ def _results_table(facts: Mapping[str, Any], argument: str | None) -> str:
     for result in facts["results"]:
         budget = result["budget"]
         shown = "x".join(map(str, budget)) if isinstance(budget, list) else budget
-        values = [
-            f"{result[metric]:.4f}" if metric == "loss" else f"{100 * result[metric]:.2f} %" for metric in metrics
-        ]
+        is_share = {metric: metric in ("top1", "agreement") for metric in metrics}
+        values = [f"{100 * result[name]:.2f} %" if is_share[name] else f"{result[name]:.4f}" for name in metrics]
         rows.append(["default" if budget is None else shown, result["tokens"] or "vary", *values])
     table = "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows)
     where = f"{facts['results'][0]['images']:,} images of the split `{facts['data']['evaluated']}`"

@@ -13,16 +13,12 @@ from .bootstrapping import BootstrapTrainer, load_teacher, make_student
 from .data import check_images, evaluation_split, image_shapes, sample_rows
 from .labels import listed, renumbered
 from .processing import adopt_processing, make_image_processor
+from .reading import load_processor, load_whole
 from .recipe import TrainingRecipe
-from .starting_point import (
-    StartingPoint,
-    default_batch_size,
-    load_processor,
-    load_whole,
-    starting_point,
-)
+from .starting_point import StartingPoint, completed, starting_point
 from .trainer import BudgetTrainer, ImageClassificationTrainer
 from .transforms import AugmentedImages, ImageCollator, ProcessorTransform, TrainingTransform, collate_images
+from .tuning import has_classes, make_tuning_trainer
 
 
 _HELD_OUT = 0.1
@@ -110,9 +106,8 @@ def make_plan(
     if recipe.bootstrap_from is not None:
         return _bootstrapping(recipe, splits, arguments)
     if recipe.tune_budgets is not None:
-        from .tuning import tuning_plan
-
-        return tuning_plan(recipe, splits, arguments)
+        trainer, processor, recipe, notes = make_tuning_trainer(recipe, splits, arguments, datasets_of, collate_images)
+        return Plan(trainer, processor, recipe, has_classes(trainer.model), notes)
     return _classification(recipe, splits, arguments)
 
 
@@ -123,10 +118,11 @@ def datasets_of(
     stats = (list(recipe.image_mean), list(recipe.image_std))
     transform = TrainingTransform(recipe.augmentation, tuple(recipe.image_size), *stats)
     name = evaluation_split(splits)
-    return {
-        "train_dataset": AugmentedImages(splits["train"], transform, seed=recipe.seed),
-        "eval_dataset": name and AugmentedImages(splits[name], ProcessorTransform(processor, recipe.num_channels)),
-    }
+    evaluated = name and AugmentedImages(splits[name], ProcessorTransform(processor, recipe.num_channels))
+    trained = AugmentedImages(splits["train"], transform, seed=recipe.seed)
+    for images in filter(None, (trained, evaluated)):
+        images[0]  # what no image of the data can be is refused before training
+    return {"train_dataset": trained, "eval_dataset": evaluated}
 
 
 def _classification(
@@ -187,9 +183,8 @@ def _bootstrapping(
         num_channels=theirs.num_channels,
         image_mean=recipe.image_mean or theirs.image_mean,
         image_std=recipe.image_std or theirs.image_std,
-        batch_size=recipe.batch_size or default_batch_size(len(splits["train"])),
-        learning_rate=recipe.learning_rate or 1e-3,
     )
+    recipe = completed(recipe, len(splits["train"]), learning_rate=1e-3)
     shape = {"num_blocks": recipe.num_blocks, "frozen_share": recipe.frozen_share}
     student, _ = make_student(
         teacher,

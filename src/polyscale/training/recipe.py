@@ -170,7 +170,8 @@ class TrainingRecipe:
         if value >= below and above is not None:
             raise ValueError(f"`{name}` must be between {above} and {below}, got {value}.")
         if value >= below or value > maximum:
-            raise ValueError(f"`{name}` must be {'below' if value >= below else 'at most'} {min(below, maximum)}.")
+            limit = f"below {below}" if value >= below else f"at most {maximum}"
+            raise ValueError(f"`{name}` must be {limit}, got {value}.")
 
     def _check_statistics(self) -> None:
         for name in ("image_mean", "image_std"):

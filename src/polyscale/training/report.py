@@ -33,9 +33,10 @@ def duration(seconds: float) -> str:
 
 def describe_budget(argument: str | None, result: Mapping[str, Any]) -> str:
     """A budget and its tokens: "patch_size 8 (16 tokens)"."""
-    tokens = result.get("tokens")
+    tokens, budget = result.get("tokens"), format_budget(result.get("budget"))
+    if argument is None and tokens is None:
+        return "not adjustable"
     cost = "tokens vary" if tokens is None else f"{tokens} tokens"
-    budget = format_budget(result.get("budget"))
     return f"{argument} {budget} ({cost})" if argument and budget else cost
 
 
@@ -44,12 +45,14 @@ def result_line(results: Sequence[Mapping[str, Any]], config: Any) -> str:
     argument = budget_argument_of(config)
     entries = []
     for result in results:
-        name = next(name for name in ("top1", "agreement", "loss") if name in result)
-        value = f"{result[name]:.4f}" if name == "loss" else f"{100 * result[name]:.1f} %"
+        name = next(name for name in ("top1", "agreement", "cosine", "loss") if name in result)
+        value = f"{100 * result[name]:.1f} %" if name in ("top1", "agreement") else f"{result[name]:.4f}"
         budget = format_budget(result["budget"])
-        where = f"{budget} ({result['tokens']} tokens)" if budget else f"{result['tokens']} tokens"
-        entries.append(f"{where} {value}")
-    label = {"top1": "top-1", "agreement": "agreement with the full budget", "loss": "loss"}[name]
+        tokens = "" if result["tokens"] is None else f"{result['tokens']} tokens"
+        where = f"{budget} ({tokens})" if budget and tokens else budget or tokens
+        entries.append(f"{where} {value}".strip())
+    labels = {"top1": "top-1", "agreement": "agreement with the full budget", "cosine": "cosine to the full budget"}
+    label = labels.get(name, name)
     by = f" by {argument}" if argument and len(results) > 1 else ""
     return f"{label}{by}: " + ", ".join(entries)
 
@@ -106,7 +109,7 @@ def summary_lines(
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     rows = {
         "family": f"{config.model_type}, {total:,} parameters{frozen}",
-        "image": f"{image_size[0]} x {image_size[1]} pixels, {config.num_channels} channels",
+        "image": f"{image_size[0]} x {image_size[1]} pixels, channels: {config.num_channels}",
         "budgets": ", ".join(budgets),
         **facts,
         "device": f"{args.device}, {args.world_size} process{'es' if args.world_size > 1 else ''}",

@@ -97,8 +97,11 @@ class RunFolder:
         if resume and not self.has_run():
             raise ValueError(f"`resume`: there is no checkpoint in {self.path}. Start without `resume`.")
         self._is_new = not self.path.exists()
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._acquire()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._acquire()
+        except OSError as error:
+            raise ValueError(f"`output_dir` {self.output_dir} cannot be made: {error.strerror or error}.") from error
         if not resume and self.has_run():
             self.release()
             raise ValueError(f"{self.path} holds an unfinished run. Resume it (`--resume`), or remove that folder.")

@@ -1,33 +1,31 @@
 """What a run starts from: a model with random weights or those of a checkpoint, and the image processor beside it."""
 
-import difflib
 import tempfile
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
+    AutoModel,
     AutoModelForImageClassification,
     PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.image_processing_utils import BaseImageProcessor
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
 
-from ..checkpoints import available_checkpoints, resolve_checkpoint
+from ..checkpoints import resolve_checkpoint
 from ..conversion import convert_checkpoint
 from ..evaluation.labels import match_labels
-from ..models.auto import families, family_of
+from ..models.auto import family_of
+from .configs import as_pair, at_image_size, check_saved_config, label_fields, make_config, unknown_family
 from .labels import listed
 from .processing import adopt_processing, default_image_size, make_image_processor
+from .reading import check_place, load_whole, quiet_loading, readable
 from .recipe import TrainingRecipe
 
 
@@ -56,55 +54,6 @@ class StartingPoint:
     notes: list[str] = field(default_factory=list)
 
 
-@contextmanager
-def readable(argument: str, source: str) -> Iterator[None]:
-    """Turns what goes wrong while a checkpoint is read into a `ValueError` that names it."""
-    try:
-        yield
-    except OSError as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"`{argument}` {source!r} cannot be loaded: it is neither a bundled checkpoint "
-            f"({', '.join(available_checkpoints())}) nor a complete one in a folder or on the hub. {reason}"
-        ) from error
-    except (SafetensorError, RuntimeError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"`{argument}` {source!r} is damaged or of another kind: {reason}") from error
-
-
-def _check_place(argument: str, source: str) -> None:
-    looks_like_path = source.startswith((".", "/", "~")) or source.count("/") > 1
-    if looks_like_path and not Path(source).exists():
-        raise ValueError(f"`{argument}`: there is no folder {source!r}.")
-
-
-def load_whole(argument: str, name: str, auto_class: type, recipe: TrainingRecipe) -> PreTrainedModel:
-    """A model with all of its weights.
-
-    Raises:
-        ValueError: if it cannot be read, or lacks tensors.
-    """
-    _check_place(argument, name)
-    source = resolve_checkpoint(name)
-    with readable(argument, name):
-        model, info = auto_class.from_pretrained(
-            source, dtype=torch.float32, output_loading_info=True, trust_remote_code=recipe.trust_remote_code
-        )
-    if info["missing_keys"]:
-        kind = "no trained image classifier" if auto_class is AutoModelForImageClassification else "no whole model"
-        raise ValueError(
-            f"`{argument}` {name!r} holds {kind}: {len(info['missing_keys'])} tensors are missing, such as "
-            f"{sorted(info['missing_keys'])[0]!r}."
-        )
-    return model
-
-
-def load_processor(argument: str, name: str, recipe: TrainingRecipe) -> BaseImageProcessor:
-    """The image processor of a checkpoint."""
-    with readable(argument, name):
-        return AutoImageProcessor.from_pretrained(resolve_checkpoint(name), trust_remote_code=recipe.trust_remote_code)
-
-
 def starting_point(
     recipe: TrainingRecipe, label_names: Sequence[str], shapes: Sequence[tuple[int, int, int]], num_images: int
 ) -> StartingPoint:
@@ -121,22 +70,23 @@ def starting_point(
     """
     options = dict(recipe.model_options)
     if "image_size" in options:
-        recipe = replace(recipe, image_size=recipe.image_size or _pair(options.pop("image_size")))
+        recipe = replace(recipe, image_size=recipe.image_size or as_pair(options.pop("image_size")))
     if "num_channels" in options:
         recipe = replace(recipe, num_channels=recipe.num_channels or options.pop("num_channels"))
-    recipe = replace(
-        recipe,
-        batch_size=recipe.batch_size or default_batch_size(num_images),
-        learning_rate=recipe.learning_rate or (1e-3 if recipe.init_from is None else 1e-4),
-    )
+    recipe = completed(recipe, num_images, learning_rate=1e-3 if recipe.init_from is None else 1e-4)
     start = _fresh if recipe.init_from is None else _from_checkpoint
     point = start(recipe, options, list(label_names), shapes)
     check_saved_config(point.model.config)
     return point
 
 
-def _pair(size) -> tuple[int, int]:
-    return tuple(size) if isinstance(size, list | tuple) else (size, size)
+def completed(recipe: TrainingRecipe, num_images: int, learning_rate: float) -> TrainingRecipe:
+    """The recipe with a batch size and a learning rate."""
+    return replace(
+        recipe,
+        batch_size=recipe.batch_size or default_batch_size(num_images),
+        learning_rate=recipe.learning_rate or learning_rate,
+    )
 
 
 def default_batch_size(num_images: int) -> int:
@@ -150,8 +100,13 @@ def default_batch_size(num_images: int) -> int:
 def _fresh(
     recipe: TrainingRecipe, options: dict, label_names: list[str], shapes: Sequence[tuple[int, int, int]]
 ) -> StartingPoint:
-    recipe = replace(recipe, family=recipe.family or "flexivit", image_size=recipe.image_size)
-    channels = recipe.num_channels or (len(recipe.image_mean) if recipe.image_mean else shapes[0][2])
+    recipe = replace(recipe, family=recipe.family or "flexivit")
+    channels = recipe.num_channels or shapes[0][2]
+    for name in ("image_mean", "image_std"):
+        if len(getattr(recipe, name) or (0,) * channels) != channels:
+            raise ValueError(
+                f"`{name}` must hold {channels} numbers, one for each channel; got {getattr(recipe, name)}."
+            )
     recipe = replace(
         recipe,
         image_size=recipe.image_size or default_image_size(shapes),
@@ -166,88 +121,32 @@ def _fresh(
     return StartingPoint(model, processor, recipe, label_names, list(range(len(label_names))))
 
 
-def label_fields(label_names: Sequence[str]) -> dict:
-    """Fields of a config that name its classes."""
-    return {"id2label": dict(enumerate(label_names)), "label2id": {name: i for i, name in enumerate(label_names)}}
+@dataclass
+class _Opened:
+    """A checkpoint of the recipe's family, converted to it if need be."""
+
+    source: str
+    config: PreTrainedConfig
+    processor: BaseImageProcessor
+    recipe: TrainingRecipe
+    notes: list[str]
 
 
-def make_config(recipe: TrainingRecipe, options: Mapping, base: PreTrainedConfig | None = None) -> PreTrainedConfig:
-    """The config of a recipe: of its family, or the one of a checkpoint with some fields changed.
-
-    Raises:
-        ValueError: for an unknown family, preset or field, or a value that the config refuses.
-    """
-    family = family_of(base or recipe.family)
-    if base is None and (recipe.family not in CONFIG_MAPPING or (family and family.classifier_class is None)):
-        ours = [name for name, known in families().items() if known.classifier_class is not None]
-        raise ValueError(
-            f"`family` must be a model type with an image classifier: {', '.join(ours)}, or one of transformers; got "
-            f"{recipe.family!r}."
-        )
-    config_class = type(base) if base is not None else CONFIG_MAPPING[recipe.family]
-    if base is None and config_class not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
-        raise ValueError(f"`family` {recipe.family!r} has no image classifier.")
-    check_fields(config_class, options)
-    make = family.function("training_config") if family else None
-    try:
-        if make is not None:
-            return make(recipe.image_size, recipe.num_channels, preset=recipe.preset, base=base, **options)
-        if base is not None:
-            return config_class.from_dict({**base.to_dict(), **options})
-        sizes = {"image_size": recipe.image_size, "num_channels": recipe.num_channels}
-        known = {name: value for name, value in sizes.items() if name in config_class.__dataclass_fields__}
-        if recipe.preset is not None:
-            if not hasattr(config_class, "preset"):
-                raise ValueError(f"`family` {recipe.family!r} has no presets.")
-            return config_class.preset(recipe.preset, **{**known, **options})
-        return config_class(**{**known, **options})
-    except StrictDataclassError as error:
-        reason = " ".join(str(error.__cause__ or error).split())
-        raise ValueError(f"The model cannot be made: {reason}") from error
-    except TypeError as error:
-        raise ValueError(f"The model cannot be made of {dict(options)}: {error}") from error
-
-
-def check_fields(config_class: type[PreTrainedConfig], options: Mapping) -> None:
-    """Refuses names that are no fields of a config.
-
-    Raises:
-        ValueError: naming the nearest field.
-    """
-    known = {*config_class.__dataclass_fields__, *config_class.attribute_map, "num_labels", "id2label", "label2id"}
-    for name in options:
-        if name not in known:
-            near = difflib.get_close_matches(name, sorted(known), 1)
-            hint = f"; did you mean `{near[0]}`?" if near else "."
-            raise ValueError(f"`{name}` is no field of the config of {config_class.model_type!r}{hint}")
-
-
-def check_saved_config(config: PreTrainedConfig) -> None:
-    """Makes sure, before anything is trained, that a config can be read once it is written.
-
-    Raises:
-        ValueError: for a value that the config would refuse then.
-    """
-    try:
-        type(config).from_dict(config.to_dict())
-    except StrictDataclassError as error:
-        raise ValueError(f"The model's config is not legal: {error.__cause__ or error}") from error
-
-
-def _from_checkpoint(
-    recipe: TrainingRecipe, options: dict, label_names: list[str], shapes: Sequence[tuple[int, int, int]]
-) -> StartingPoint:
+@contextmanager
+def _opened(recipe: TrainingRecipe) -> Iterator[_Opened]:
     name = recipe.init_from
-    _check_place("init_from", name)
+    check_place("init_from", name)
     with tempfile.TemporaryDirectory() as folder:
         source = resolve_checkpoint(name)
         with readable("init_from", name):
             config = AutoConfig.from_pretrained(source, trust_remote_code=recipe.trust_remote_code)
         notes = []
         if recipe.family not in (None, config.model_type):
+            if getattr(family_of(recipe.family), "converter", None) is None:
+                raise unknown_family(recipe.family)
             notes.append(f"{name} ({config.model_type}) is converted to {recipe.family}.")
             converted = Path(folder) / "model"
-            with readable("init_from", name):
+            with readable("init_from", name), quiet_loading():
                 convert_checkpoint(source, converted, to=recipe.family)
                 source = str(converted)
                 config = AutoConfig.from_pretrained(source)
@@ -255,33 +154,39 @@ def _from_checkpoint(
             processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=recipe.trust_remote_code)
         recipe = replace(recipe, family=config.model_type)
         recipe, processor = adopt_processing(recipe, processor, config)
-        config = at_image_size(config, recipe)
-        names, numbers, keeps_head = _classes(config, label_names, recipe.label_map)
-        config = make_config(recipe, {**options, **label_fields(names)}, base=config)
-        model, kept_head = _classifier_with_weights(source, name, config, recipe, keeps_head)
-    notes.append(
+        yield _Opened(source, at_image_size(config, recipe), processor, recipe, notes)
+
+
+def _from_checkpoint(
+    recipe: TrainingRecipe, options: dict, label_names: list[str], shapes: Sequence[tuple[int, int, int]]
+) -> StartingPoint:
+    with _opened(recipe) as opened:
+        names, numbers, keeps_head = _classes(opened.config, label_names, recipe.label_map)
+        config = make_config(opened.recipe, {**options, **label_fields(names)}, base=opened.config)
+        model, kept_head = _classifier_with_weights(opened.source, recipe.init_from, config, opened.recipe, keeps_head)
+    opened.notes.append(
         "The classes are those of the checkpoint: its head is kept."
         if kept_head
         else f"The head is new: the classes of the data ({listed(label_names)}) are not those of the checkpoint."
     )
-    return StartingPoint(model, processor, recipe, names, numbers, notes)
+    return StartingPoint(model, opened.processor, opened.recipe, names, numbers, opened.notes)
 
 
-def at_image_size(config: PreTrainedConfig, recipe: TrainingRecipe) -> PreTrainedConfig:
-    """The config for images of the recipe's size.
-
-    Raises:
-        ValueError: if the model takes no other size than its own.
+def whole_checkpoint(
+    recipe: TrainingRecipe, num_images: int
+) -> tuple[PreTrainedModel, BaseImageProcessor, TrainingRecipe, list[str]]:
+    """The model of `recipe.init_from` with all of its weights, a head included where it has one; its image processor,
+    the completed recipe, and what is to be said of them.
     """
-    own = getattr(config, "image_size", None)
-    if own is None or _pair(own) == tuple(recipe.image_size):
-        return config
-    if "image_size" in getattr(config, "changeable_fields", ()):
-        height, width = recipe.image_size
-        return config.with_budget(image_size=height if height == width else [height, width])
-    if family_of(config) is None:
-        raise ValueError(f"`image_size` must be that of the checkpoint, {own}, got {recipe.image_size}.")
-    return config
+    recipe = completed(recipe, num_images, learning_rate=5e-5)
+    with _opened(recipe) as opened:
+        config = make_config(opened.recipe, recipe.model_options, base=opened.config)
+        classifier = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING.get(type(config), None)
+        is_classifier = classifier is not None and classifier.__name__ in (config.architectures or [])
+        auto_class = AutoModelForImageClassification if is_classifier else AutoModel
+        model = load_whole("init_from", recipe.init_from, auto_class, recipe, opened.source, config)
+    check_saved_config(model.config)
+    return model, opened.processor, opened.recipe, opened.notes
 
 
 def _classes(
@@ -306,7 +211,7 @@ def _classifier_with_weights(
     source: str, name: str, config: PreTrainedConfig, recipe: TrainingRecipe, keeps_head: bool
 ) -> tuple[PreTrainedModel, bool]:
     """The classifier, all of whose weights but those of the head come from the checkpoint; whether they do too."""
-    with readable("init_from", name):
+    with readable("init_from", name), quiet_loading():
         model, info = AutoModelForImageClassification.from_pretrained(
             source,
             config=config,
@@ -341,16 +246,4 @@ def _with_new_head(model: PreTrainedModel, head: set[str]) -> PreTrainedModel:
     return model
 
 
-__all__ = [
-    "StartingPoint",
-    "at_image_size",
-    "check_fields",
-    "check_saved_config",
-    "default_batch_size",
-    "label_fields",
-    "load_processor",
-    "load_whole",
-    "make_config",
-    "readable",
-    "starting_point",
-]
+__all__ = ["StartingPoint", "completed", "starting_point", "whole_checkpoint"]

@@ -153,7 +153,7 @@ def _explained(error: BaseException, run: RunFolder, again: str) -> BaseExceptio
             f"`gradient_accumulation_steps`, after removing {run.path}."
         )
     if reason := worker_failure(error):
-        return TrainingStopped(f"Images cannot be read: {reason}. {done} Mend it, then go on with: {again}")
+        return TrainingStopped(f"Images cannot be read: {reason.rstrip('.')}. {done} Mend it, then: {again}")
     return error
 
 

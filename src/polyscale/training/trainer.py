@@ -81,15 +81,15 @@ class BudgetTrainer(WholeWeightsTrainer):
             self.add_callback(callback)
 
     def budgets(self) -> list:
-        """The budgets to evaluate at: those of the config; where that is one, also shares of the largest."""
+        """The budgets to evaluate at: those of the config; where that is one, also shares of the full one."""
         config = self.model.config
         budgets = default_budgets_of(config)
-        share = getattr(config, "budget_for_share", None)
-        if len(budgets) > 1 or share is None or budgets[0] is None:
+        if len(budgets) > 1 or budgets[0] is None or not isinstance(config, TokenBudgetMixin):
             return budgets
-        size = getattr(config, "image_size", None)
-        shares = [share(size, part) for part in (0.25, 0.5, 1.0)]
-        return sorted(dict.fromkeys([*shares, *budgets])) if isinstance(budgets[0], int) else budgets
+        size = tuple(to_pair(config.image_size, "image_size"))
+        shares = [config.budget_for_share(size, share) for share in (0.25, 0.5, 1.0)]
+        by_tokens = {num_tokens_at(config, size, budget): budget for budget in [*shares, *budgets]}
+        return [by_tokens[tokens] for tokens in sorted(by_tokens)]
 
     def measure(self, model: nn.Module, inputs: dict[str, torch.Tensor], **budget) -> dict[str, torch.Tensor]:
         """Each of `metrics` for each image of a batch at one budget: (batch,)."""

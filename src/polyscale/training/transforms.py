@@ -8,52 +8,14 @@ import torch
 from datasets import Dataset
 from PIL import Image
 from torchvision.transforms import v2
-from torchvision.tv_tensors import Image as TVImage
 from transformers.image_processing_utils import BaseImageProcessor
 
-from ..utils.images import to_rgb
+from ..utils.processors import pixels_and_options, pixels_of
 from ..utils.validation import check_choice
 
 
 AUGMENTATIONS = ("none", "crop", "resized-crop", "trivial")
 _INTERPOLATION = v2.InterpolationMode.BICUBIC
-
-
-def pixels_of(image: Image.Image | np.ndarray, num_channels: int = 3) -> TVImage:
-    """An image as a tensor (channels, height, width): uint8, or float in [0, 1].
-
-    Args:
-        image: of PIL, for 1 channel (grey) or 3 (RGB); or an array (height, width), (height, width, channels) or
-            (channels, height, width) of uint8, uint16 or floats in [0, 1], for any number of channels.
-        num_channels (`int`, *optional*, defaults to 3): channels wanted.
-
-    Raises:
-        ValueError: for another number of channels, another type, or floats of another range.
-    """
-    if isinstance(image, Image.Image):
-        if num_channels not in (1, 3):
-            raise ValueError(
-                f"An image file gives 1 channel (grey) or 3 (RGB), not {num_channels}: store images of {num_channels} "
-                "channels as arrays (.npy)."
-            )
-        rgb = to_rgb(image)
-        return v2.functional.to_image(rgb.convert("L") if num_channels == 1 else rgb)
-    array = image[..., None] if image.ndim == 2 else image
-    if array.ndim != 3 or num_channels not in (array.shape[2], array.shape[0]):
-        raise ValueError(f"An array of the shape {image.shape} is no image of {num_channels} channels.")
-    if array.shape[2] == num_channels:
-        array = array.transpose(2, 0, 1)
-    if array.dtype == np.uint16:
-        array = array.astype(np.float32) / 65535
-    elif np.issubdtype(array.dtype, np.floating):
-        array = array.astype(np.float32)
-        if not (np.isfinite(array).all() and array.min() >= 0 and array.max() <= 1):
-            raise ValueError(
-                f"An array of floats must lie in [0, 1], got {array.min():.4g} to {array.max():.4g}: scale it first."
-            )
-    elif array.dtype != np.uint8:
-        raise ValueError(f"An array must hold uint8, uint16 or floats in [0, 1], got {array.dtype}.")
-    return TVImage(torch.from_numpy(np.ascontiguousarray(array)))
 
 
 class TrainingTransform:
@@ -111,11 +73,8 @@ class ProcessorTransform:
         self.num_channels = num_channels
 
     def __call__(self, image: Image.Image | np.ndarray) -> torch.Tensor:
-        pixels = pixels_of(image, self.num_channels).as_subclass(torch.Tensor)
-        options = {"do_convert_rgb": False, "input_data_format": "channels_first", "return_tensors": "pt"}
-        if pixels.is_floating_point():
-            options["do_rescale"] = False
-        return self.processor([pixels], **options)["pixel_values"][0]
+        pixels, options = pixels_and_options(image, self.num_channels)
+        return self.processor([pixels], return_tensors="pt", **options)["pixel_values"][0]
 
 
 @contextmanager
@@ -208,5 +167,4 @@ __all__ = [
     "ProcessorTransform",
     "TrainingTransform",
     "collate_images",
-    "pixels_of",
 ]

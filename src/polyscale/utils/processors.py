@@ -7,9 +7,14 @@ property `output_size`, a method `options_for_size(image_size, crop_pct)`.
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
+from torchvision.transforms import v2
+from torchvision.tv_tensors import Image as TVImage
 from transformers.image_processing_utils import BaseImageProcessor
+
+from .images import to_rgb
 
 
 def _side_lengths(size: Any) -> dict[str, int | None]:
@@ -78,6 +83,8 @@ def plain_options_for_size(
 
 def seen_region(image: Image.Image, processor: BaseImageProcessor) -> Image.Image:
     """The part of an image that a processor hands to the model, at the image's own resolution."""
+    if hasattr(type(processor), "seen_region"):
+        return processor.seen_region(image)
     if not _crops(processor):
         return image
     crop = _side_lengths(processor.crop_size)
@@ -95,24 +102,78 @@ def seen_region(image: Image.Image, processor: BaseImageProcessor) -> Image.Imag
     return image.crop((round(left), round(top), round(left + seen_width), round(top + seen_height)))
 
 
+def pixels_of(image: Image.Image | np.ndarray, num_channels: int = 3) -> TVImage:
+    """An image as a tensor (channels, height, width): uint8, or float in [0, 1].
+
+    Args:
+        image: of PIL, for 1 channel (grey) or 3 (RGB); or an array (height, width), (height, width, channels) or
+            (channels, height, width) of uint8, uint16 or floats in [0, 1], for any number of channels.
+        num_channels (`int`, *optional*, defaults to 3): channels wanted.
+
+    Raises:
+        ValueError: for another number of channels, another type, or floats of another range.
+    """
+    if isinstance(image, Image.Image):
+        if num_channels not in (1, 3):
+            raise ValueError(
+                f"An image file gives 1 channel (grey) or 3 (RGB), not {num_channels}: store images of {num_channels} "
+                "channels as arrays (.npy)."
+            )
+        rgb = to_rgb(image)
+        return v2.functional.to_image(rgb.convert("L") if num_channels == 1 else rgb)
+    array = image[..., None] if image.ndim == 2 else image
+    if array.ndim != 3 or num_channels not in (array.shape[2], array.shape[0]):
+        raise ValueError(f"An array of the shape {image.shape} is no image of {num_channels} channels.")
+    if array.shape[2] == num_channels:
+        array = array.transpose(2, 0, 1)
+    if array.dtype == np.uint16:
+        array = array.astype(np.float32) / 65535
+    elif np.issubdtype(array.dtype, np.floating):
+        array = array.astype(np.float32)
+        if not (np.isfinite(array).all() and array.min() >= 0 and array.max() <= 1):
+            raise ValueError(
+                f"An array of floats must lie in [0, 1], got {array.min():.4g} to {array.max():.4g}: scale it first."
+            )
+    elif array.dtype != np.uint8:
+        raise ValueError(f"An array must hold uint8, uint16 or floats in [0, 1], got {array.dtype}.")
+    return TVImage(torch.from_numpy(np.ascontiguousarray(array)))
+
+
+def pixels_and_options(image: Image.Image | np.ndarray, num_channels: int) -> tuple[torch.Tensor, dict[str, Any]]:
+    """An image as `pixels_of`, and the arguments of an image processor's call that takes it as it is."""
+    pixels = pixels_of(image, num_channels).as_subclass(torch.Tensor)
+    options: dict[str, Any] = {"do_convert_rgb": False, "input_data_format": "channels_first"}
+    return pixels, options | ({"do_rescale": False} if pixels.is_floating_point() else {})
+
+
 def process_images(
-    processor: BaseImageProcessor, images: Sequence[Image.Image], **options
+    processor: BaseImageProcessor, images: Sequence[Image.Image | np.ndarray], num_channels: int = 3, **options
 ) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
     """Images as inputs of a model, in as few batches as their sizes allow.
 
     Args:
         processor (`BaseImageProcessor`): of any model.
-        images (sequence of `PIL.Image.Image`): any number of them.
+        images (sequence of `PIL.Image.Image` or `np.ndarray`): any number of them.
+        num_channels (`int`, *optional*, defaults to 3): of the model; of PIL images 1 (grey) or 3 (RGB).
         options: of the processor's call.
+
+    Raises:
+        ValueError: for an image that has other channels, or that the processor refuses.
 
     Yields:
         The places of some images in `images`, and the tensors that the processor makes of them, by name.
     """
-    if output_size(processor) is not None:
+    are_plain = num_channels == 3 and all(isinstance(image, Image.Image) for image in images)
+    if are_plain and output_size(processor) is not None:
         yield list(range(len(images))), dict(processor(list(images), return_tensors="pt", **options))
         return
     groups: dict[tuple, list[int]] = {}
-    inputs = [dict(processor([image], return_tensors="pt", **options)) for image in images]
+    inputs = []
+    for image in images:
+        own: dict[str, Any] = {}
+        if not are_plain:
+            image, own = pixels_and_options(image, num_channels)
+        inputs.append(dict(processor([image], return_tensors="pt", **options, **own)))
     for index, tensors in enumerate(inputs):
         groups.setdefault(tuple(tensors["pixel_values"].shape), []).append(index)
     for indices in groups.values():
@@ -120,4 +181,12 @@ def process_images(
         yield indices, {name: torch.cat([inputs[index][name] for index in indices]) for name in names}
 
 
-__all__ = ["options_for_size", "output_size", "plain_options_for_size", "process_images", "seen_region"]
+__all__ = [
+    "options_for_size",
+    "output_size",
+    "pixels_and_options",
+    "pixels_of",
+    "plain_options_for_size",
+    "process_images",
+    "seen_region",
+]

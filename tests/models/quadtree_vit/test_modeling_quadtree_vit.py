@@ -41,7 +41,7 @@ def test_config_defaults_and_budgets():
         ({"max_patch_size": 48}, "power of two.*32 or 64"),
         ({"max_patch_size": 8}, "power of two"),
         ({"min_patch_size": 0}, "min_patch_size"),
-        ({"patch_scorer": "entropy"}, "'pixel_blur', 'feature', 'random', 'precomputed'"),
+        ({"patch_scorer": "edges"}, "'pixel_blur', 'feature', 'random', 'precomputed'"),
         ({"position_embedding": "rotary"}, "position_embedding"),
         ({"hidden_size": 30, "num_attention_heads": 2}, "multiple of 4"),
         ({"num_tokens": 0}, "num_tokens"),

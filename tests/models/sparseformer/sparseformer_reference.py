@@ -7,7 +7,12 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from polyscale.models.sparseformer import SparseFormerConfig, SparseFormerVideoConfig
+from polyscale.models.sparseformer import (
+    SparseFormerConfig,
+    SparseFormerForImageClassification,
+    SparseFormerForVideoClassification,
+    SparseFormerVideoConfig,
+)
 from polyscale.models.sparseformer.convert_sparseformer import load_official
 
 
@@ -98,6 +103,31 @@ def make_model(model_class, config, seed: int = 0):
             if not parameter.any() and "bias" not in name:
                 parameter.normal_(std=0.1)
     return model.eval()
+
+
+def make_classifier(kind: str, **overrides):
+    """A classifier and two of its inputs."""
+    model_class = SparseFormerForVideoClassification if kind == "video" else SparseFormerForImageClassification
+    shape = (2, 3, 3, 24, 20) if kind == "video" else (2, 3, 24, 20)
+    pixels = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    return make_model(model_class, tiny_config(kind, **overrides)), pixels
+
+
+def values_and_gradients(model, pixels, **options):
+    model.zero_grad()
+    torch.manual_seed(2)  # of the stochastic depth
+    outputs = model(pixels, **options)
+    outputs.logits.square().sum().backward()
+    return outputs.logits, outputs.rois, {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def watch(module) -> list[tuple[int, ...]]:
+    """The shapes that a module gives from now on."""
+    shapes = []
+    module.register_forward_hook(
+        lambda module, inputs, outputs: shapes.append(tuple((outputs[0] if type(outputs) is tuple else outputs).shape))
+    )
+    return shapes
 
 
 def sample_plainly(features: torch.Tensor, points: torch.Tensor, padding: str) -> torch.Tensor:

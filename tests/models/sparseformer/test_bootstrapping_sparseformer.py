@@ -44,8 +44,8 @@ def make_clip_config() -> CLIPVisionConfig:
     return CLIPVisionConfig(**SHAPE, intermediate_size=64, patch_size=8, initializer_factor=3.0)
 
 
-class Pictures(Dataset):
-    """Sixteen pictures of one colour each."""
+class Images(Dataset):
+    """Sixteen images of one colour each."""
 
     def __len__(self) -> int:
         return 16
@@ -70,14 +70,14 @@ def make_trainer(folder, student: PreTrainedModel, teacher: PreTrainedModel, **o
     return BootstrapTrainer(
         model=student,
         args=arguments,
-        train_dataset=Pictures(),
+        train_dataset=Images(),
         teacher=teacher,
         data_collator=collate_images,
         **options,
     )
 
 
-def some_pictures(count: int = 3) -> torch.Tensor:
+def some_images(count: int = 3) -> torch.Tensor:
     return torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
 
@@ -111,7 +111,7 @@ def test_a_student_pools_as_its_teacher():
     assert (student.config.pooling, student.config.cls_token_layer) == ("mean", None)
     # the teacher takes the mean of normalised tokens, the student normalises the mean
     assert student.layernorm.weight.requires_grad
-    assert student(some_pictures()).last_hidden_state.shape == (3, 5, 32)
+    assert student(some_images()).last_hidden_state.shape == (3, 5, 32)
 
 
 def test_shapes_that_do_not_fit_are_refused():
@@ -123,21 +123,21 @@ def test_shapes_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="fields of `SparseFormerConfig`, got 'train_patch_sizes'"):
         make_student(teacher, train_patch_sizes=[4, 8], **TINY)
     gated = Dinov2Model(Dinov2Config(**SHAPE, patch_size=8, use_swiglu_ffn=True))
-    with pytest.raises(ValueError, match=r"no fc1\.weight, fc2\.weight: attention with"):
+    with pytest.raises(ValueError, match="gated MLPs"):
         make_student(gated, **TINY)
 
 
 def test_the_final_token_is_what_a_head_reads():
-    pictures = some_pictures()
+    images = some_images()
     vit = ViTModel(make_teacher().config).eval()  # with a pooler, which a checkpoint need not have
-    assert torch.equal(final_token(vit, pictures), vit(pictures).last_hidden_state[:, 0])
+    assert torch.equal(final_token(vit, images), vit(images).last_hidden_state[:, 0])
     clip = CLIPVisionModel(make_clip_config()).eval()
-    cls_token = clip(pictures).last_hidden_state[:, 0]
-    torch.testing.assert_close(final_token(clip, pictures), clip.post_layernorm(cls_token))
+    cls_token = clip(images).last_hidden_state[:, 0]
+    torch.testing.assert_close(final_token(clip, images), clip.post_layernorm(cls_token))
     flexivit = make_pooling_teacher()
-    torch.testing.assert_close(final_token(flexivit, pictures), flexivit(pictures).last_hidden_state.mean(dim=1))
+    torch.testing.assert_close(final_token(flexivit, images), flexivit(images).last_hidden_state.mean(dim=1))
     student, _ = make_student(flexivit, **TINY)
-    assert torch.equal(final_token(student, pictures), student(pictures).pooler_output)
+    assert torch.equal(final_token(student, images), student(images).pooler_output)
 
 
 def test_the_vision_tower_of_a_clip_is_a_teacher(tmp_path):
@@ -175,25 +175,25 @@ def test_the_loss_is_the_share_of_variance_that_is_missed(tmp_path):
     teacher = make_pooling_teacher()
     student, _ = make_student(teacher, **TINY)
     trainer = make_trainer(tmp_path, student, teacher)
-    pictures = collate_images([Pictures()[index] for index in range(16)])["pixel_values"]
+    images = collate_images([Images()[index] for index in range(16)])["pixel_values"]
     with torch.no_grad():
-        tokens, mine = teacher(pictures).pooler_output, student(pictures).pooler_output
+        tokens, mine = teacher(images).pooler_output, student(images).pooler_output
         variance = (tokens - tokens.mean(dim=0)).square().mean()
         for rows in (slice(None), slice(3, 4)):  # a batch of one has no variance of its own
             expected = (mine[rows] - tokens[rows]).square().mean() / variance
-            loss = trainer.compute_loss(student, {"pixel_values": pictures[rows]})
+            loss = trainer.compute_loss(student, {"pixel_values": images[rows]})
             torch.testing.assert_close(loss, expected)
 
 
-def test_the_teacher_sees_pictures_of_its_own_kind(tmp_path):
+def test_the_teacher_sees_images_of_its_own_kind(tmp_path):
     teacher = make_pooling_teacher()
     student, _ = make_student(teacher, **TINY)
     stats = (([0.5] * 3, [0.5] * 3), ([0.4] * 3, [0.2] * 3))
     trainer = make_trainer(tmp_path, student, teacher, image_stats=stats, teacher_size=(24, 32))
-    pictures = torch.nn.functional.interpolate(
-        (some_pictures() * 0.5 + 0.5 - 0.4) / 0.2, (24, 32), mode="bicubic", antialias=True
+    images = torch.nn.functional.interpolate(
+        (some_images() * 0.5 + 0.5 - 0.4) / 0.2, (24, 32), mode="bicubic", antialias=True
     )
-    torch.testing.assert_close(trainer.target(some_pictures()), teacher(pictures).pooler_output)
+    torch.testing.assert_close(trainer.target(some_images()), teacher(images).pooler_output)
 
 
 def test_the_callback_hands_on_the_scale_of_the_scaler():
@@ -205,3 +205,13 @@ def test_the_callback_hands_on_the_scale_of_the_scaler():
     optimizer.scaler = None
     callback.on_step_begin(None, None, None, model=student, optimizer=optimizer)
     assert student.loss_scale.item() == 1.0
+
+
+def test_the_callback_does_not_read_a_scale_that_nobody_needs():
+    def get_scale():
+        raise AssertionError("the device was waited for")
+
+    student, _ = make_student(make_teacher(), **TINY)
+    optimizer = SimpleNamespace(scaler=SimpleNamespace(get_scale=get_scale))
+    LossScaleCallback().on_step_begin(None, None, None, model=student, optimizer=optimizer)
+    assert student.loss_scale is None

@@ -64,7 +64,7 @@ def test_stochastic_depth_grows_with_every_repeat():
         ({"repeats": None}, "`repeats` has none"),
         ({"repeats": [2, 0, 1]}, "`repeats` must hold ints of at least 1"),
         ({"widths": [16, 32.0, 32]}, "`widths` must hold ints"),
-        ({"num_latent_tokens": 0}, "need tokens with a RoI"),
+        ({"num_latent_tokens": 0}, "`num_latent_tokens` must be at least 1, got 0"),
         ({"num_sampling_points": 1}, "`num_sampling_points` must be at least 2"),
         ({"num_attention_heads": 5}, "not a multiple of its 5 attention heads"),
         ({"pooling": "cls"}, "needs a CLS token"),

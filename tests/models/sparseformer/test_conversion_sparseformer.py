@@ -17,11 +17,11 @@ from polyscale.models.sparseformer import (
 from polyscale.models.sparseformer.configuration_sparseformer import PRESETS
 from polyscale.models.sparseformer.convert_sparseformer import (
     convert_sparseformer,
-    download_release,
-    from_raw,
     infer_preset,
     load_official,
     preset_image_processor,
+    released_file,
+    rename_raw,
 )
 from polyscale.models.sparseformer.convert_sparseformer_video import convert_sparseformer_video, inflate_sparseformer
 from polyscale.models.sparseformer.convert_sparseformer_vit import load_vit_weights
@@ -75,7 +75,7 @@ def to_raw(state: dict[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]
 @pytest.mark.parametrize("name", ["v1", "btsp"])
 def test_raw_checkpoints(name):
     _, state = golden_state(name)
-    converted = from_raw(to_raw(state, name))
+    converted = rename_raw(to_raw(state, name))
     assert converted.keys() == state.keys()
     for key, value in state.items():
         torch.testing.assert_close(converted[key], value, atol=1e-6, rtol=0)
@@ -152,10 +152,10 @@ def test_a_published_name_without_a_network_says_so(monkeypatch, tmp_path):
 
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
-    with pytest.raises(ValueError, match="cannot be downloaded"):
-        download_release("sparseformer_v1_tiny")
+    with pytest.raises(ConnectionError, match=r"`sparseformer_v1_tiny` is a released .* cannot be downloaded"):
+        released_file("sparseformer_v1_tiny")
     with pytest.raises(ValueError, match="must be a file or one of"):
-        download_release("sparseformer_v3")
+        released_file("sparseformer_v3")
 
 
 @pytest.mark.parametrize("kind", ["v1", "bootstrapped"])
@@ -233,7 +233,7 @@ def test_blocks_of_a_vit_compute_the_same_here(kind):
         layer_norm_eps=1e-12 if kind == "vit" else 1e-5 if kind == "clip" else 1e-6,
     )
     model = SparseFormerModelWithProjection(config).eval()
-    report = load_vit_weights(model, vit.state_dict(), layers=[2], blocks=[1])
+    report = load_vit_weights(model, vit, layers=[2], blocks=[1])
     tokens = torch.randn(1, 6, 32)
     block = {"timm": lambda: vit.blocks[1], "vit": lambda: vit.layers[1]}.get(kind)
     block = block() if block else (vit.encoder.layer if kind == "dinov2" else vit.encoder.layers)[1]
@@ -245,17 +245,23 @@ def test_blocks_of_a_vit_compute_the_same_here(kind):
     assert "sparseformer.layernorm.weight" in report.loaded
     assert "sparseformer.layers.0.mixing.o_proj.weight" in report.new
     assert "projection.weight" in report.new
-    assert any(".0." in name for name in report.unused)  # block 0 was not asked for
+    assert "layers.0.mlp.fc1.weight" in report.unused  # block 0 was not asked for
+    assert not any(name.startswith(("layers.1.", "layernorm.")) for name in report.unused)
     assert len(report.loaded) + len(report.new) == len(list(model.parameters()))
     assert "tensors loaded" in str(report)
 
 
 def test_vits_that_do_not_fit_are_refused():
     model = SparseFormerModel(tiny_config("bootstrapped"))
-    with pytest.raises(ValueError, match="no transformer blocks"):
-        load_vit_weights(model, {"x.weight": torch.ones(1)})
-    vit = _vit("vit").state_dict()
+    with pytest.raises(ValueError, match="must be a model of transformers or timm, got a Linear"):
+        load_vit_weights(model, torch.nn.Linear(1, 1))
+    vit = _vit("vit")
     with pytest.raises(ValueError, match="must name one of the ViT's 3 blocks"):
         load_vit_weights(model, vit, layers=[0, 2], blocks=[1, 3])
-    with pytest.raises(ValueError, match="needs the width"):
+    with pytest.raises(ValueError, match="Layer 0 has the width 16 and 64 in its MLP, the ViT 32 and 128"):
         load_vit_weights(model, vit, layers=[0])
+    with pytest.raises(ValueError, match="Layer 1 has no place for a block"):
+        load_vit_weights(model, vit, layers=[1])
+    model = SparseFormerModel(tiny_config("bootstrapped", attention_head_width=16))
+    with pytest.raises(ValueError, match="Layer 2 has 2 attention heads, the ViT has 4"):
+        load_vit_weights(model, vit, layers=[2])

@@ -1,10 +1,13 @@
 import copy
+import re
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from sparseformer_reference import golden_model, make_model, tiny_config
 from torch import nn
+from transformers import AutoBackbone
 
 from polyscale.models.sparseformer import (
     SparseFormerForImageClassification,
@@ -157,7 +160,10 @@ def test_initial_weights_of_a_loaded_model_are_the_stored_ones(tmp_path):
 def test_other_numbers_of_latent_tokens(tmp_path, caplog):
     model = make_model(SparseFormerForImageClassification, tiny_config("bootstrapped"))
     model.save_pretrained(tmp_path)
+    model.config.image_size = 48  # what is stored, not the class's default, holds for the rest
+    model.config.save_pretrained(tmp_path)
     again = SparseFormerForImageClassification.from_pretrained(tmp_path, num_latent_tokens=10)
+    assert again.config.image_size == 48
     assert again(pixels(1, 3, 16, 16), output_hidden_states=[-1]).hidden_states[-1].shape == (1, 11, 32)
     assert torch.equal(again.sparseformer.embeddings.rois, initial_rois(10))
     for name, tensor in model.state_dict().items():
@@ -308,6 +314,58 @@ def test_as_visual_of_open_clip():
 
 def test_a_classifier_without_labels_gives_pooled_tokens():
     model = SparseFormerForImageClassification(tiny_config(num_labels=0)).eval()
-    assert isinstance(model.classifier, nn.Identity)
+    assert isinstance(model.head, nn.Identity)
     outputs = model.sparseformer(pixels(1, 3, 16, 16))
     torch.testing.assert_close(model(pixels(1, 3, 16, 16)).logits, outputs.pooler_output)
+
+
+def test_checkpoints_with_the_old_name_of_the_head_load(tmp_path):
+    model = make_model(SparseFormerForImageClassification, tiny_config())
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert {name for name in tensors if not name.startswith("sparseformer.")} == {"head.weight", "head.bias"}
+    old = {re.sub(r"^head\.", "classifier.", name): tensor for name, tensor in tensors.items()}
+    save_file(old, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    for folder in (tmp_path, tmp_path / "again"):
+        loaded, info = SparseFormerForImageClassification.from_pretrained(folder, output_loading_info=True)
+        assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+        assert loaded.state_dict().keys() == model.state_dict().keys()
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(loaded.state_dict()[name], tensor), name
+        loaded.save_pretrained(tmp_path / "again")
+
+
+def test_there_is_no_backbone():
+    with pytest.raises(ValueError, match=r"Unrecognized configuration class .*SparseFormerConfig.*AutoBackbone"):
+        AutoBackbone.from_config(tiny_config())
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft asks for it
+def test_an_adapter_on_the_convolution_acts_as_its_merged_weights_do():
+    peft = pytest.importorskip("peft")
+    model = make_model(SparseFormerForImageClassification, tiny_config())
+    images = pixels(2, 3, 24, 24)
+    plain = model(images).logits.detach()
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["convolution"]))
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(parameter, std=0.2)
+    active = adapted.eval()(images).logits
+    active.square().sum().backward()
+    assert all(parameter.grad.any() for name, parameter in adapted.named_parameters() if "lora_" in name)
+    assert (active - plain).abs().max() > 1e-2
+    torch.testing.assert_close(adapted.merge_and_unload()(images).logits, active, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bfloat16_loses_no_more_than_plain_bfloat16(kind):
+    model = make_model(SparseFormerForImageClassification, tiny_config(kind))
+    images = pixels(64, 3, 32, 32)
+    errors = {}
+    with torch.no_grad():
+        exact = copy.deepcopy(model).double()(images.double()).logits
+        half = model.bfloat16()
+        for cpu_kernels in (True, False):
+            half.config.cpu_kernels = cpu_kernels
+            errors[cpu_kernels] = (half(images.bfloat16()).logits - exact).square().mean().sqrt().item()
+    assert errors[True] < 1.25 * errors[False]

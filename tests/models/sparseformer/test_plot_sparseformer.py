@@ -35,8 +35,8 @@ def test_points_are_drawn_where_they_are():
 def test_a_model_sampling_by_sampling():
     model = make_model(SparseFormerForImageClassification, tiny_config())
     processor = SparseFormerImageProcessor(size={"shortest_edge": 36}, crop_size={"height": 32, "width": 32})
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8))
-    grid = draw_sparseformer(model, processor, picture, tokens=[0, 4], width=50)
-    assert grid.size == (4 * 54 - 4, 3 * 54 - 4)  # picture and three samplings; all tokens and two of them
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8))
+    grid = draw_sparseformer(model, processor, image, tokens=[0, 4], width=50)
+    assert grid.size == (4 * 54 - 4, 3 * 54 - 4)  # image and three samplings; all tokens and two of them
     with pytest.raises(ValueError, match="indices from 0 to 4"):
-        draw_sparseformer(model, processor, picture, tokens=[5])
+        draw_sparseformer(model, processor, image, tokens=[5])

@@ -16,12 +16,12 @@ from polyscale.models.sparseformer import (
 SMALL = {"size": {"shortest_edge": 18}, "crop_size": {"height": 16, "width": 16}}
 
 
-def picture(height: int = 30, width: int = 50) -> Image.Image:
+def image(height: int = 30, width: int = 50) -> Image.Image:
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
 @pytest.mark.parametrize("processor_class", [SparseFormerImageProcessor, SparseFormerImageProcessorPil])
-def test_pictures_equal_the_official_preprocessing(processor_class, tmp_path):
+def test_images_equal_the_official_preprocessing(processor_class, tmp_path):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8))
     processor_class().save_pretrained(tmp_path)
     pixels = processor_class.from_pretrained(tmp_path)(image, return_tensors="pt").pixel_values
@@ -39,9 +39,9 @@ def test_pictures_equal_the_official_preprocessing(processor_class, tmp_path):
 
 
 @pytest.mark.parametrize("processor_class", [SparseFormerImageProcessor, SparseFormerImageProcessorPil])
-def test_whole_pictures_of_any_shape(processor_class):
+def test_whole_images_of_any_shape(processor_class):
     pixels = processor_class(do_center_crop=False, size={"shortest_edge": 20})(
-        picture(), return_tensors="pt"
+        image(), return_tensors="pt"
     ).pixel_values
     assert pixels.shape == (1, 3, 20, 33)
 
@@ -55,8 +55,8 @@ def test_values_that_are_no_numbers_are_refused(processor_class, value):
         processor_class(**SMALL)(image, return_tensors="pt")
 
 
-def test_videos_frame_by_frame_like_pictures(tmp_path):
-    frames = [picture(), picture().transpose(Image.Transpose.FLIP_LEFT_RIGHT)]
+def test_videos_frame_by_frame_like_images(tmp_path):
+    frames = [image(), image().transpose(Image.Transpose.FLIP_LEFT_RIGHT)]
     SparseFormerVideoProcessor(**SMALL).save_pretrained(tmp_path)
     processor = SparseFormerVideoProcessor.from_pretrained(tmp_path)
     pixels = processor(frames, return_tensors="pt")

@@ -75,7 +75,8 @@ def test_the_processor_decodes_whole_files_and_counts_frames(tmp_path):
 
 
 def test_files_without_a_decoder_are_refused(tmp_path, monkeypatch):
-    for name in ("is_av_available", "is_torchcodec_usable"):
-        monkeypatch.setattr(video_processing_sparseformer, name, lambda *args, **kwargs: False)
+    path = write_video(tmp_path / "clip.mp4")
+    monkeypatch.setattr(video_processing_sparseformer, "av", None)
+    monkeypatch.setattr(video_processing_sparseformer, "is_torchcodec_usable", lambda **kwargs: False)
     with pytest.raises(ImportError, match=r"polyscale\[video\]"):
-        SparseFormerVideoProcessor(**SHAPE)(str(write_video(tmp_path / "clip.mp4")), return_tensors="pt")
+        SparseFormerVideoProcessor(**SHAPE)(str(path), return_tensors="pt")

@@ -17,6 +17,10 @@ register_family(
     backbone=FlexiViTBackbone,
     image_processors={"torchvision": FlexiViTImageProcessor, "pil": FlexiViTImageProcessorPil},
     converter=f"{__name__}.convert_flexivit:convert_flexivit",
+    exporters={
+        "vit": f"{__name__}.export_flexivit:export_vit",
+        "timm": f"{__name__}.export_timm_flexivit:export_timm",
+    },
     drawing=f"{__name__}.plot_flexivit:draw_flexivit",
     budget_drawing=f"{__name__}.plot_flexivit:draw_patches",
     training_callbacks=(f"{__name__}.callbacks_flexivit:PatchSizeCallback",),

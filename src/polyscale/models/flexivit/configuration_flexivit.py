@@ -7,7 +7,7 @@ from typing import Any, Literal
 from ...layers.config_checks import checked_config, pixel_size
 from ...layers.encoder_config import EncoderConfig
 from ...layers.token_budget import plain_size
-from ...utils.validation import to_pair
+from ...utils.validation import check_int, to_pair
 
 
 @checked_config
@@ -61,8 +61,9 @@ class FlexiViTConfig(EncoderConfig):
     """
 
     model_type = "flexivit"
+    keys_to_ignore_at_inference = ["hidden_states", "attentions"]
     budget_argument = "patch_size"
-    changeable_fields = ("patch_size", "num_tokens", "image_size")
+    changeable_fields = ("patch_size", "num_tokens", "image_size", "merge_tokens_to")
 
     attribute_map = {**EncoderConfig.attribute_map, "uneven": "remainder"}
 
@@ -153,19 +154,38 @@ class FlexiViTConfig(EncoderConfig):
     def token_grid_for(
         self, image_size: int | Sequence[int] | None = None, patch_size: int | Sequence[int] | None = None
     ) -> tuple[int, int]:
-        """(rows, columns) of the tokens: those of the patches. Arguments and errors: `patch_grid_for`."""
-        return self.patch_grid_for(image_size, patch_size)
+        """(rows, columns) of the tokens: those of the patches; `None` where tokens are merged. Arguments and errors:
+        `patch_grid_for`.
+        """
+        grid = self.patch_grid_for(image_size, patch_size)
+        return grid if self.num_tokens_for(image_size, patch_size) == math.prod(grid) else None
 
     def num_tokens_for(
         self, image_size: int | Sequence[int] | None = None, patch_size: int | Sequence[int] | None = None
     ) -> int:
         """How many tokens an image costs, prefix tokens not counted. Arguments and errors: `patch_grid_for`."""
-        return math.prod(self.patch_grid_for(image_size, patch_size))
+        count = math.prod(self.patch_grid_for(image_size, patch_size))
+        return count if self.merge_tokens_to is None else min(count, self.merge_tokens_to)
 
     def default_budgets(self) -> list[int | list[int]]:
         """The patch sizes it was trained with, smallest first, else its own one."""
         sizes = self.train_patch_sizes or [self.resolve_patch_size()]
         return [plain_size(size) for size in sorted(sizes, key=lambda size: math.prod(to_pair(size, "patch_size")))]
+
+    def parse_budget(self, text: str) -> int | tuple[int, int]:
+        """A patch size as a user types it: "16", or height and width, "10x15".
+
+        Raises:
+            ValueError: for a text that is none.
+        """
+        numbers = text.lower().split("x")
+        if len(numbers) > 2 or not all(number.strip().lstrip("-").isdecimal() for number in numbers):
+            raise ValueError(f"`budgets` of a FlexiViT must be patch sizes such as 16 or 10x15, got {text!r}.")
+        return int(numbers[0]) if len(numbers) == 1 else (int(numbers[0]), int(numbers[1]))
+
+    def format_budget(self, budget: int | Sequence[int]) -> str:
+        """The text that `parse_budget` reads as `budget`."""
+        return str(budget) if isinstance(budget, int) else "x".join(map(str, budget))
 
     def hosted(self) -> tuple["FlexiViTConfig", list[str]]:
         """A copy at one patch size: a host counts the tokens before the model could draw one."""
@@ -207,6 +227,14 @@ class FlexiViTConfig(EncoderConfig):
             fields["patch_size"] = self.patch_size_for(fields.get("image_size"), fields.pop("num_tokens"))
         return fields
 
+    def budget_for_share(self, image_size: int | Sequence[int] | None, share: float) -> int:
+        """The patch size whose tokens are nearest to a share of those of the smallest patches trained with.
+
+        Arguments: `TokenBudgetMixin.budget_for_share`.
+        """
+        full = self.num_tokens_for(image_size, self.default_budgets()[0])
+        return self.patch_size_for(image_size, max(round(full * share), 1))
+
     def patch_size_for(self, image_size: int | Sequence[int] | None, num_tokens: int) -> int:
         """The square patch size whose token count is nearest to `num_tokens`; of two, the one that costs fewer tokens.
 
@@ -220,7 +248,7 @@ class FlexiViTConfig(EncoderConfig):
             ValueError: for a budget out of that range.
         """
         height, width = to_pair(self.image_size if image_size is None else image_size, "image_size")
-        if not 1 <= num_tokens <= height * width:
+        if not 1 <= check_int("num_tokens", num_tokens) <= height * width:
             raise ValueError(
                 f"`num_tokens` must be between 1 and {height * width} for an image of {(height, width)} pixels, "
                 f"got {num_tokens}."

@@ -16,15 +16,18 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from ...layers.backbone import feature_maps_of
+from ...layers.backbone import check_nothing_merges, feature_maps_of
 from ...layers.call_checks import check_words, classification_loss
 from ...layers.encoder import (
+    EncoderAttention,
     EncoderClassificationHead,
     EncoderPreTrainedModel,
     PrefixTokens,
     TokenPooler,
     make_encoder_layers,
 )
+from ...layers.encoding import run_merging_layers
+from ...layers.freezing import FreezableMixin, check_no_adapters, is_plain, takes_gradients, thaw
 from ...layers.patch_projection import PatchProjection, project_patches
 from ...layers.pooled_only import pooled_only_suffices
 from ...layers.resizing import KernelResize, resize_abs_pos_embed
@@ -32,7 +35,7 @@ from ...utils.validation import check_pixel_values, to_pair
 from .configuration_flexivit import FlexiViTConfig
 
 
-class FlexiViTPatchEmbeddings(nn.Module):
+class FlexiViTPatchEmbeddings(FreezableMixin, nn.Module):
     """Cuts an image into patches of any size and embeds them with the kernel resized to that size."""
 
     def __init__(self, config: FlexiViTConfig):
@@ -58,8 +61,10 @@ class FlexiViTPatchEmbeddings(nn.Module):
         return patches.flatten(2).transpose(1, 2)  # of (batch, hidden, rows, columns)
 
 
-class FlexiViTEmbeddings(nn.Module):
+class FlexiViTEmbeddings(FreezableMixin, nn.Module):
     """Patch embeddings, positions on the patch grid, prefix tokens."""
+
+    frozen_tensors = ("frozen_positions",)
 
     def __init__(self, config: FlexiViTConfig):
         super().__init__()
@@ -94,6 +99,9 @@ class FlexiViTEmbeddings(nn.Module):
 
     def position_embeddings_for(self, patch_grid: tuple[int, int]) -> torch.Tensor:
         """Positions for a grid of (rows, columns): (1, num_position_prefix_tokens + rows * columns, hidden)."""
+        frozen = self.frozen_positions
+        if frozen is not None and patch_grid == self.frozen_grid and not takes_gradients(self.position_embeddings):
+            return frozen
         return resize_abs_pos_embed(
             self.position_embeddings,
             patch_grid,
@@ -102,6 +110,14 @@ class FlexiViTEmbeddings(nn.Module):
             interpolation=self.config.position_interpolation,
             antialias=self.config.position_antialias,
         )
+
+    @torch.no_grad()
+    def freeze(self, patch_size: tuple[int, int], patch_grid: tuple[int, int]) -> None:
+        """Keeps the kernel of a patch size and the positions of a grid; a frozen budget asks for it."""
+        self.patch_embeddings.projection.freeze(patch_size)
+        self.frozen_positions = None
+        self.frozen_positions = self.position_embeddings_for(patch_grid).clone()
+        self.frozen_grid = patch_grid
 
     def forward(
         self, pixel_values: torch.Tensor, patch_size: int | Sequence[int] | None = None
@@ -138,6 +154,45 @@ class FlexiViTPreTrainedModel(EncoderPreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, FlexiViTEmbeddings):
             init.trunc_normal_(module.position_embeddings, mean=0.0, std=self.config.initializer_range)
+
+    def freeze_budget(
+        self, image_size: int | Sequence[int] | None = None, patch_size: int | Sequence[int] | None = None
+    ) -> None:
+        """Makes the kernel and the positions of one budget once, and the three projections of each attention one
+        product, for serving at that budget.
+
+        They are kept until `unfreeze_budget()`, `train()`, loading a state dict, or another `freeze_budget`; they
+        follow `.to()`, and are in no checkpoint. Calls at another image or patch size compute theirs as ever, and so
+        does a call whose weights take gradients. Weights that are changed in place by other means are not seen.
+
+        Args:
+            image_size (`int` or `(height, width)`, *optional*): in pixels; `config.image_size` when `None`.
+            patch_size (`int` or `(height, width)`, *optional*): in pixels; that of a call that names none when
+                `None`. A call that names none keeps the config's.
+
+        Raises:
+            ValueError: for a patch that does not fit the image, a model in training mode, with adapters, or with
+                weights that are quantised, offloaded or split over processes.
+        """
+        if self.training:
+            raise ValueError("`freeze_budget` is for inference, and the model is in training mode: `model.eval()`.")
+        check_no_adapters(self)
+        patch_size = self.config.resolve_patch_size(patch_size)
+        patch_grid = self.config.patch_grid_for(image_size, patch_size)
+        embeddings = self.base_model.embeddings
+        if not is_plain(embeddings.position_embeddings, embeddings.patch_embeddings.projection.weight):
+            raise ValueError(
+                "`freeze_budget` needs ordinary tensors as weights of the embeddings, and they are quantised, "
+                "offloaded or split over processes."
+            )
+        embeddings.freeze(patch_size, patch_grid)
+        for module in self.modules():
+            if isinstance(module, EncoderAttention):
+                module.freeze()
+
+    def unfreeze_budget(self) -> None:
+        """Ends `freeze_budget`; without effect where nothing is frozen."""
+        thaw(self)
 
     def draw_budget(self) -> dict[str, int | Sequence[int]]:
         """The budget of one training step for callers that need several forwards of the same one; none elsewhere."""
@@ -180,6 +235,7 @@ class FlexiViTModel(FlexiViTPreTrainedModel):
         pixel_values: torch.Tensor | None = None,
         patch_size: int | Sequence[int] | None = None,
         pooled_only: bool = False,
+        merge_tokens_to: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         """
@@ -189,16 +245,29 @@ class FlexiViTModel(FlexiViTPreTrainedModel):
                 if there are any; otherwise `config.patch_size`, or `config.base_patch_size`.
             pooled_only: leaves out of the last layer the tokens that neither pooling nor head reads; those that
                 are read, the first ones, are `last_hidden_state`. Without effect where the pooling reads all tokens.
+            merge_tokens_to: patch tokens that are left after the last layer, similar ones merged on the way;
+                `config.merge_tokens_to` when None.
 
         Returns:
             `last_hidden_state` (batch, num_prefix_tokens + num_tokens, hidden) and `pooler_output` (batch, pooled).
 
         Raises:
-            ValueError: for a wrong shape of `pixel_values`, or a patch size below 1 or larger than the image.
+            ValueError: for a wrong shape of `pixel_values`, a patch size below 1 or larger than the image, or a number
+                of merged tokens that the layers cannot reach.
         """
         check_words(self, kwargs)
         hidden_states, _ = self.embeddings(pixel_values, patch_size)
         hidden_states = self.pre_layernorm(hidden_states)
+        if merge_tokens_to is None:
+            merge_tokens_to = self.config.merge_tokens_to
+        if merge_tokens_to is not None:
+            num_prefix = self.config.num_prefix_tokens
+            hidden_states, sizes = run_merging_layers(
+                self.layers, hidden_states, merge_tokens_to, num_prefix, **kwargs
+            )
+            hidden_states = self.layernorm(hidden_states)
+            pooled = self.pooler(hidden_states, sizes[:, num_prefix:])
+            return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=pooled)
         for index, layer in enumerate(self.layers, start=1):
             is_short = pooled_only and index == len(self.layers)
             num_queries = self.config.num_pooled_tokens if is_short else None
@@ -223,6 +292,7 @@ class FlexiViTForImageClassification(FlexiViTPreTrainedModel):
         pixel_values: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         patch_size: int | Sequence[int] | None = None,
+        merge_tokens_to: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> ImageClassifierOutput:
         """
@@ -230,13 +300,20 @@ class FlexiViTForImageClassification(FlexiViTPreTrainedModel):
             pixel_values: (batch, channels, height, width).
             labels: (batch,) class indices, or (batch, num_labels) for multi-label problems; gives `loss`.
             patch_size: as in `FlexiViTModel.forward`.
+            merge_tokens_to: see there.
 
         Returns:
             `logits` (batch, num_labels), and `loss` when `labels` are given.
         """
         check_words(self, kwargs)
         pooled_only = pooled_only_suffices(self, kwargs)
-        outputs = self.flexivit(pixel_values, patch_size=patch_size, pooled_only=pooled_only, **kwargs)
+        outputs = self.flexivit(
+            pixel_values,
+            patch_size=patch_size,
+            pooled_only=pooled_only,
+            merge_tokens_to=merge_tokens_to,
+            **kwargs,
+        )
         logits = self.head(outputs.pooler_output, outputs.last_hidden_state)
         loss = classification_loss(self, labels, logits, self.config, kwargs)
         return ImageClassifierOutput(
@@ -272,6 +349,7 @@ class FlexiViTBackbone(BackboneMixin, FlexiViTPreTrainedModel):
         """
         check_words(self, kwargs)
         check_pixel_values(pixel_values, self.config.num_channels)
+        check_nothing_merges(self.config)
         patch_size = self.flexivit.embeddings.resolve_patch_size(patch_size)
         outputs = self.flexivit(pixel_values, patch_size=patch_size, **kwargs)
         patch_grid = self.config.patch_grid_for(pixel_values.shape[-2:], patch_size)

@@ -7,8 +7,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ...figures import draw_picture, features_to_rgb, make_grid, preprocess, seen_region
+from ...figures import draw_picture, features_to_rgb, make_grid, preprocess
 from ...layers.token_budget import default_budgets_of, format_budget
+from ...utils.processors import seen_region
 from ...utils.validation import to_pair
 
 

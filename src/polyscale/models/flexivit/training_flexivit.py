@@ -42,6 +42,8 @@ def training_config(
         options: fields of the config, which go before all others.
     """
     if base is not None:
+        if "train_patch_sizes" in options:
+            options.setdefault("train_patch_size_probs", None)  # those of the base belong to its own sizes
         config = FlexiViTConfig.from_dict({**base.to_dict(), **options})
         trained = [to_pair(size, "train_patch_sizes") for size in config.train_patch_sizes or []]
         is_new = "train_patch_sizes" in options and "patch_size" not in options

@@ -1,5 +1,6 @@
 from ..auto import register_family
 from .configuration_quadtree_vit import QuadtreeViTConfig
+from .feature_scoring_quadtree_vit import FeatureBasedPatchScorer
 from .gradcam_quadtree_vit import gradcam_oracle
 from .image_processing_pil_quadtree_vit import QuadtreeViTImageProcessorPil
 from .image_processing_quadtree_vit import QuadtreeViTImageProcessor
@@ -9,8 +10,11 @@ from .modeling_quadtree_vit import (
     QuadtreeViTModel,
     QuadtreeViTPreTrainedModel,
 )
+from .patch_scorers_quadtree_vit import register_patch_scorer
 from .scoring_quadtree_vit import (
-    FeatureBasedPatchScorer,
+    EmbeddingPatchScorer,
+    EntropyPatchScorer,
+    PatchScorer,
     PixelBlurPatchScorer,
     PrecomputedPatchScorer,
     RandomPatchScorer,
@@ -32,7 +36,10 @@ register_family(
 
 
 __all__ = [
+    "EmbeddingPatchScorer",
+    "EntropyPatchScorer",
     "FeatureBasedPatchScorer",
+    "PatchScorer",
     "PixelBlurPatchScorer",
     "PrecomputedPatchScorer",
     "QuadtreeTokenizer",
@@ -46,4 +53,5 @@ __all__ = [
     "RandomPatchScorer",
     "VanillaTokenizer",
     "gradcam_oracle",
+    "register_patch_scorer",
 ]

@@ -1,6 +1,6 @@
 """Quadtree ViT configuration."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -8,7 +8,7 @@ from transformers import PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 from transformers.models.auto.configuration_auto import AutoConfig
 
-from ...layers.config_checks import checked_config, choice, pixel_size, positive
+from ...layers.config_checks import checked_config, choice, non_negative, pixel_size, positive
 from ...layers.encoder_config import EncoderConfig
 from ...utils.validation import to_pair
 from .selection_quadtree_vit import check_multiple, check_token_budget, quadtree_tokens
@@ -18,7 +18,11 @@ if TYPE_CHECKING:
     from .scoring_quadtree_vit import PatchScorer
 
 
-PATCH_SCORERS = ("pixel_blur", "feature", "random", "precomputed")
+# Name -> function (config) -> scorer, which `register_patch_scorer` fills in.
+PATCH_SCORERS: dict[str, Callable | None] = dict.fromkeys(
+    ("pixel_blur", "feature", "random", "precomputed", "embedding", "entropy")
+)
+REDUCTIONS = ("bilinear", "antialias")
 SCORER_ERRORS = ("mse", "cosine")
 # The budget of the paper's default, 196 of the 256 patches of 16 pixels in an image of 256 pixels.
 DEFAULT_BUDGET = 196 / 256
@@ -65,8 +69,10 @@ class QuadtreeViTConfig(EncoderConfig):
             number of tokens. In units of the scorer, which sees normalised pixels.
         round_num_tokens (`bool`, *optional*, defaults to `False`): whether a budget that no number of splits gives is
             rounded down, rather than refused.
-        patch_scorer (`str`, *optional*, defaults to `"pixel_blur"`): `"pixel_blur"`, `"feature"`, `"random"` or
-            `"precomputed"` (the call's `patch_scores`, which any scorer yields to when they are given).
+        patch_scorer (`str`, *optional*, defaults to `"pixel_blur"`): `"pixel_blur"`, `"feature"`, `"random"`,
+            `"precomputed"` (the call's `patch_scores`, which any scorer yields to when they are given),
+            `"embedding"` (spread of the model's own patch embeddings), `"entropy"` (of grey levels, as in APT), or a
+            name given to `register_patch_scorer`.
         scorer_stride (`int`, *optional*, defaults to 32): stride in pixels of the network of the `"feature"` scorer:
             32 or 16 (its first part).
         scorer_error (`str`, *optional*, defaults to `"mse"`): how that scorer compares features: `"mse"` or
@@ -74,6 +80,19 @@ class QuadtreeViTConfig(EncoderConfig):
         scorer_seed (`int`, *optional*): seed of the `"random"` scorer; new scores in every call when `None`.
         scorer_backbone_config (`PreTrainedConfig` or `dict`, *optional*): of a transformers backbone for the
             `"feature"` scorer (its last feature map is used); ShuffleNetV2 x0.5 when `None`.
+        scorer_image_mean (`float` or `list[float]`, *optional*, defaults to 0.5): of the normalisation of pixels,
+            which the `"entropy"` scorer undoes.
+        scorer_image_std (`float` or `list[float]`, *optional*, defaults to 0.5): likewise.
+        reduction (`str`, *optional*, defaults to `"bilinear"`): how large patches are made smaller: `"bilinear"` (as
+            published: the 4 middle pixels of a cell) or `"antialias"` (all of its pixels).
+        area_attention (`float`, *optional*, defaults to 0.0): weight of the logarithm of a token's area, in smallest
+            patches, in the attention that it gets; 1 counts a patch as often as the small ones in its place.
+        area_pooling (`bool`, *optional*, defaults to `False`): whether a mean over the tokens is weighted by area.
+        large_patch_embedding (`str`, *optional*, defaults to `"resize"`): `"resize"`, or `"aggregate"`: to the
+            embedding of the reduced patch comes one made from the embeddings of its smallest parts (as in APT,
+            arXiv 2510.18091), through a layer of weights that start at zero.
+        merge_layer (`int`, *optional*, defaults to 0): layers that run on all smallest patches before large ones take
+            the place of those whose features are alike; 0 chooses patches by their pixels, as published.
         position_embedding (`str`, *optional*, defaults to `"sinusoidal"`): `"sinusoidal"` (of the patch centres) or
             `"learned"` (a grid, sampled bilinearly at the patch centres).
         position_grid (`int` or `(rows, columns)`, *optional*): of the learned grid; `image_size // min_patch_size`
@@ -96,8 +115,16 @@ class QuadtreeViTConfig(EncoderConfig):
     """
 
     model_type = "quadtree_vit"
+    keys_to_ignore_at_inference = [
+        "hidden_states",
+        "attentions",
+        "patch_centers",
+        "patch_sizes",
+        "token_mask",
+        "split_scores",
+    ]
     budget_argument = "num_tokens"
-    changeable_fields = ("num_tokens", "split_threshold", "image_size")
+    changeable_fields = ("num_tokens", "split_threshold", "image_size", "merge_tokens_to")
     sub_configs_defaults = {
         "scorer_backbone_config": SubConfigSpec(config_class=AutoConfig, model_type="resnet", optional=True)
     }
@@ -113,6 +140,13 @@ class QuadtreeViTConfig(EncoderConfig):
     scorer_error: str = choice(SCORER_ERRORS, "mse")
     scorer_seed: int | None = None
     scorer_backbone_config: dict | PreTrainedConfig | None = None
+    scorer_image_mean: float | int | list | tuple = 0.5
+    scorer_image_std: float | int | list | tuple = 0.5
+    reduction: str = choice(REDUCTIONS, "bilinear")
+    area_attention: float | int = non_negative(0.0)
+    area_pooling: bool = False
+    large_patch_embedding: Literal["resize", "aggregate"] = "resize"
+    merge_layer: int = non_negative(0)
     position_embedding: Literal["sinusoidal", "learned"] = "sinusoidal"
     position_grid: int | list[int] | tuple[int, int] | None = pixel_size(None)
     patch_bias: bool = True
@@ -165,6 +199,13 @@ class QuadtreeViTConfig(EncoderConfig):
         rows, columns = self.patch_grid_for(image_size)
         return rows * columns, rows * columns * 4 ** (self.num_levels - 1)
 
+    def budget_ladder(self) -> list[int]:
+        """Up to eight numbers of tokens, from the coarsest to the finest cut: the same weights run at all."""
+        coarsest, finest = self.num_tokens_range()
+        splits = (finest - coarsest) // 3
+        steps = min(splits, 7)
+        return [coarsest + 3 * (splits * step // max(steps, 1)) for step in range(steps + 1)]
+
     def num_tokens_for(
         self, image_size: int | Sequence[int] | None = None, num_tokens: int | None = None
     ) -> int | None:
@@ -182,7 +223,8 @@ class QuadtreeViTConfig(EncoderConfig):
             if self.split_threshold is not None:
                 return None
             num_tokens = self.num_tokens
-        return check_token_budget(num_tokens, coarsest, finest, self.round_num_tokens)
+        num_tokens = check_token_budget(num_tokens, coarsest, finest, self.round_num_tokens)
+        return num_tokens if self.merge_tokens_to is None else min(num_tokens, self.merge_tokens_to)
 
     @property
     def tokens_vary(self) -> bool:
@@ -206,6 +248,10 @@ class QuadtreeViTConfig(EncoderConfig):
 
     def image_processor_fields(self) -> dict[str, Any]:
         return {"max_patch_size": self.max_patch_size}
+
+    def budget_code(self, image_size: tuple[int, int]) -> tuple[int, ...]:
+        """None: the number of tokens says it all."""
+        return ()
 
     def budget_from_code(self, code: Sequence[int], num_tokens: int) -> dict[str, Any]:
         """The count decides, not the threshold: scores in half precision may differ from those that were counted."""
@@ -256,6 +302,14 @@ class QuadtreeViTConfig(EncoderConfig):
         usual = self.max_num_tokens_for(image_size, num_tokens)
         cheaper = check_token_budget(max(usual // 4, coarsest), coarsest, finest, True)
         return {"num_tokens": cheaper} if cheaper < usual else None
+
+    def budget_for_share(self, image_size: int | Sequence[int] | None, share: float) -> int:
+        """The legal number of tokens nearest to a share of those of the smallest patches.
+
+        Arguments: `TokenBudgetMixin.budget_for_share`.
+        """
+        coarsest, finest = self.num_tokens_range(image_size)
+        return min(max(coarsest + 3 * round((share * finest - coarsest) / 3), coarsest), finest)
 
     def resolve_budget(self, **changes) -> dict[str, Any]:
         """The fields; `num_tokens` alone ends a threshold."""

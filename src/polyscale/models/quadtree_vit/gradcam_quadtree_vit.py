@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from .configuration_quadtree_vit import QuadtreeViTConfig, count_levels
+from .pyramid_quadtree_vit import reverse_quadtree
 from .scoring_quadtree_vit import average_to_grid, resize_bilinear
-from .selection_quadtree_vit import check_multiple, reverse_quadtree
+from .selection_quadtree_vit import check_multiple
 
 
 def _features_and_logits(

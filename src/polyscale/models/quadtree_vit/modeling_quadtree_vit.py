@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
@@ -18,13 +19,14 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from ...layers.backbone import feature_maps_of
+from ...layers.backbone import check_nothing_merges, feature_maps_of
 from ...layers.call_checks import check_words, classification_loss
 from ...layers.encoder import EncoderClassificationHead, EncoderPreTrainedModel, TokenPooler, make_encoder_layers
+from ...layers.encoding import run_merging_layers
 from ...layers.pooled_only import pooled_only_suffices
 from .configuration_quadtree_vit import QuadtreeViTConfig
+from .pyramid_quadtree_vit import ZeroLinear, reverse_quadtree
 from .scoring_quadtree_vit import PatchScorer
-from .selection_quadtree_vit import reverse_quadtree
 from .tokenizing_quadtree_vit import PatchTokenizer, QuadtreeTokenizer, TokenizerOutput, VanillaTokenizer
 
 
@@ -69,6 +71,9 @@ class QuadtreeViTPreTrainedModel(EncoderPreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
+        if isinstance(module, ZeroLinear):
+            init.zeros_(module.weight)
+            init.zeros_(module.bias)
         if isinstance(module, PatchTokenizer) and module.position_embeddings is not None:
             init.trunc_normal_(module.position_embeddings, mean=0.0, std=self.config.initializer_range)
 
@@ -151,6 +156,9 @@ class QuadtreeViTModel(QuadtreeViTPreTrainedModel):
         Returns:
             `torch.Tensor`: (batch, num_prefix_tokens + smallest patches, hidden).
         """
+        rows, columns = (side // self.config.min_patch_size for side in image_size)
+        if tokens.shape[1] == self.config.num_prefix_tokens + rows * columns:
+            return tokens  # all smallest patches, as before `merge_layer`
         prefix, patches = tokens[:, : self.config.num_prefix_tokens], tokens[:, self.config.num_prefix_tokens :]
         maps = reverse_quadtree(
             patches,
@@ -172,6 +180,7 @@ class QuadtreeViTModel(QuadtreeViTPreTrainedModel):
         patch_scores: PatchScores | None = None,
         output_split_scores: bool = False,
         pooled_only: bool = False,
+        merge_tokens_to: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> QuadtreeViTModelOutput:
         """
@@ -187,28 +196,81 @@ class QuadtreeViTModel(QuadtreeViTPreTrainedModel):
             output_split_scores: whether the output holds the scores.
             pooled_only: leaves out of the last layer the tokens that neither pooling nor head reads; those that
                 are read, the first ones, are `last_hidden_state`. Without effect where the pooling reads all tokens.
+            merge_tokens_to: tokens that are left after the last layer, similar ones merged on the way;
+                `config.merge_tokens_to` when None. Not for images with token counts of their own.
 
         Raises:
             ValueError: for a wrong shape of `pixel_values`, an image size or a budget that no quadtree has (it names
-                the nearest legal ones), or scores of a wrong shape.
+                the nearest legal ones), scores of a wrong shape, or a number of merged tokens that the layers cannot
+                reach.
         """
         check_words(self, kwargs)
-        tokens = self.embeddings(pixel_values, num_tokens, split_threshold, patch_scores)
-        attention_mask, num_queries = self.attention_mask_for(tokens), None
+        budget = {"num_tokens": num_tokens, "split_threshold": split_threshold, "patch_scores": patch_scores}
+        tokens = self.embeddings(pixel_values, **budget)
         hidden_states = self.pre_layernorm(tokens.embeddings)
-        for index, layer in enumerate(self.layers, start=1):
+        first = 0
+        if self.config.merge_layer and self.config.num_levels > 1:
+            first = min(self.config.merge_layer, len(self.layers))
+            for layer in self.layers[:first]:
+                hidden_states = layer(hidden_states, **kwargs)
+            tokens = self.embeddings.merge(hidden_states, tuple(pixel_values.shape[-2:]), **budget)
+            hidden_states = tokens.embeddings
+        if merge_tokens_to is None:
+            merge_tokens_to = self.config.merge_tokens_to
+        if merge_tokens_to is not None:
+            return self._merged(tokens, hidden_states, first, merge_tokens_to, **kwargs)
+        attention_mask, num_queries, key_bias = self.attention_mask_for(tokens), None, self.key_bias_for(tokens)
+        for index, layer in enumerate(self.layers[first:], start=first + 1):
             if pooled_only and index == len(self.layers):
                 num_queries = self.num_queries_of_last_layer(tokens)
                 attention_mask = self.attention_mask_for(tokens, num_queries)
-            hidden_states = layer(hidden_states, attention_mask, num_queries, **kwargs)
+            hidden_states = layer(hidden_states, attention_mask, num_queries, key_bias, **kwargs)
         hidden_states = self.layernorm(hidden_states)
         return QuadtreeViTModelOutput(
             last_hidden_state=hidden_states,
-            pooler_output=self.pooler(hidden_states, tokens.token_mask if tokens.is_padded else None),
+            pooler_output=self.pooler(hidden_states, self.token_weights_for(tokens)),
             patch_centers=tokens.patch_centers,
             patch_sizes=tokens.patch_sizes,
             token_mask=tokens.token_mask,
             split_scores=tokens.split_scores if output_split_scores else None,
+        )
+
+    def areas_of(self, tokens: TokenizerOutput) -> torch.Tensor:
+        """(batch, num_tokens) in smallest patches; 0 for padding."""
+        return (tokens.patch_sizes // self.config.min_patch_size).square()
+
+    def key_bias_for(self, tokens: TokenizerOutput) -> torch.Tensor | None:
+        """What attention adds to the logits of each token, (batch, num_prefix_tokens + num_tokens): `area_attention`
+        times the logarithm of its area. None where that is 0.
+        """
+        if not self.config.area_attention:
+            return None
+        bias = self.config.area_attention * self.areas_of(tokens).clamp(min=1).float().log()
+        return F.pad(bias, (self.config.num_prefix_tokens, 0))
+
+    def token_weights_for(self, tokens: TokenizerOutput) -> torch.Tensor | None:
+        """Weights of the tokens in a mean, (batch, num_tokens); None where all are the same."""
+        if self.config.area_pooling:
+            return self.areas_of(tokens)
+        return tokens.token_mask if tokens.is_padded else None
+
+    def _merged(
+        self, tokens: TokenizerOutput, hidden_states: torch.Tensor, first: int, merge_tokens_to: int, **kwargs
+    ) -> QuadtreeViTModelOutput:
+        """The layers from `first` on, merging tokens; the result has no patches, merged tokens have no place."""
+        if tokens.is_padded:
+            raise ValueError(
+                "`merge_tokens_to` cannot be used with `split_threshold`: images with token counts of their own are "
+                "padded, and padding would be merged. Give `num_tokens` alone."
+            )
+        num_prefix = self.config.num_prefix_tokens
+        bias = self.key_bias_for(tokens)
+        hidden_states, sizes = run_merging_layers(
+            self.layers[first:], hidden_states, merge_tokens_to, num_prefix, bias, **kwargs
+        )
+        hidden_states = self.layernorm(hidden_states)
+        return QuadtreeViTModelOutput(
+            last_hidden_state=hidden_states, pooler_output=self.pooler(hidden_states, sizes[:, num_prefix:])
         )
 
 
@@ -231,6 +293,7 @@ class QuadtreeViTForImageClassification(QuadtreeViTPreTrainedModel):
         split_threshold: float | None = None,
         patch_scores: PatchScores | None = None,
         output_split_scores: bool = False,
+        merge_tokens_to: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> QuadtreeViTClassifierOutput:
         """
@@ -241,6 +304,7 @@ class QuadtreeViTForImageClassification(QuadtreeViTPreTrainedModel):
             split_threshold: see there.
             patch_scores: see there.
             output_split_scores: see there.
+            merge_tokens_to: see there.
         """
         check_words(self, kwargs)
         outputs = self.quadtree_vit(
@@ -249,6 +313,7 @@ class QuadtreeViTForImageClassification(QuadtreeViTPreTrainedModel):
             split_threshold=split_threshold,
             patch_scores=patch_scores,
             output_split_scores=output_split_scores,
+            merge_tokens_to=merge_tokens_to,
             pooled_only=pooled_only_suffices(self, kwargs),
             **kwargs,
         )
@@ -297,19 +362,17 @@ class QuadtreeViTBackbone(BackboneMixin, QuadtreeViTPreTrainedModel):
             `config.reshape_hidden_states=False` (batch, tokens, hidden), prefix tokens included.
         """
         check_words(self, kwargs)
+        check_nothing_merges(self.config)
         outputs = self.quadtree_vit(
             pixel_values, num_tokens=num_tokens, split_threshold=split_threshold, patch_scores=patch_scores, **kwargs
         )
 
+        image_size = tuple(pixel_values.shape[-2:])
+
         def to_map(hidden_states: torch.Tensor) -> torch.Tensor:
-            return reverse_quadtree(
-                hidden_states[:, self.config.num_prefix_tokens :],
-                outputs.patch_centers,
-                outputs.patch_sizes,
-                tuple(pixel_values.shape[-2:]),
-                self.config.min_patch_size,
-                outputs.token_mask,
-            )
+            dense = self.quadtree_vit.tokens_to_grid(hidden_states, outputs, image_size)
+            patches = dense[:, self.config.num_prefix_tokens :]
+            return patches.transpose(1, 2).unflatten(2, self.config.feature_grid_for(image_size))
 
         feature_maps = feature_maps_of(self, outputs.hidden_states, to_map, self.quadtree_vit.layernorm)
         return BackboneOutput(

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 import torch
 from PIL import Image, ImageDraw
 
-from ...figures import make_grid, preprocess, seen_region
+from ...figures import make_grid, preprocess
 from ...layers.token_budget import default_budgets_of
+from ...utils.processors import seen_region
 
 
 if TYPE_CHECKING:

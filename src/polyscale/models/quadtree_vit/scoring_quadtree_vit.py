@@ -1,17 +1,19 @@
-"""Patch scorers: how much a picture loses where a patch is kept at a low resolution (arXiv 2304.00287, section 3.2).
+"""Patch scorers: how much a image loses where a patch is kept at a low resolution (arXiv 2304.00287, section 3.2).
 
 Faithful to TomerRonen34/mixed-resolution-vit, `mixed_res/patch_scorers`. A scorer maps normalised pixels to one score
 a patch for each size that can be split: higher = split sooner.
 """
 
+import math
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoBackbone, PreTrainedModel
 from transformers.utils.generic import maybe_autocast
 
 from ...utils.validation import check_choice
-from .configuration_quadtree_vit import PATCH_SCORERS, SCORER_ERRORS, QuadtreeViTConfig, count_levels
+from .configuration_quadtree_vit import REDUCTIONS, count_levels
 from .selection_quadtree_vit import check_multiple
 
 
@@ -27,16 +29,41 @@ def reduce_bilinear(images: torch.Tensor, factor: int) -> torch.Tensor:
     return rows[..., first::factor].lerp(rows[..., first + 1 :: factor], 0.5)
 
 
+def reduce_image(images: torch.Tensor, factor: int, reduction: str) -> torch.Tensor:
+    """Images at 1 / factor of their size, for an even factor.
+
+    Args:
+        images (`torch.Tensor`): (batch, channels, height, width).
+        factor (`int`): even.
+        reduction (`str`): "bilinear" (as published: the mean of the 4 middle pixels of a cell) or "antialias" (every
+            pixel counts: a triangle of twice the cell's width).
+    """
+    if reduction == "bilinear":
+        return reduce_bilinear(images, factor)
+    size = (images.shape[-2] // factor, images.shape[-1] // factor)
+    return F.interpolate(images, size=size, mode="bilinear", align_corners=False, antialias=True)
+
+
 class PatchScorer(nn.Module):
     """The base of scorers: checks the pixels, and computes without gradients, in float32.
+
+    A scorer of your own overrides `score` and `config_fields`, and is made known by `register_patch_scorer`.
 
     Args:
         min_patch_size: side in pixels of the smallest patches, which have no score.
         max_patch_size: side in pixels of the largest.
+        reduction: how images are made smaller: "bilinear" or "antialias".
+
+    Attributes:
+        reads_embeddings (`bool`): whether it scores the model's patch embeddings (`score_embeddings`), not pixels.
     """
 
-    def __init__(self, min_patch_size: int = 16, max_patch_size: int = 64):
+    reads_embeddings = False
+
+    def __init__(self, min_patch_size: int = 16, max_patch_size: int = 64, reduction: str = "bilinear"):
         super().__init__()
+        check_choice("reduction", reduction, REDUCTIONS)
+        self.reduction = reduction
         self.min_patch_size = min_patch_size
         self.max_patch_size = max_patch_size
         self.num_levels = count_levels(min_patch_size, max_patch_size)
@@ -47,12 +74,13 @@ class PatchScorer(nn.Module):
         return [self.max_patch_size >> level for level in range(self.num_levels - 1)]
 
     def blurred(self, pixel_values: torch.Tensor, patch_size: int) -> torch.Tensor:
-        """The picture as patches of `patch_size` see it: reduced as they are, and enlarged again."""
+        """The image as patches of `patch_size` see it: reduced as they are, and enlarged again."""
         height, width = pixel_values.shape[-2:]
         factor = patch_size // self.min_patch_size
-        return resize_bilinear(resize_bilinear(pixel_values, (height // factor, width // factor)), (height, width))
+        return resize_bilinear(reduce_image(pixel_values, factor, self.reduction), (height, width))
 
     def score(self, pixel_values: torch.Tensor, patch_scores: object) -> list[torch.Tensor]:
+        """The scores of checked pixels, (batch, channels, height, width) in float32: see `forward`."""
         raise NotImplementedError
 
     def forward(self, pixel_values: torch.Tensor, patch_scores: object = None) -> list[torch.Tensor]:
@@ -94,13 +122,13 @@ class PixelBlurPatchScorer(PatchScorer):
         return [self._score_of(pixel_values, size) for size in self.scored_patch_sizes]
 
     def _score_of(self, pixel_values: torch.Tensor, size: int) -> torch.Tensor:
-        """The blurred picture is made and compared one set of columns at a time: memory traffic is what this costs."""
+        """The blurred image is made and compared one set of columns at a time: memory traffic is what this costs."""
         batch, channels, height, width = pixel_values.shape
         factor = size // self.min_patch_size
         half = factor // 2
         # Buffers are freed and used again as soon as possible: fresh memory costs more than what is done with it.
-        small = F.pad(reduce_bilinear(pixel_values, factor), (1, 1, 1, 1), mode="replicate")
-        # Between the centres of two rows of the small picture lie `factor` rows of the large one.
+        small = F.pad(reduce_image(pixel_values, factor, self.reduction), (1, 1, 1, 1), mode="replicate")
+        # Between the centres of two rows of the small image lie `factor` rows of the large one.
         weights = (torch.arange(factor, device=small.device)[:, None] + 0.5) / factor
         rows = small[:, :, :-1, None].lerp(small[:, :, 1:, None], weights).flatten(2, 3)[:, :, half:-half]
         del small
@@ -196,155 +224,105 @@ def average_to_grid(scores: torch.Tensor, grid: tuple[int, int, int], name: str)
     return F.avg_pool2d(scores.float(), (shape[1] // rows, shape[2] // columns))
 
 
-class ShuffleNetFeatures(nn.Module):
-    """ShuffleNetV2 x0.5 without its head: stride 32, or its first part of stride 16 (torchvision's parameter names).
+class EmbeddingPatchScorer(PatchScorer):
+    """Spread of the model's own patch embeddings: what the four parts of a patch differ in, as the model sees them.
 
-    Args:
-        stride: 32 or 16.
-        pretrained: whether torchvision downloads its ImageNet weights.
-
-    Raises:
-        ValueError: for another stride.
-        OSError: if the weights cannot be downloaded.
+    The sum over the channels of the variance of the embeddings of its four parts, times its size in smallest patches.
+    It has no weights and no network of its own: the embeddings of all patches of all sizes are computed once, and
+    those of the patches that are kept become the tokens.
     """
 
-    def __init__(self, stride: int = 32, pretrained: bool = False):
-        super().__init__()
-        check_choice("stride", stride, (32, 16))
-        self.stride = stride
-        from torchvision.models import ShuffleNet_V2_X0_5_Weights, shufflenet_v2_x0_5
+    reads_embeddings = True
 
-        try:
-            network = shufflenet_v2_x0_5(weights=ShuffleNet_V2_X0_5_Weights.DEFAULT if pretrained else None)
-        except (OSError, RuntimeError) as error:
-            raise OSError(
-                "The weights of the 'feature' scorer (torchvision's ShuffleNetV2 x0.5) could not be downloaded: "
-                f"{error}. Put {ShuffleNet_V2_X0_5_Weights.DEFAULT.url} into torch.hub's checkpoint folder, give a "
-                f"network of your own, or load a checkpoint that holds the scorer."
-            ) from error
-        names = ["conv1", "maxpool", "stage2", "stage3"] + (["stage4", "conv5"] if stride == 32 else [])
-        for name in names:
-            self.add_module(name, getattr(network, name))
+    def config_fields(self) -> dict[str, object]:
+        return {"patch_scorer": "embedding"}
 
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        for stage in self.children():
-            pixel_values = stage(pixel_values)
-        return pixel_values
+    @torch.no_grad()
+    def score_embeddings(self, embeddings: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """
+        Args:
+            embeddings (`Sequence[torch.Tensor]`): of the patches of each size, largest first, (batch, rows, columns,
+                hidden).
+
+        Returns:
+            One (batch, rows, columns) float32 tensor for each size of patch that can be split, largest first.
+        """
+        scores = []
+        for size, parts in zip(self.scored_patch_sizes, embeddings[1:], strict=True):
+            batch, rows, columns, width = parts.shape
+            four = parts.float().view(batch, rows // 2, 2, columns // 2, 2, width)
+            mean = four.mean(dim=(2, 4), keepdim=True)
+            spread = (four - mean).square().mean(dim=(2, 4)).sum(dim=-1)
+            scores.append(spread * (size // self.min_patch_size))
+        return scores
 
 
-class FeatureBasedPatchScorer(PatchScorer):
-    """Loss of meaning: how far a small network's features of the blurred picture are from those of the sharp one.
-
-    The network is frozen, and stays in evaluation mode when the model around it trains.
+class EntropyPatchScorer(PatchScorer):
+    """Entropy of the grey levels of a patch, in bits (Accelerating Vision Transformers with Adaptive Patch Sizes, APT,
+    arXiv 2510.18091): 512 bins over [0, 255]. The paper splits above 5.5 (two sizes of patch), or 6.0 and 4.0 (three).
 
     Args:
-        min_patch_size: side in pixels of the smallest patches.
-        max_patch_size: side in pixels of the largest.
-        network: a module that maps pixels to features (batch, width, rows, columns), or a transformers backbone (its
-            last feature map is used); the paper's ShuffleNetV2 x0.5 when None.
-        stride: stride in pixels of ShuffleNetV2: 32 or 16. Other networks show theirs in their output.
-        error: "mse" or "cosine" (negative cosine similarity).
-        pretrained: whether ShuffleNetV2 gets its pretrained weights, which torchvision downloads.
-
-    Raises:
-        ValueError: for a stride too coarse for the smallest patches that have scores, those of twice `min_patch_size`.
-        OSError: if the pretrained weights cannot be downloaded.
+        image_mean: of the normalisation of `pixel_values`, which is undone: a number, or one per channel.
+        image_std: likewise.
     """
+
+    NUM_BINS = 512
 
     def __init__(
         self,
         min_patch_size: int = 16,
         max_patch_size: int = 64,
-        network: nn.Module | None = None,
-        stride: int = 32,
-        error: str = "mse",
-        pretrained: bool = True,
+        image_mean: float | Sequence[float] = 0.5,
+        image_std: float | Sequence[float] = 0.5,
     ):
         super().__init__(min_patch_size, max_patch_size)
-        check_choice("error", error, SCORER_ERRORS)
-        self.error = error
-        if network is None:
-            self._check_stride(stride)
-            network = ShuffleNetFeatures(stride, pretrained)
-        self.network = network.requires_grad_(False).eval()
-
-    def _check_stride(self, stride: float) -> None:
-        finest = 2 * self.min_patch_size
-        if stride > finest or finest % stride:
-            raise ValueError(
-                f"The stride of the 'feature' scorer's network, {stride:g} pixels, is too coarse for the smallest "
-                f"patches: it must divide {finest}, twice `min_patch_size` = {self.min_patch_size}. Use a network of "
-                f"a smaller stride (ShuffleNetV2 has 32 and 16), or larger patches."
-            )
+        self.image_mean, self.image_std = image_mean, image_std
 
     def config_fields(self) -> dict[str, object]:
-        fields = {"patch_scorer": "feature", "scorer_error": self.error}
-        if isinstance(self.network, ShuffleNetFeatures):
-            return {**fields, "scorer_stride": self.network.stride, "scorer_backbone_config": None}
-        if isinstance(self.network, PreTrainedModel) and hasattr(self.network, "out_features"):
-            return {**fields, "scorer_backbone_config": self.network.config}
-        raise ValueError(
-            f"The network of this scorer, {type(self.network).__name__}, cannot be rebuilt from a config: use "
-            f"ShuffleNetV2 or a transformers backbone for a scorer that is saved with a model, or give its scores as "
-            f"`patch_scores`."
+        return {
+            "patch_scorer": "entropy",
+            "scorer_image_mean": self.image_mean,
+            "scorer_image_std": self.image_std,
+        }
+
+    def _grey(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(batch, channels, height, width), normalised -> (batch, height, width), 0 to 255."""
+        mean, std = (
+            torch.tensor(values, device=pixel_values.device).reshape(-1, 1, 1)
+            for values in (self.image_mean, self.image_std)
         )
-
-    def train(self, mode: bool = True) -> "FeatureBasedPatchScorer":
-        super().train(mode)
-        self.network.eval().requires_grad_(
-            False
-        )  # `from_pretrained` makes parameters anew, and ends with a call of this
-        return self
-
-    def features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """(batch, width, rows, columns), float32."""
-        features = self.network(pixel_values.to(next(self.network.parameters()).dtype))
-        feature_maps = getattr(features, "feature_maps", None)
-        return (features if feature_maps is None else feature_maps[-1]).float()
+        pixels = pixel_values * std + mean
+        if pixels.shape[1] == 3:
+            weights = pixels.new_tensor([0.299, 0.587, 0.114])
+            return 255 * (pixels * weights[:, None, None]).sum(dim=1)
+        return 255 * pixels.mean(dim=1)
 
     def score(self, pixel_values: torch.Tensor, patch_scores: object = None) -> list[torch.Tensor]:
-        batch, _, height, width = pixel_values.shape
-        sharp = self.features(pixel_values)
-        self._check_stride(height / sharp.shape[-2])
+        bins = (self._grey(pixel_values) * (self.NUM_BINS / 256)).long().clamp(0, self.NUM_BINS - 1)
+        batch, height, width = bins.shape
+        size = 2 * self.min_patch_size  # the smallest patches that have a score; larger ones add their histograms up
+        cells = bins.view(batch, height // size, size, width // size, size).transpose(2, 3).flatten(3)
+        counts = torch.zeros(*cells.shape[:3], self.NUM_BINS, device=bins.device)
+        counts = counts.scatter_add(3, cells, torch.ones_like(cells, dtype=counts.dtype))
         scores = []
-        for size in self.scored_patch_sizes:
-            blurred = self.features(self.blurred(pixel_values, size))
-            if self.error == "mse":
-                error = (blurred - sharp).square().mean(dim=1)
-            else:
-                error = -F.cosine_similarity(blurred, sharp, dim=1)
-            scores.append(average_to_grid(error, (batch, height // size, width // size), "features"))
+        for _ in self.scored_patch_sizes:
+            shares = counts / counts.sum(dim=-1, keepdim=True)
+            scores.insert(0, -torch.special.xlogy(shares, shares).sum(dim=-1) / math.log(2))
+            if len(scores) < self.num_levels - 1:
+                batch, rows, columns, _ = counts.shape
+                counts = counts.view(batch, rows // 2, 2, columns // 2, 2, self.NUM_BINS).sum(dim=(2, 4))
         return scores
 
 
-def make_patch_scorer(config: QuadtreeViTConfig) -> PatchScorer:
-    """The scorer that `config` names, without pretrained weights: those are in the checkpoint."""
-    check_choice("patch_scorer", config.patch_scorer, PATCH_SCORERS)
-    sizes = (config.min_patch_size, config.max_patch_size)
-    if config.patch_scorer == "random":
-        return RandomPatchScorer(*sizes, seed=config.scorer_seed)
-    if config.patch_scorer == "precomputed":
-        return PrecomputedPatchScorer(*sizes)
-    if config.patch_scorer == "pixel_blur":
-        return PixelBlurPatchScorer(*sizes)
-    backbone_config = config.scorer_backbone_config
-    return FeatureBasedPatchScorer(
-        *sizes,
-        network=None if backbone_config is None else AutoBackbone.from_config(backbone_config),
-        stride=config.scorer_stride,
-        error=config.scorer_error,
-        pretrained=False,
-    )
-
-
 __all__ = [
-    "FeatureBasedPatchScorer",
+    "EmbeddingPatchScorer",
+    "EntropyPatchScorer",
     "PatchScorer",
     "PixelBlurPatchScorer",
     "PrecomputedPatchScorer",
     "RandomPatchScorer",
-    "ShuffleNetFeatures",
-    "make_patch_scorer",
+    "average_to_grid",
     "reduce_bilinear",
+    "reduce_image",
     "resize_bilinear",
 ]

@@ -26,6 +26,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from ...utils.validation import check_number
+
 
 # Bits of an int64 that a packed key may use; longer keys are sorted in several passes.
 KEY_BITS = 62
@@ -261,8 +263,8 @@ def select_nodes(
         raise ValueError("Give `num_tokens` (a budget), `split_threshold` (each picture its own), or both.")
     if num_tokens is not None:
         num_tokens = check_token_budget(num_tokens, coarsest, finest, round_down)
-    if split_threshold is not None and split_threshold != split_threshold:
-        raise ValueError("`split_threshold` is NaN: give a score above which patches are split.")
+    if split_threshold is not None:
+        check_number("split_threshold", split_threshold)
 
     flat_scores = torch.cat([score.flatten(1) for score in scores], dim=1).detach()
     _check_values(flat_scores)
@@ -333,82 +335,6 @@ def quadtree_tokens(
     return MaskedQuadtreeTokens(*tokens, mask)
 
 
-def _check_reverse(tokens, patch_centers, patch_sizes, image_size, min_patch_size, token_mask) -> None:
-    if tokens.ndim != 3:
-        raise ValueError(f"`tokens` must have the shape (batch, tokens, width), got {tuple(tokens.shape)}.")
-    batch_and_tokens = tuple(tokens.shape[:2])
-    if tuple(patch_centers.shape) != (*batch_and_tokens, 2):
-        raise ValueError(
-            f"`patch_centers` must have the shape {(*batch_and_tokens, 2)}, got {tuple(patch_centers.shape)}."
-        )
-    for name, value in (("patch_sizes", patch_sizes), ("token_mask", token_mask)):
-        if value is not None and tuple(value.shape) != batch_and_tokens:
-            raise ValueError(
-                f"`{name}` must have the shape {batch_and_tokens} of `tokens` without prefix tokens, got "
-                f"{tuple(value.shape)}."
-            )
-    if image_size[0] % min_patch_size or image_size[1] % min_patch_size:
-        raise ValueError(
-            f"`image_size` must be a multiple of `min_patch_size` in height and width, got {image_size} and "
-            f"{min_patch_size}."
-        )
-
-
-def reverse_quadtree(
-    tokens: torch.Tensor,
-    patch_centers: torch.Tensor,
-    patch_sizes: torch.Tensor,
-    image_size: int | Sequence[int],
-    min_patch_size: int,
-    token_mask: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Copies each token over the area of its patch: tokens of a quadtree, in any order -> a dense map. Differentiable.
-
-    Args:
-        tokens: (batch, num_tokens, width), without prefix tokens.
-        patch_centers: (batch, num_tokens, 2), (x, y) in pixels.
-        patch_sizes: (batch, num_tokens) in pixels: `min_patch_size` times a power of two.
-        image_size: (height, width) in pixels, or int.
-        min_patch_size: size in pixels of a cell of the map.
-        token_mask: (batch, num_tokens), True where a token is real; all are when None.
-
-    Returns:
-        (batch, width, height / min_patch_size, width / min_patch_size); 0 where no token lies.
-
-    Raises:
-        ValueError: for shapes that do not fit together.
-    """
-    height, width = image_size if isinstance(image_size, Sequence) else (image_size, image_size)
-    _check_reverse(tokens, patch_centers, patch_sizes, (height, width), min_patch_size, token_mask)
-    rows, columns = height // min_patch_size, width // min_patch_size
-    batch, num_tokens, channels = tokens.shape
-
-    patch_sizes = patch_sizes.to(patch_centers.dtype)
-    left, top = (patch_centers - patch_sizes[..., None] / 2).div(min_patch_size).round().long().unbind(dim=-1)
-    cells = (patch_sizes / min_patch_size).round().long()  # side of a patch in cells
-    if token_mask is not None:
-        cells = torch.where(token_mask, cells, 0)
-
-    # Which token (from 1; 0 = none) lies over each cell: written once a patch at the grid of its own size, then
-    # enlarged.
-    number = torch.arange(1, num_tokens + 1, device=tokens.device).expand(batch, -1)
-    owner = torch.zeros(1, dtype=torch.long, device=tokens.device)
-    side = 1
-    while side <= max(rows, columns):
-        grid_rows, grid_columns = -(-rows // side), -(-columns // side)
-        place = (top // side) * grid_columns + left // side
-        place = torch.where(cells == side, place, grid_rows * grid_columns)  # the last place is cut off
-        owners = place.new_zeros(batch, grid_rows * grid_columns + 1).scatter(1, place, number)
-        owners = owners[:, :-1].reshape(batch, grid_rows, 1, grid_columns, 1).expand(-1, -1, side, -1, side)
-        owner = owner + owners.reshape(batch, grid_rows * side, grid_columns * side)[:, :rows, :columns]
-        side *= 2
-
-    padded = F.pad(tokens, (0, 0, 1, 0)).flatten(0, 1)  # (batch * (1 + tokens), channels), token 0 is zero
-    first = torch.arange(batch, device=tokens.device)[:, None] * (num_tokens + 1)
-    dense = padded.index_select(0, (owner.flatten(1) + first).flatten())
-    return dense.view(batch, rows, columns, channels).permute(0, 3, 1, 2)
-
-
 __all__ = [
     "MaskedQuadtreeTokens",
     "QuadtreeTokens",
@@ -417,6 +343,5 @@ __all__ = [
     "decode_nodes",
     "nearest_multiples",
     "quadtree_tokens",
-    "reverse_quadtree",
     "select_nodes",
 ]

@@ -5,7 +5,6 @@ and goes through one patch embedding; sinusoidal positions of the patch centre, 
 no position.
 """
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -18,19 +17,28 @@ from ...layers.patch_projection import PatchProjection
 from ...layers.resizing import resize_abs_pos_embed
 from ...utils.validation import check_pixel_values
 from .configuration_quadtree_vit import QuadtreeViTConfig
-from .scoring_quadtree_vit import PatchScorer, PrecomputedPatchScorer, make_patch_scorer, reduce_bilinear
+from .patch_scorers_quadtree_vit import make_patch_scorer
+from .positions_quadtree_vit import sinusoid
+from .pyramid_quadtree_vit import (
+    PatchAggregation,
+    embedding_pyramid,
+    feature_pyramid,
+    feature_scores,
+    take_nodes,
+)
+from .scoring_quadtree_vit import PatchScorer, PrecomputedPatchScorer, reduce_image
 from .selection_quadtree_vit import QuadtreeTokens, check_multiple, check_token_budget, decode_nodes, select_nodes
 
 
 class TokenizerOutput(NamedTuple):
-    """Tokens of a batch of pictures.
+    """Tokens of a batch of images.
 
     Fields:
         embeddings: (batch, num_prefix_tokens + num_tokens, hidden).
         patch_centers: (batch, num_tokens, 2), (x, y) in pixels; 0 for padding.
         patch_sizes: (batch, num_tokens) in pixels; 0 for padding.
         token_mask: (batch, num_tokens), True for a real token.
-        is_padded: whether pictures have token counts of their own, so that attention needs the mask.
+        is_padded: whether images have token counts of their own, so that attention needs the mask.
         split_scores: one (batch, rows, columns) tensor for each size of patch that can be split, largest first.
     """
 
@@ -40,14 +48,6 @@ class TokenizerOutput(NamedTuple):
     token_mask: torch.Tensor
     is_padded: bool
     split_scores: tuple[torch.Tensor, ...]
-
-
-def sinusoid(positions: torch.Tensor, width: int) -> torch.Tensor:
-    """(positions,) -> (positions, width), float32: the sine at each frequency, then the cosine at each."""
-    half = width // 2
-    steps = torch.arange(half, dtype=torch.float32, device=positions.device)
-    angles = positions.float()[:, None] * torch.exp(steps * (-math.log(10000.0) / (half - 1)))
-    return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
 class QuadtreeViTPatchEmbeddings(nn.Module):
@@ -99,10 +99,10 @@ class PatchTokenizer(nn.Module):
         batch, channels, height, width = images.shape
         columns = width // size
         # A patch is channels * size runs of neighbouring pixels: whole runs are copied, and only those of the patches.
-        picture = torch.arange(batch, device=images.device)[:, None] * (channels * height)
+        image = torch.arange(batch, device=images.device)[:, None] * (channels * height)
         channel = torch.arange(channels, device=images.device)[:, None] * height
         lines = (channel + torch.arange(size, device=images.device)).flatten()
-        first = (picture + row * size) * columns + column
+        first = (image + row * size) * columns + column
         return F.embedding(first[..., None] + lines * columns, images.reshape(-1, size)).flatten(2)
 
     def patches_of(self, pixel_values: torch.Tensor, tokens: QuadtreeTokens, levels: int) -> torch.Tensor:
@@ -115,7 +115,7 @@ class PatchTokenizer(nn.Module):
         level, row, column = tokens
         patches = self.cut(pixel_values, row, column)
         for index in range(levels - 1):
-            reduced = reduce_bilinear(pixel_values, 1 << (levels - 1 - index))
+            reduced = reduce_image(pixel_values, 1 << (levels - 1 - index), self.config.reduction)
             # Patches do not overlap: those of this level are among as many of the first as its grid has.
             cells = reduced.shape[-2] * reduced.shape[-1] // self.config.min_patch_size**2
             count = cells + self.config.num_prefix_tokens
@@ -130,7 +130,7 @@ class PatchTokenizer(nn.Module):
 
         Args:
             centers: (x, y) in halves of the smallest patch, integers: few different values, however many tokens.
-            length: the longer side of the picture in units of the smallest patch.
+            length: the longer side of the image in units of the smallest patch.
         """
         values = torch.arange(2 * length, device=centers.device) / 2
         table = sinusoid(values, self.config.hidden_size // 2)
@@ -158,14 +158,14 @@ class PatchTokenizer(nn.Module):
         table = torch.cat([grid[:, :1], *levels], dim=1)[0]
         return F.embedding(nodes, table.to(self.patch_embeddings.projection.weight.dtype))
 
-    def assemble(self, patches: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Embeds patches, adds their positions, and puts the prefix tokens over the first of them.
+    def assemble(self, embedded: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Adds their positions to embedded patches, and puts the prefix tokens over the first of them.
 
         Args:
-            patches: (batch, num_prefix_tokens + num_tokens, pixels).
+            embedded: (batch, num_prefix_tokens + num_tokens, hidden).
             positions: (batch, num_prefix_tokens + num_tokens, hidden).
         """
-        tokens = self.patch_embeddings(patches) + positions
+        tokens = embedded + positions
         prefix = self.prefix_tokens(tokens.shape[0])
         if prefix is not None:
             num_placed = self.num_placed_prefix_tokens
@@ -175,6 +175,51 @@ class PatchTokenizer(nn.Module):
             tokens = torch.cat([prefix, tokens[:, prefix.shape[1] :]], dim=1)
         return self.dropout(tokens)
 
+    def place(
+        self,
+        nodes: torch.Tensor,
+        mask: torch.Tensor | None,
+        scores: Sequence[torch.Tensor],
+        patch_grids: Sequence[tuple[int, int]],
+    ) -> tuple[TokenizerOutput, QuadtreeTokens, torch.Tensor]:
+        """Where patches are, their tokens still to come.
+
+        Args:
+            nodes: (batch, num_prefix_tokens + num_tokens), counted from 1 through the levels, 0 = none.
+            mask: (batch, num_tokens), True for a real token; None where all are.
+            scores: what they were chosen by.
+            patch_grids: (rows, columns) of each level.
+
+        Returns:
+            The output without embeddings; level, row and column of all nodes; their centres in halves of the smallest
+            patch, (batch, num_prefix_tokens + num_tokens, 2).
+        """
+        size, num_prefix = self.config.min_patch_size, self.config.num_prefix_tokens
+        selected = decode_nodes(nodes, *patch_grids[0], len(patch_grids))
+        level, row, column = selected
+        cells = torch.ones_like(level)  # side of each patch in units of the smallest
+        for index in range(len(patch_grids) - 1):
+            cells = torch.where(level <= index, 2 * cells, cells)  # no shift or power, which some exporters lack
+        centers = (2 * torch.stack([column, row], dim=-1) + 1) * cells[..., None]
+        patch_centers = centers[:, num_prefix:] * (size / 2)
+        patch_sizes = cells[:, num_prefix:] * size
+        if mask is not None:
+            patch_centers, patch_sizes = patch_centers * mask[..., None], patch_sizes * mask
+        placed = TokenizerOutput(
+            embeddings=None,
+            patch_centers=patch_centers,
+            patch_sizes=patch_sizes,
+            token_mask=torch.ones_like(patch_sizes, dtype=torch.bool) if mask is None else mask,
+            is_padded=mask is not None,
+            split_scores=tuple(scores),
+        )
+        return placed, selected, centers
+
+    def patch_grids_of(self, image_size: tuple[int, int], levels: int) -> list[tuple[int, int]]:
+        """(rows, columns) of each level for an image of (height, width), largest patches first."""
+        rows, columns = (side // self.config.min_patch_size for side in image_size)
+        return [(rows >> shift, columns >> shift) for shift in range(levels - 1, -1, -1)]
+
     def embed(
         self,
         pixel_values: torch.Tensor,
@@ -182,41 +227,25 @@ class PatchTokenizer(nn.Module):
         mask: torch.Tensor | None,
         scores: Sequence[torch.Tensor],
         levels: int,
+        maps: Sequence[torch.Tensor] | None = None,
     ) -> TokenizerOutput:
-        """Tokens of the patches `nodes` (batch, num_tokens), counted from 1 through `levels` levels, 0 = padding."""
-        config = self.config
-        height, width = pixel_values.shape[-2:]
-        rows, columns = height // config.min_patch_size, width // config.min_patch_size
-        patch_grids = [(rows >> shift, columns >> shift) for shift in range(levels - 1, -1, -1)]
+        """Tokens of the patches `nodes` (batch, num_tokens), counted from 1 through `levels` levels, 0 = padding.
 
+        With `maps`, the embeddings of all patches of each level, the tokens are taken from there.
+        """
+        patch_grids = self.patch_grids_of(tuple(pixel_values.shape[-2:]), levels)
         # Tokens are many and large: rather than to copy them behind the prefix tokens, these get places among them.
-        num_prefix = config.num_prefix_tokens
-        nodes = F.pad(nodes, (num_prefix, 0))
-        selected = decode_nodes(nodes, *patch_grids[0], levels)
-        level, row, column = selected
-        cells = torch.ones_like(level)  # side of each patch in units of the smallest
-        for index in range(levels - 1):
-            cells = torch.where(level <= index, 2 * cells, cells)  # no shift or power, which some exporters lack
-        centers = (2 * torch.stack([column, row], dim=-1) + 1) * cells[..., None]  # in halves of the smallest patch
-
+        nodes = F.pad(nodes, (self.config.num_prefix_tokens, 0))
+        placed, selected, centers = self.place(nodes, mask, scores, patch_grids)
         if self.position_embeddings is None:
-            positions = self.sinusoidal_positions(centers, max(rows, columns))
+            positions = self.sinusoidal_positions(centers, max(patch_grids[-1]))
         else:
             positions = self.learned_positions(nodes, patch_grids)
-        embeddings = self.assemble(self.patches_of(pixel_values, selected, levels), positions)
-
-        patch_centers = centers[:, num_prefix:] * (config.min_patch_size / 2)
-        patch_sizes = cells[:, num_prefix:] * config.min_patch_size
-        if mask is not None:
-            patch_centers, patch_sizes = patch_centers * mask[..., None], patch_sizes * mask
-        return TokenizerOutput(
-            embeddings=embeddings,
-            patch_centers=patch_centers,
-            patch_sizes=patch_sizes,
-            token_mask=torch.ones_like(patch_sizes, dtype=torch.bool) if mask is None else mask,
-            is_padded=mask is not None,
-            split_scores=tuple(scores),
-        )
+        if maps is None:
+            embedded = self.patch_embeddings(self.patches_of(pixel_values, selected, levels))
+        else:
+            embedded = take_nodes(maps, nodes)
+        return placed._replace(embeddings=self.assemble(embedded, positions))
 
     def check_channels(self, pixel_values: torch.Tensor) -> tuple[int, int]:
         """(height, width), after a check of the shape."""
@@ -263,7 +292,7 @@ class VanillaTokenizer(PatchTokenizer):
 
 
 class QuadtreeTokenizer(PatchTokenizer):
-    """Small patches where the picture is busy, large ones elsewhere: pixels -> embedded tokens.
+    """Small patches where the image is busy, large ones elsewhere: pixels -> embedded tokens.
 
     Args:
         config: sizes, budget, scorer, width and positions; the encoder's fields do not matter.
@@ -273,6 +302,7 @@ class QuadtreeTokenizer(PatchTokenizer):
         super().__init__(config)
         self.patch_scorer: PatchScorer = make_patch_scorer(config)
         self.precomputed_scorer = PrecomputedPatchScorer(config.min_patch_size, config.max_patch_size)
+        self.aggregation = PatchAggregation(config) if config.large_patch_embedding == "aggregate" else None
 
     def resolve_budget(
         self, num_tokens: int | None, split_threshold: float | None
@@ -292,9 +322,9 @@ class QuadtreeTokenizer(PatchTokenizer):
         """
         Args:
             pixel_values: (batch, channels, height, width), height and width multiples of `max_patch_size`.
-            num_tokens: tokens of every picture: (height / max) (width / max) + 3 k. With `split_threshold`, the
+            num_tokens: tokens of every image: (height / max) (width / max) + 3 k. With `split_threshold`, the
                 maximum, to which all are padded.
-            split_threshold: splits patches whose score is higher; padded to the longest picture.
+            split_threshold: splits patches whose score is higher; padded to the longest image.
             patch_scores: used instead of the scorer's: one (batch, rows, columns) tensor for each size of patch that
                 can be split, largest first; or one map (batch, height, width), averaged to each grid.
 
@@ -309,10 +339,58 @@ class QuadtreeTokenizer(PatchTokenizer):
             check_token_budget(num_tokens, *config.num_tokens_range((height, width)), config.round_num_tokens)
 
         pixel_values = pixel_values.float().contiguous()
+        if config.merge_layer:
+            return self.all_smallest(pixel_values)
         scorer = self.patch_scorer if patch_scores is None else self.precomputed_scorer
-        scores = scorer(pixel_values, patch_scores)
+        maps = None
+        if scorer.reads_embeddings or self.aggregation is not None:
+            projection = self.patch_embeddings.projection
+            maps = embedding_pyramid(projection, pixel_values, config.num_levels, config.reduction)
+        scores = scorer.score_embeddings(maps) if scorer.reads_embeddings else scorer(pixel_values, patch_scores)
         nodes, mask = select_nodes(scores, num_tokens, split_threshold, config.round_num_tokens)
-        return self.embed(pixel_values, nodes, mask, scores, config.num_levels)
+        if self.aggregation is not None:
+            maps = self.aggregation(maps)
+        return self.embed(pixel_values, nodes, mask, scores, config.num_levels, maps)
+
+    def all_smallest(self, pixel_values: torch.Tensor) -> TokenizerOutput:
+        """Tokens of all smallest patches: what `merge` starts from."""
+        grids = self.patch_grids_of(tuple(pixel_values.shape[-2:]), self.config.num_levels)
+        first = 1 + sum(rows * columns for rows, columns in grids[:-1])
+        count = grids[-1][0] * grids[-1][1]
+        nodes = torch.arange(first, first + count, device=pixel_values.device).expand(pixel_values.shape[0], -1)
+        return self.embed(pixel_values, nodes, None, (), self.config.num_levels)
+
+    def merge(
+        self,
+        hidden_states: torch.Tensor,
+        image_size: tuple[int, int],
+        num_tokens: int | None = None,
+        split_threshold: float | None = None,
+        patch_scores: Sequence[torch.Tensor] | torch.Tensor | None = None,
+    ) -> TokenizerOutput:
+        """Puts large patches in the place of smallest ones whose features are alike (`config.merge_layer`).
+
+        Args:
+            hidden_states: (batch, num_prefix_tokens + smallest patches, hidden), after some layers.
+            image_size: (height, width) in pixels.
+            num_tokens, split_threshold, patch_scores: as in `forward`; without scores, those of the features.
+
+        Returns:
+            The tokens that go on: a large patch is the mean of its smallest parts.
+        """
+        config, num_prefix = self.config, self.config.num_prefix_tokens
+        num_tokens, split_threshold = self.resolve_budget(num_tokens, split_threshold)
+        grids = self.patch_grids_of(image_size, config.num_levels)
+        maps = feature_pyramid(hidden_states[:, num_prefix:].unflatten(1, grids[-1]), config.num_levels)
+        if patch_scores is None:
+            scores = feature_scores(maps)
+        else:
+            pixels = hidden_states.new_empty((hidden_states.shape[0], 1, *image_size))
+            scores = self.precomputed_scorer(pixels, patch_scores)
+        nodes, mask = select_nodes(scores, num_tokens, split_threshold, config.round_num_tokens)
+        placed, _, _ = self.place(F.pad(nodes, (num_prefix, 0)), mask, scores, grids)
+        tokens = torch.cat([hidden_states[:, :num_prefix], take_nodes(maps, nodes)], dim=1)
+        return placed._replace(embeddings=tokens)
 
 
 __all__ = ["PatchTokenizer", "QuadtreeTokenizer", "TokenizerOutput", "VanillaTokenizer"]

@@ -85,6 +85,14 @@ class S2VisionConfig(CheckedConfigMixin, S2TokenBudgetMixin, BackboneConfigMixin
     """
 
     model_type = "s2_vision"
+    keys_to_ignore_at_inference = [
+        "hidden_states",
+        "attentions",
+        "token_mask",
+        "num_tokens",
+        "block_sizes",
+        "tile_mask",
+    ]
     changeable_fields = ("scales", "img_sizes", "max_tiles", "num_tiles")
     fixed_fields = {
         "num_tokens": "its tokens are those of the wrapped model at one scale, whatever the other scales are"
@@ -265,6 +273,30 @@ class S2VisionConfig(CheckedConfigMixin, S2TokenBudgetMixin, BackboneConfigMixin
         plan = self.plan_for(self.image_size if image_size is None else image_size, scales, img_sizes)
         return plan.feature_grid(self.resize_output_to_idx % self.num_scales, self.features_per_tile)
 
+    def parse_budget(self, text: str) -> list:
+        """Scales or sizes as a user types them: "1+2+3", "224+448", "224x336+448x672".
+
+        Raises:
+            ValueError: for a text that is none.
+        """
+        try:
+            if self.budget_argument == "scales":
+                numbers = [float(part) for part in text.split("+")]
+                return [int(number) if number.is_integer() else number for number in numbers]
+            sizes = [[int(side) for side in part.lower().split("x")] for part in text.split("+")]
+        except (ValueError, OverflowError):
+            sizes = [[]]
+        if any(len(size) not in (1, 2) for size in sizes):
+            example = "1+2" if self.budget_argument == "scales" else "224+448 or 224x336+448x672"
+            raise ValueError(
+                f"`budgets` of an S2 model must be its `{self.budget_argument}`, such as {example}, got {text!r}."
+            )
+        return [size[0] if len(size) == 1 else size for size in sizes]
+
+    def format_budget(self, budget: Sequence) -> str:
+        """The text that `parse_budget` reads as `budget`."""
+        return "+".join("x".join(map(str, part)) if isinstance(part, list | tuple) else str(part) for part in budget)
+
     def resolve_budget(self, **changes) -> dict[str, Any]:
         """The fields; `scales` end `img_sizes` and the other way round, as many of them as before.
 
@@ -277,7 +309,7 @@ class S2VisionConfig(CheckedConfigMixin, S2TokenBudgetMixin, BackboneConfigMixin
         for name, other in (("scales", "img_sizes"), ("img_sizes", "scales")):
             if name not in changes:
                 continue
-            if len(changes[name]) != self.num_scales:
+            if len(scale_list(changes[name], name)) != self.num_scales:
                 raise ValueError(
                     f"`{name}` must name {self.num_scales} scales, as many as the weights behind the features were "
                     f"made for, got {len(changes[name])}: another number of scales needs new weights."
@@ -302,16 +334,18 @@ class S2VisionConfig(CheckedConfigMixin, S2TokenBudgetMixin, BackboneConfigMixin
             ValueError: for both of them, or another number of scales than configured.
         """
         size = to_pair(tuple(image_size) if isinstance(image_size, Sequence) else image_size, "image_size")
+        for name, given in (("scales", scales), ("img_sizes", img_sizes)):
+            if given is not None and (isinstance(given, str) or not isinstance(given, Sequence)):
+                raise ValueError(f"`{name}` must be a list with one entry per scale, got {given!r}.")
         if scales is None and img_sizes is None:
             scales, img_sizes = self.scales, self.img_sizes
-        elif (scales is None) != (img_sizes is None) and len(
-            scales if img_sizes is None else img_sizes
-        ) != self.num_scales:
-            raise ValueError(
-                f"Give {self.num_scales} scales or sizes, as configured: got "
-                f"{list(scales if img_sizes is None else img_sizes)}. The output's width "
-                "depends on their number, and the weights behind it on that width."
-            )
+        elif (scales is None) != (img_sizes is None):
+            name, given = ("scales", scales) if img_sizes is None else ("img_sizes", img_sizes)
+            if len(scale_list(given, name)) != self.num_scales:
+                raise ValueError(
+                    f"Give {self.num_scales} `{name}`, as many as configured: got {list(given)}. The output's width "
+                    "depends on their number, and the weights behind it on that width."
+                )
         plan = self._static_plan(size, scales, img_sizes)
         return plan if not self.dynamic else self._dynamic_plan(size, plan)
 

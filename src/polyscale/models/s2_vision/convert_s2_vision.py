@@ -52,7 +52,8 @@ def _convert_vila(source: Path, out: Path) -> None:
 
 
 def _save_image_processor(model: S2VisionWrapper, source: Path, out: Path, fit: str | None = None) -> None:
-    base = AutoImageProcessor.from_pretrained(source) if (source / "preprocessor_config.json").is_file() else None
+    has_processor = (source / "preprocessor_config.json").is_file()
+    base = AutoImageProcessor.from_pretrained(source, trust_remote_code=False) if has_processor else None
     S2ImageProcessor.for_config(model.config, base, fit).save_pretrained(out)
 
 
@@ -74,7 +75,7 @@ def convert_s2_vision(
         base: of a LLaVA LoRA, the folder of its language model.
         vision_tower: of a LLaVA, the folder of its CLIP.
         dtype: of a LLaVA, that of the result.
-        overrides: for a plain vision model, fields of `S2VisionConfig`: `scales` or `img_sizes`, ...
+        overrides: for a plain vision model, fields of `S2VisionConfig`: `scales` (`[1, 2]` by default), ...
 
     Raises:
         ValueError: for another layout, or parts that do not fit.
@@ -90,6 +91,8 @@ def convert_s2_vision(
         model.save_pretrained(out)
         processor.save_pretrained(out)
         return None
+    if overrides.get("scales") is None and overrides.get("img_sizes") is None:
+        overrides["scales"] = [1, 2]
     model = S2VisionWrapper.from_vision_pretrained(source, **overrides)
     model.save_pretrained(out)
     _save_image_processor(model, source, out)

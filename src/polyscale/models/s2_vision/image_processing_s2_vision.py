@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+from PIL import Image, ImageOps
 from torchvision.transforms.v2 import functional as tvF
 from transformers import BatchFeature
 from transformers.image_processing_backends import TorchvisionBackend
@@ -110,6 +111,15 @@ class S2ImageProcessorMixin(FiniteImagesMixin):
             raise ValueError(f"`crop_pct` cannot be followed: the image processor crops as `fit={self.fit!r}` says.")
         final = dict(zip(("height", "width"), image_size, strict=True))
         return {"size": final, "crop_size": final, "do_resize": True}
+
+    def seen_region(self, image: Image.Image) -> Image.Image:
+        """The part of an RGB image that the model sees, at the image's own resolution."""
+        if self.fit == "crop" and self.tile_size is None:
+            return ImageOps.fit(image, (min(image.size),) * 2)
+        if self.fit == "pad" and self.tile_size is None:
+            colour = tuple(int(255 * value) for value in self.image_mean)
+            return ImageOps.pad(image, (max(image.size),) * 2, color=colour)
+        return image
 
     def tile_grid_for(self, image_size: Sequence[int]) -> tuple[int, int]:
         """(rows, columns) of tiles in the last scale of an image of (height, width) pixels, with Dynamic-S2."""

@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING
 import torch
 from PIL import Image, ImageDraw
 
-from ...figures import features_to_rgb, make_grid, preprocess, seen_region
+from ...figures import features_to_rgb, make_grid, preprocess
+from ...layers.token_budget import budget_kwargs, default_budgets_of, format_budget
+from ...utils.processors import seen_region
 from .modeling_s2_vision import S2VisionWrapper
 from .multiscale_s2_vision import multiscale_forward
 from .tiling_s2_vision import TilePlan
@@ -48,18 +50,19 @@ def draw_tiles(image: Image.Image, plan: TilePlan, scale: int, max_side: int = 4
 
 
 @torch.no_grad()
-def scale_features(model: S2VisionWrapper, pixel_values: torch.Tensor) -> list[torch.Tensor]:
+def scale_features(model: S2VisionWrapper, pixel_values: torch.Tensor, **budget) -> list[torch.Tensor]:
     """The features of each scale at its own resolution, before they are resized to one grid.
 
     Args:
         model: an S2 model.
         pixel_values: (1, channels, height, width).
+        budget: `scales` or `img_sizes` in place of the configured ones.
 
     Returns:
         One (width, rows, columns) a scale.
     """
     config = model.config
-    plan = config.plan_for(tuple(pixel_values.shape[-2:]))
+    plan = config.plan_for(tuple(pixel_values.shape[-2:]), **budget)
 
     maps = []
     for size in plan.sizes:
@@ -83,30 +86,39 @@ def draw_s2(model, processor, image: Image.Image, budgets: Sequence | None = Non
     """An image at every scale of an S2 model: above with its tiles, below the features as colours.
 
     Args:
-        model: an S2 model.
+        model: an S2 model, with or without a head.
         processor: its image processor.
-        image: the image.
-        budgets: None; the scales belong to the checkpoint.
+        image (`PIL.Image.Image`): the image.
+        budgets (`Sequence`, *optional*): lists of scales (of sizes, where the config has `img_sizes`), each as many as
+            configured; two rows for each. The config's when `None`.
 
     Raises:
-        ValueError: for budgets.
+        ValueError: for scales that the model cannot take.
     """
-    if budgets is not None:
-        raise ValueError(f"`budgets` must be None: the scales of an S2 model belong to its checkpoint, got {budgets}.")
+    model = model.base_model
+    budgets = default_budgets_of(model.config) if budgets is None else list(budgets)
     pixel_values = preprocess(image, processor, model)
-    plan = model.config.plan_for(tuple(pixel_values.shape[-2:]))
-    maps = [features.permute(1, 2, 0).float().cpu().numpy() for features in scale_features(model, pixel_values)]
-    figure, axes = make_grid(2, len(maps), cell=(2.6, 2.7))
-    for scale, colour in enumerate(features_to_rgb(maps)):
-        above, below = axes[:, scale]
-        above.imshow(draw_tiles(seen_region(image, processor), plan, scale))
-        height, width = plan.sizes[scale]
-        rows, columns = plan.tile_grid(scale)
-        tiles = rows * columns
-        above.set_title(f"{width} x {height} pixels\n{tiles} tile{'s' if tiles > 1 else ''}", fontsize=9)
-        below.imshow(colour, interpolation="nearest")
-    axes[0, 0].set_ylabel("tiles", fontsize=9)
-    axes[1, 0].set_ylabel("features, as colours", fontsize=9)
+    if pixel_values.ndim == 5:
+        raise ValueError("A Dynamic-S2 model cuts each image into tiles of its own, which are not drawn.")
+    size = tuple(pixel_values.shape[-2:])
+    chosen = [budget_kwargs(model.config, budget) for budget in budgets]
+    plans = [model.config.plan_for(size, **budget) for budget in chosen]
+    figure, axes = make_grid(2 * len(budgets), model.config.num_scales, cell=(2.6, 2.7))
+    for row, (budget, plan) in enumerate(zip(chosen, plans, strict=True)):
+        features = scale_features(model, pixel_values, **budget)
+        maps = [scale.permute(1, 2, 0).float().cpu().numpy() for scale in features]
+        above, below = axes[2 * row], axes[2 * row + 1]
+        for scale, colour in enumerate(features_to_rgb(maps)):
+            above[scale].imshow(draw_tiles(seen_region(image, processor), plan, scale))
+            height, width = plan.sizes[scale]
+            rows, columns = plan.tile_grid(scale)
+            tiles = rows * columns
+            title = f"{width} x {height} pixels\n{tiles} tile{'s' if tiles > 1 else ''}"
+            above[scale].set_title(title, fontsize=9)
+            below[scale].imshow(colour, interpolation="nearest")
+        named = f"\n{format_budget(budgets[row], model.config)}" if len(budgets) > 1 else ""
+        above[0].set_ylabel(f"tiles{named}", fontsize=9)
+        below[0].set_ylabel(f"features, as colours{named}", fontsize=9)
     return figure
 
 

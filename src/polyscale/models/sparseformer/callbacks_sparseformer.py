@@ -4,7 +4,7 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .modeling_sparseformer import SparseFormerPreTrainedModel
+from .modeling_sparseformer import SparseFormerModel
 
 
 class LossScaleCallback(TrainerCallback):
@@ -22,10 +22,17 @@ class LossScaleCallback(TrainerCallback):
         optimizer: Optimizer | None = None,
         **kwargs,
     ) -> None:
+        clamping = [
+            module
+            for module in model.modules()
+            if isinstance(module, SparseFormerModel) and module.loss_scale is not None
+        ]
+        if not clamping:  # reading the factor waits for the device
+            return
         scaler = getattr(optimizer, "scaler", None)
-        for module in model.modules():
-            if isinstance(module, SparseFormerPreTrainedModel):
-                module.set_loss_scale(1.0 if scaler is None else scaler.get_scale())
+        loss_scale = 1.0 if scaler is None else scaler.get_scale()
+        for module in clamping:
+            module.set_loss_scale(loss_scale)
 
 
 __all__ = ["LossScaleCallback"]

@@ -170,6 +170,14 @@ class SparseFormerConfig(CheckedConfigMixin, TokenBudgetMixin, PreTrainedConfig)
     """
 
     model_type = "sparseformer"
+    keys_to_ignore_at_inference = [
+        "hidden_states",
+        "attentions",
+        "rois",
+        "all_rois",
+        "sampling_points",
+        "sampling_rois",
+    ]
     changeable_fields = ("image_size",)
     fixed_fields = {
         "num_tokens": "its tokens are weights (one latent token each), so another number of them needs new weights"
@@ -241,8 +249,10 @@ class SparseFormerConfig(CheckedConfigMixin, TokenBudgetMixin, PreTrainedConfig)
             )
         for name in ("widths", "repeats"):
             values = lists[name]
-            if any(isinstance(value, bool) or not isinstance(value, int) or value < 1 for value in values):
-                raise ValueError(f"`{name}` must hold ints of at least 1, got {list(values)}.")
+            if any(
+                isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 1 << 16 for value in values
+            ):
+                raise ValueError(f"`{name}` must hold ints of at least 1 and at most {1 << 16}, got {list(values)}.")
         for index, operations in enumerate(self.operations):
             if not isinstance(operations, list | tuple) or not operations:
                 raise ValueError(

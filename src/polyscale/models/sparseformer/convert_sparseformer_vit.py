@@ -70,6 +70,13 @@ def _base_prefix(source: FlexiViTSource) -> str:
     return "flexivit." if any(name.startswith("flexivit.") for name in source.state_dict) else ""
 
 
+def _final_norm(source: FlexiViTSource) -> str:
+    """The prefix of the last LayerNorm: in front of the pooling, or (CLIP, and ViTs that pool by mean) after it."""
+    prefix = _base_prefix(source)
+    is_first = f"{prefix}layernorm.weight" in source.state_dict
+    return f"{prefix}layernorm." if is_first else f"{prefix}pooler.layernorm."
+
+
 def _check_source(source: FlexiViTSource, model: SparseFormerPreTrainedModel, layers: list[int]) -> None:
     theirs, ours = source.config, model.config
     if theirs.mlp_type != "mlp":
@@ -144,20 +151,24 @@ def load_vit_weights(
         for layer, block in zip(layers, blocks, strict=True)
         for name, tensor in _block_tensors(source, block).items()
     }
-    norms = [name for name in source.state_dict if name.startswith(f"{prefix}layernorm.")]
+    norm = _final_norm(source)
     if config.hidden_size == source.config.hidden_size:
-        found |= {name.removeprefix(prefix): source.state_dict[name] for name in norms}
+        found |= {
+            name.replace(norm, "layernorm."): tensor
+            for name, tensor in source.state_dict.items()
+            if name.startswith(norm)
+        }
     parameters = dict(base.named_parameters())
     with torch.no_grad():
         for name, tensor in found.items():
             parameters[name].copy_(tensor)
     outer = "" if base is model else "sparseformer."
     loaded = [outer + name for name in found]
-    used = (*(f"{prefix}layers.{block}." for block in blocks), f"{prefix}layernorm.")
+    used = (*(f"{prefix}layers.{block}." for block in blocks), norm)
     return ViTLoadingReport(
         loaded=loaded,
         new=[name for name, _ in model.named_parameters() if name not in set(loaded)],
-        unused=[name for name in source.state_dict if not name.startswith(used)],
+        unused=[name.removeprefix(prefix) for name in source.state_dict if not name.startswith(used)],
     )
 
 

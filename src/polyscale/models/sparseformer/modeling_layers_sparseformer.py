@@ -15,7 +15,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
-from ...layers.encoder import DropPath, eager_attention_forward
+from ...layers.attention import eager_attention_forward
+from ...layers.encoder import DropPath
 from .configuration_sparseformer import SparseFormerConfig
 from .cpu_sparseformer import MAX_THIN_HEAD, ThinAttention, sample_features_on_cpu, uses_cpu_kernels
 from .geometry_sparseformer import ClampGradient, adjust_rois, encode_rois, halves, place_points, sample_features
@@ -57,7 +58,7 @@ class SparseFormerFeatures(nn.Module):
         pixel_values = pixel_values.to(self.convolution.weight.dtype)
         if not torch.compiler.is_exporting():  # ExecuTorch knows channels first
             # Channels last all the way: the convolution, the pooling and the norm are each several times faster.
-            pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
+            pixel_values = pixel_values.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
         features = self.convolution(pixel_values)  # (batch, feature_width, height / 2, width / 2)
         # ReLU commutes with the maximum, and after it there is a quarter of the values.
         features = F.relu(F.max_pool2d(features, kernel_size=3, stride=2, padding=1), inplace=True)

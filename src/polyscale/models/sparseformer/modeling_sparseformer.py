@@ -46,16 +46,18 @@ _OLD_NAMES = {r"^classifier\.": "head."}
 class SparseFormerModelOutput(BaseModelOutputWithPooling):
     """
     Args:
-        last_hidden_state: (batch, tokens, hidden), after the final LayerNorm; CLS, if any, first.
-        pooler_output: (batch, hidden), what a head reads.
-        hidden_states: on `output_hidden_states`: tokens in front of the first layer and after each layer.
-        attentions: on `output_attentions`: (batch, heads, tokens, tokens) of each attention, repeats one by one.
-        rois: (batch, RoI tokens, 4), (left, top, right, bottom) in [0, 1] (what lies outside is beyond the image);
-            of videos (..., 6), (left, top, start, right, bottom, end).
-        all_rois: on `output_all_rois`: `rois` after each layer.
-        sampling_points: on `output_sampling_points`: (batch, RoI tokens, points, 2 or 3), (x, y) or (x, y, time) in
-            [0, 1], of each sampling, repeats one by one.
-        sampling_rois: on `output_sampling_rois`: the RoIs that these points lie in.
+        last_hidden_state (`torch.Tensor` of shape `(batch, tokens, hidden)`): after the final LayerNorm; CLS, if any,
+            first. `None` with `pooled_only`.
+        pooler_output (`torch.Tensor` of shape `(batch, hidden)`): what a head reads.
+        hidden_states (`tuple`, on `output_hidden_states`): tokens in front of the first layer and after each layer.
+        attentions (`tuple`, on `output_attentions`): (batch, heads, tokens, tokens) of each attention, repeats one by
+            one.
+        rois (`torch.Tensor` of shape `(batch, RoI tokens, 4)`): (left, top, right, bottom) in [0, 1], beyond it what
+            lies outside of the image; of videos (..., 6), (left, top, start, right, bottom, end).
+        all_rois (`tuple`, on `output_all_rois`): `rois` after each layer.
+        sampling_points (`tuple`, on `output_sampling_points`): (batch, RoI tokens, points, 2 or 3), (x, y) or
+            (x, y, time) in [0, 1], of each sampling, repeats one by one.
+        sampling_rois (`tuple`, on `output_sampling_rois`): the RoIs that these points lie in.
     """
 
     rois: torch.Tensor | None = None
@@ -137,9 +139,8 @@ class SparseFormerPreTrainedModel(CheckedModelMixin, PreTrainedModel):
         elif isinstance(module, SparseFormerLayer) and module.stage_embedding is not None:
             init.normal_(module.stage_embedding)
         elif isinstance(module, SparseFormerSampling):
-            init.copy_(
-                module.offset_bias, initial_offsets(self.config.num_sampling_points, self.config.roi_dimensions)
-            )
+            num_points, dimensions = self.config.num_sampling_points, self.config.roi_dimensions
+            init.copy_(module.offset_bias, initial_offsets(num_points, dimensions))
         elif isinstance(module, SparseFormerMixing) and module.channel_bias is not None:
             init.zeros_(module.channel_bias)
             init.zeros_(module.spatial_bias)
@@ -180,8 +181,8 @@ class SparseFormerPreTrainedModel(CheckedModelMixin, PreTrainedModel):
             raise ValueError(f"The checkpoint does not fit the model: {', '.join(map(str, others))}.")
         if stored is not None:
             logger.warning(
-                f"`num_latent_tokens` is {wanted}, and the checkpoint has {stored} tokens: their RoIs start anew, from a "
-                "grid. Fine-tune the model, or expect a lower accuracy."
+                f"`num_latent_tokens` is {wanted}, and the checkpoint has {stored} tokens: their RoIs start anew, "
+                "from a grid. Fine-tune the model, or expect a lower accuracy."
             )
         return (model, info) if wants_info else model
 
@@ -272,7 +273,7 @@ class SparseFormerModel(SparseFormerPreTrainedModel):
 
 
 class SparseFormerClassifierMixin:
-    """A linear classifier on the pooled tokens of a `model_class`. Goes in front of a `SparseFormerPreTrainedModel`."""
+    """A linear classifier on the pooled tokens of a `model_class`. Goes before `SparseFormerPreTrainedModel`."""
 
     model_class: type[SparseFormerModel]
 
@@ -318,8 +319,8 @@ class SparseFormerClassifierMixin:
 
 
 class SparseFormerProjectionMixin:
-    """A linear projection of the pooled tokens of a `model_class` into the image-text space of a CLIP model. Goes in
-    front of a `SparseFormerPreTrainedModel`.
+    """A linear projection of the pooled tokens of a `model_class` into the image-text space of a CLIP model. Goes
+    before `SparseFormerPreTrainedModel`.
     """
 
     model_class: type[SparseFormerModel]

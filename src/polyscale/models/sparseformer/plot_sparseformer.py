@@ -1,4 +1,4 @@
-"""Where the tokens of a SparseFormer look: their regions of interest and sampling points over a picture.
+"""Where the tokens of a SparseFormer look: their regions of interest and sampling points over an image.
 
 Every function returns a `PIL.Image.Image`.
 """
@@ -7,14 +7,15 @@ import colorsys
 from collections.abc import Sequence
 
 import torch
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw
 from transformers import PreTrainedModel
 
-from ...figures import seen_region
+from ...utils.images import to_rgb
+from ...utils.processors import seen_region
 
 
 _GAP = 4  # pixels between the cells of a grid
-_FADE = 0.5  # how far the picture below drawings goes towards white
+_FADE = 0.5  # how far the image below drawings goes towards white
 
 
 def token_color(index: int) -> tuple[int, int, int]:
@@ -24,7 +25,7 @@ def token_color(index: int) -> tuple[int, int, int]:
 
 
 def _canvas(image: Image.Image, width: int) -> Image.Image:
-    """The picture at that width, faded, for drawings on it."""
+    """The image at that width, faded, for drawings on it."""
     image = image.convert("RGB").resize((width, max(round(width * image.height / image.width), 1)))
     return Image.blend(image, Image.new("RGB", image.size, "white"), _FADE)
 
@@ -42,7 +43,7 @@ def _grid(cells: Sequence[Sequence[Image.Image]]) -> Image.Image:
 def draw_rois(
     image: Image.Image, rois: torch.Tensor, tokens: Sequence[int] | None = None, width: int = 336
 ) -> Image.Image:
-    """Regions of interest over a picture, each token in its colour.
+    """Regions of interest over an image, each token in its colour.
 
     Args:
         image: what the model sees (see `seen_region`).
@@ -73,7 +74,7 @@ def draw_sampling_points(
     tokens: Sequence[int] | None = None,
     width: int = 336,
 ) -> Image.Image:
-    """Sampling points over a picture, each token in its colour; with `rois`, in their regions.
+    """Sampling points over an image, each token in its colour; with `rois`, in their regions.
 
     Args:
         image: what the model sees (see `seen_region`).
@@ -101,13 +102,13 @@ def draw_sparseformer(
 ) -> Image.Image:
     """Where an image SparseFormer looks, sampling by sampling from left to right (repeats of a layer one by one).
 
-    The first row shows the picture and the regions of all tokens; each row below follows one token, with its
+    The first row shows the image and the regions of all tokens; each row below follows one token, with its
     sampling points.
 
     Args:
         model: a SparseFormer on images, with or without a head.
         processor: its image processor.
-        image: a picture.
+        image: of any height and width.
         tokens: indices of the tokens to follow; None for four of them, spread over the list.
         width: of a cell in pixels.
 
@@ -120,7 +121,7 @@ def draw_sparseformer(
     wrong = [token for token in tokens if not 0 <= token < num_tokens]
     if wrong:
         raise ValueError(f"`tokens` must be indices from 0 to {num_tokens - 1}, got {wrong}.")
-    image = ImageOps.exif_transpose(image).convert("RGB")
+    image = to_rgb(image)
     inputs = processor(image, return_tensors="pt").to(model.device)
     outputs = model(**inputs, output_sampling_points=True, output_sampling_rois=True)
     seen = seen_region(image, processor)

@@ -1,0 +1,127 @@
+"""Checkpoints evaluated on a data set by its name: the function behind `polyscale evaluate`."""
+
+import os
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from ..layers.token_budget import choose_budgets, format_budget
+from ..loading import load_classifier
+from .accuracy import BudgetResult, evaluate_budgets
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What one model reached on one data set, and all that a reader needs to judge it.
+
+    Attributes:
+        model (`str`): the checkpoint, as it was named.
+        data (`str`): the data set, as it was named.
+        split (`str`): of the data set.
+        images (`int`): how many were scored.
+        classes (`int`): of the data.
+        device (`str`): that it ran on.
+        dtype (`str`): that it ran in.
+        versions (`dict[str, str]`): of Python and the libraries.
+        results (`list[BudgetResult]`): one per image size and budget.
+        budget_texts (`list[str]`): the budget of each result, as a user types it.
+    """
+
+    model: str
+    data: str
+    split: str
+    images: int
+    classes: int
+    device: str
+    dtype: str
+    versions: dict[str, str]
+    results: list[BudgetResult]
+    budget_texts: list[str]
+
+
+def library_versions() -> dict[str, str]:
+    """The versions of Python and of the libraries that figures depend on."""
+    versions = {"python": platform.python_version()}
+    for name in ("polyscale", "torch", "torchvision", "transformers"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:  # run from a source tree
+            continue
+    return versions
+
+
+def evaluate_checkpoints(
+    models: Sequence[str | os.PathLike],
+    data: str | os.PathLike,
+    *,
+    split: str | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    budget_words: Mapping[str, Sequence[str] | None] | None = None,
+    device: str | None = None,
+    dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
+    config_options: Mapping[str, Any] | None = None,
+    progress: Callable[[int, int], object] | None = None,
+    **options: Any,
+) -> list[Evaluation]:
+    """Scores checkpoints on one split of a data set, at each budget.
+
+    Args:
+        models (`Sequence[str or os.PathLike]`): what `load_classifier(..., convert=True)` takes.
+        data (`str` or `os.PathLike`): what `load_image_dataset` takes.
+        split (`str`, *optional*): validation or test when `None`; where there is neither, the first.
+        limit (`int`, *optional*): a sample of so many images, drawn over the whole split.
+        seed (`int`, *optional*, defaults to 0): of that sample.
+        budget_words (`Mapping`, *optional*): as in `choose_budgets`.
+        device, dtype, trust_remote_code: as in `load_classifier`.
+        config_options (`Mapping`, *optional*): config fields to set.
+        progress, options: as in `evaluate_budgets`.
+
+    Returns:
+        `list[Evaluation]`: one per model.
+
+    Raises:
+        ValueError: as `load_classifier`, `load_image_dataset` and `evaluate_budgets`.
+        OSError: if there is no such checkpoint.
+    """
+    from ..training.data import evaluation_split, load_image_dataset, sample_rows
+
+    splits = load_image_dataset(data)
+    name = evaluation_split(splits, split) or next(iter(splits))
+    rows = sample_rows(splits[name], limit, seed)
+    evaluations = []
+    for source in models:
+        loaded = load_classifier(
+            source,
+            device,
+            dtype=dtype,
+            convert=True,
+            trust_remote_code=trust_remote_code,
+            **(config_options or {}),
+        )
+        model, processor = loaded
+        budgets = choose_budgets(model.config, budget_words or {})
+        results = evaluate_budgets(model, processor, rows, budgets, progress=progress, **options)
+        evaluations.append(
+            Evaluation(
+                model=os.fspath(source),
+                data=os.fspath(data),
+                split=name,
+                images=len(rows),
+                classes=len(set(rows.with_format(None)["label"])),
+                device=str(model.device),
+                dtype=str(model.dtype).rpartition(".")[2],
+                versions=library_versions(),
+                results=results,
+                budget_texts=[format_budget(result.budget, model.config) for result in results],
+            )
+        )
+    return evaluations
+
+
+__all__ = ["Evaluation", "evaluate_checkpoints", "library_versions"]

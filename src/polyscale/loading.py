@@ -1,0 +1,308 @@
+"""Checkpoints as models that are sure to be whole, on a device that is there."""
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+from urllib.request import getproxies
+
+import torch
+from huggingface_hub import constants, snapshot_download
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.utils import logging
+
+from .checkpoints import available_checkpoints, resolve_checkpoint
+from .models.auto import family_of
+
+
+class LoadedModel(NamedTuple):
+    """A model and what prepares its images.
+
+    Attributes:
+        model (`PreTrainedModel`): in evaluation mode.
+        image_processor (`BaseImageProcessor`): of the same checkpoint.
+    """
+
+    model: PreTrainedModel
+    image_processor: BaseImageProcessor
+
+
+def pick_device(device: str | int | torch.device | None = None) -> torch.device:
+    """A device that is there; the machine's accelerator, else the CPU, when `None`.
+
+    Raises:
+        ValueError: for a name that is none, or a device that is not there.
+    """
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if device is None:
+        return accelerator or torch.device("cpu")
+    there = ["cpu"]
+    if accelerator is not None:
+        there += [f"{accelerator.type}:{index}" for index in range(torch.accelerator.device_count())]
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"`device` must be one of {', '.join(there)}, got {device!r}.") from error
+    name = chosen.type if chosen.index is None else f"{chosen.type}:{chosen.index}"
+    if name not in {*there, *(entry.partition(":")[0] for entry in there)}:
+        raise ValueError(f"`device` {str(device)!r} is not on this machine, which has {', '.join(there)}.")
+    return chosen
+
+
+class MissingCheckpointError(OSError, ValueError):
+    """There is no such checkpoint: neither in the package, nor in a folder, nor on the hub as far as it is reached."""
+
+
+def is_offline() -> bool:
+    """Whether the hub cannot be reached, as far as a look at its name tells; asked anew each time."""
+    if constants.HF_HUB_OFFLINE:
+        return True
+    address = urlsplit(constants.ENDPOINT)
+    if getproxies():  # which finds names itself
+        return False
+    try:
+        socket.getaddrinfo(address.hostname, address.port or 443)
+    except OSError:
+        return True
+    return False
+
+
+def checkpoint_source(source: str | os.PathLike, argument: str = "model") -> str:
+    """What `from_pretrained` takes: the folder of a bundled checkpoint, a local folder, or a hub name; offline, the
+    folder where a checkpoint of the hub was kept.
+
+    Args:
+        source (`str` or `os.PathLike`): name of a bundled checkpoint, local folder, or name on the hub.
+        argument (`str`, *optional*, defaults to `"model"`): what an error calls it.
+
+    Raises:
+        MissingCheckpointError: for a path where nothing is, and offline for a name that was never loaded.
+    """
+    resolved = resolve_checkpoint(source)
+    if resolved.startswith((".", "/", "~")) or resolved.count("/") > 1:
+        resolved = os.path.expanduser(resolved)
+        if not Path(resolved).exists():
+            raise _missing(argument, resolved, "There is no such folder.")
+    if not Path(resolved).exists() and is_offline():
+        try:
+            return snapshot_download(resolved, local_files_only=True)  # a folder, for which nothing waits
+        except (OSError, ValueError) as error:
+            raise _missing(argument, resolved, "Offline: the hub cannot be reached.") from error
+    return resolved
+
+
+def _missing(argument: str, source: str, reason: object) -> MissingCheckpointError:
+    return MissingCheckpointError(
+        f"`{argument}` {source!r} cannot be loaded: it is neither a bundled checkpoint "
+        f"({', '.join(available_checkpoints())}) nor a complete one in a local folder or on the hub. {reason}"
+    )
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Leaves out the table of tensors that do not fit, which transformers prints: here they are looked at."""
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+
+
+@contextmanager
+def reading(argument: str, source: str | os.PathLike) -> Iterator[None]:
+    """Turns what goes wrong while a checkpoint is read into a `ValueError` that names it."""
+    source = os.fspath(source)
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, MissingCheckpointError):
+            raise
+        told = " ".join((str(error).splitlines() or [""])[0].split())
+        raise _missing(argument, source, told) from error
+    except ValueError:
+        raise
+    except Exception as error:  # a damaged file may raise anything
+        told = (str(error).strip().splitlines() or [""])[0]
+        raise ValueError(
+            f"`{argument}` {source!r} cannot be loaded: it is damaged or of another kind ({type(error).__name__}: "
+            f"{told})."
+        ) from error
+
+
+def load_config(
+    source: str | os.PathLike, *, trust_remote_code: bool = False, argument: str = "model"
+) -> PreTrainedConfig:
+    """The config of a checkpoint. Arguments and errors: `load_checkpoint`."""
+    source = checkpoint_source(source, argument)
+    with reading(argument, source):
+        return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+
+
+def load_checkpoint(
+    source: str | os.PathLike,
+    auto_class: type,
+    *,
+    trust_remote_code: bool = False,
+    argument: str = "model",
+    **config_options: Any,
+) -> PreTrainedModel:
+    """`auto_class.from_pretrained`, which fails where weights would be random, or left over.
+
+    Args:
+        source (`str` or `os.PathLike`): name of a bundled checkpoint, local folder, or name on the hub.
+        auto_class (`type`): `AutoModelForImageClassification`, `AutoModel` and the like.
+        trust_remote_code (`bool`, *optional*, defaults to `False`): run code that the checkpoint brings; `False` never
+            asks.
+        argument (`str`, *optional*, defaults to `"model"`): what an error calls the checkpoint.
+        config_options: config fields to set, and other arguments of `from_pretrained`.
+
+    Raises:
+        ValueError: for a checkpoint that lacks tensors of the model, has others than the model, or is damaged.
+        MissingCheckpointError: if there is no such checkpoint.
+    """
+    source = checkpoint_source(source, argument)
+    with reading(argument, source), quiet_loading():
+        model, info = auto_class.from_pretrained(
+            source, output_loading_info=True, trust_remote_code=trust_remote_code, **config_options
+        )
+    kind = "image classifier" if auto_class is AutoModelForImageClassification else "model"
+    missing = sorted({*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])})
+    if missing:
+        raise ValueError(
+            f"`{argument}` {source!r} holds no trained {kind}: {len(missing)} tensors are missing or have another "
+            f"shape, such as {missing[0]!r}."
+        )
+    left_over = _left_over(model, info["unexpected_keys"])
+    if left_over:
+        raise ValueError(
+            f"`{argument}` {source!r} has {len(left_over)} tensors that its {type(model).__name__} does not, such as "
+            f"{left_over[0]!r}: its config.json belongs to another model."
+        )
+    return model.eval()
+
+
+def _left_over(model: PreTrainedModel, unexpected: set[str]) -> list[str]:
+    """Tensors that a checkpoint should not have. A head is no fault where the model without one was asked for, and
+    other people's models keep all kinds of things.
+    """
+    if family_of(model.config) is None:
+        return []
+    names = sorted(unexpected)
+    if model.base_model is not model:
+        return names
+    inner = {name.partition(".")[0] for name in model.state_dict()}
+    prefix = f"{model.base_model_prefix}."
+    return [name for name in names if name.startswith(prefix) or name.partition(".")[0] in inner]
+
+
+def load_image_processor(
+    source: str | os.PathLike, *, trust_remote_code: bool = False, argument: str = "model"
+) -> BaseImageProcessor:
+    """The image processor of a checkpoint. Arguments and errors: `load_checkpoint`."""
+    source = checkpoint_source(source, argument)
+    with reading(argument, source):
+        return AutoImageProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)
+
+
+def load_classifier(
+    source: str | os.PathLike,
+    device: str | int | torch.device | None = "cpu",
+    *,
+    dtype: torch.dtype | None = None,
+    convert: bool = False,
+    trust_remote_code: bool = False,
+    **config_options: Any,
+) -> LoadedModel:
+    """An image classifier and its image processor: what `classify`, `evaluate` and `benchmark` start from.
+
+    Args:
+        source (`str` or `os.PathLike`): name of a bundled checkpoint, local folder, or name on the hub; with
+            `convert` also what `convert_checkpoint(..., to="flexivit")` reads: a timm ViT, a big_vision `.npz`.
+        device (`str`, `int` or `torch.device`, *optional*, defaults to `"cpu"`): where it runs; the machine's
+            accelerator, else the CPU, when `None`.
+        dtype (`torch.dtype`, *optional*): of the weights; the checkpoint's own when `None`.
+        convert (`bool`, *optional*, defaults to `False`): whether an ordinary ViT becomes a FlexiViT in memory, so
+            that it has budgets.
+        trust_remote_code (`bool`, *optional*, defaults to `False`): run code that the checkpoint brings.
+        config_options: config fields to set, e.g. `resize_method`.
+
+    Raises:
+        ValueError: for a checkpoint that holds no trained classifier, is damaged, or has no image processor; for a
+            device that is not there.
+        OSError: if there is no such checkpoint.
+    """
+    chosen = pick_device(device)
+    loaded = _converted(source, config_options) if convert else None
+    if loaded is None:
+        model = load_checkpoint(
+            source, AutoModelForImageClassification, trust_remote_code=trust_remote_code, **config_options
+        )
+        loaded = LoadedModel(model, load_image_processor(source, trust_remote_code=trust_remote_code))
+    return LoadedModel(loaded.model.to(device=chosen, dtype=dtype).eval(), loaded.image_processor)
+
+
+def load_base_model(
+    source: str | os.PathLike, device: str | int | torch.device | None = "cpu", *, trust_remote_code: bool = False
+) -> LoadedModel:
+    """A model without its head, and its image processor. Arguments and errors: `load_classifier`."""
+    chosen = pick_device(device)
+    model = load_checkpoint(source, AutoModel, trust_remote_code=trust_remote_code)
+    return LoadedModel(model.to(chosen), load_image_processor(source, trust_remote_code=trust_remote_code))
+
+
+def _converted(source: str | os.PathLike, config_options: dict[str, Any]) -> LoadedModel | None:
+    """A plain ViT as a FlexiViT; `None` for a checkpoint that has budgets already, or cannot have any."""
+    from .models.flexivit.convert_flexivit import flexivit_from_source, load_flexivit_source
+
+    resolved = resolve_checkpoint(source)
+    model_type = _model_type(resolved)
+    if model_type is not None and family_of(model_type) is not None:
+        return None
+    try:
+        loaded = load_flexivit_source(resolved, **config_options)
+    except ValueError:
+        if model_type is None:
+            raise
+        return None  # not a ViT: it runs as it is
+    if loaded.config.architectures != ["FlexiViTForImageClassification"]:
+        raise ValueError(f"`model` {resolved!r} has no classifier: an image-classification checkpoint is needed.")
+    if loaded.image_processor is None:
+        raise ValueError(f"`model` {resolved!r} brings no image processor: convert it, and write one beside it.")
+    return LoadedModel(flexivit_from_source(loaded), loaded.image_processor)
+
+
+def _model_type(source: str) -> str | None:
+    if source.endswith(".npz"):
+        return None
+    try:
+        return load_config(source).model_type
+    except (OSError, ValueError):  # no config, or one that transformers does not know: a timm name or folder
+        return None
+
+
+__all__ = [
+    "LoadedModel",
+    "MissingCheckpointError",
+    "checkpoint_source",
+    "is_offline",
+    "load_base_model",
+    "load_checkpoint",
+    "load_classifier",
+    "load_config",
+    "load_image_processor",
+    "pick_device",
+    "quiet_loading",
+    "reading",
+]

@@ -1,0 +1,75 @@
+"""The patch scorers by name: those of this library, and any that a user registers."""
+
+from collections.abc import Callable
+
+from transformers import AutoBackbone
+
+from .configuration_quadtree_vit import PATCH_SCORERS, QuadtreeViTConfig
+from .feature_scoring_quadtree_vit import FeatureBasedPatchScorer
+from .scoring_quadtree_vit import (
+    EmbeddingPatchScorer,
+    EntropyPatchScorer,
+    PatchScorer,
+    PixelBlurPatchScorer,
+    PrecomputedPatchScorer,
+    RandomPatchScorer,
+)
+
+
+def register_patch_scorer(name: str, make: Callable[[QuadtreeViTConfig], PatchScorer]) -> None:
+    """Makes a patch scorer known by a name that `QuadtreeViTConfig(patch_scorer=name)` takes.
+
+    Args:
+        name (`str`): the name. The scorer's `config_fields` must name it too.
+        make (`Callable`): function (config) -> scorer, with its weights drawn anew: those of a checkpoint are loaded
+            into it.
+
+    Example:
+
+    ```python
+    >>> class CentrePatchScorer(PatchScorer):
+    ...     def config_fields(self):
+    ...         return {"patch_scorer": "centre"}
+    ...
+    ...     def score(self, pixel_values, patch_scores=None):
+    ...         return [centre_map(pixel_values, size) for size in self.scored_patch_sizes]
+
+    >>> register_patch_scorer("centre", lambda config: CentrePatchScorer(config.min_patch_size, config.max_patch_size))
+    ```
+    """
+    PATCH_SCORERS[name] = make
+
+
+def make_patch_scorer(config: QuadtreeViTConfig) -> PatchScorer:
+    """The scorer that `config` names, without pretrained weights: those are in the checkpoint."""
+    return PATCH_SCORERS[config.patch_scorer](config)
+
+
+def _feature_scorer(config: QuadtreeViTConfig) -> FeatureBasedPatchScorer:
+    backbone_config = config.scorer_backbone_config
+    return FeatureBasedPatchScorer(
+        config.min_patch_size,
+        config.max_patch_size,
+        network=None if backbone_config is None else AutoBackbone.from_config(backbone_config),
+        stride=config.scorer_stride,
+        error=config.scorer_error,
+        pretrained=False,
+        reduction=config.reduction,
+    )
+
+
+def _sizes(config: QuadtreeViTConfig) -> tuple[int, int]:
+    return config.min_patch_size, config.max_patch_size
+
+
+register_patch_scorer("pixel_blur", lambda config: PixelBlurPatchScorer(*_sizes(config), config.reduction))
+register_patch_scorer("feature", _feature_scorer)
+register_patch_scorer("random", lambda config: RandomPatchScorer(*_sizes(config), seed=config.scorer_seed))
+register_patch_scorer("precomputed", lambda config: PrecomputedPatchScorer(*_sizes(config)))
+register_patch_scorer("embedding", lambda config: EmbeddingPatchScorer(*_sizes(config)))
+register_patch_scorer(
+    "entropy",
+    lambda config: EntropyPatchScorer(*_sizes(config), config.scorer_image_mean, config.scorer_image_std),
+)
+
+__all__ = ["make_patch_scorer", "register_patch_scorer"]

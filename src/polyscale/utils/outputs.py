@@ -1,0 +1,72 @@
+"""Files that commands write: their places checked before the work, and each file whole or not there."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def check_output(path: str | os.PathLike, name: str = "output", folder: bool = False) -> Path:
+    """Refuses a place where nothing can be written, before anything was worked for.
+
+    Args:
+        path (`str` or `os.PathLike`): the file, or with `folder` the folder, that is to be written.
+        name (`str`, *optional*, defaults to `"output"`): of the argument, for errors.
+        folder (`bool`, *optional*, defaults to `False`): whether it is a folder of files.
+
+    Returns:
+        `Path`: the place.
+
+    Raises:
+        ValueError: for a folder in a file's place or a file in a folder's, and where one may not write.
+    """
+    path = Path(path)
+    if path.is_dir() != folder and path.exists():
+        raise ValueError(
+            f"`{name}` {path} is a {'file' if folder else 'folder'}: give a {'folder' if folder else 'file'}."
+        )
+    place = path if folder else path.parent
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        raise ValueError(f"`{name}` {path} cannot be written: {place} is not a folder.")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise ValueError(f"`{name}` {path} cannot be written: {place} is read-only.")
+    return path
+
+
+@contextmanager
+def written_beside(path: str | os.PathLike) -> Iterator[Path]:
+    """A name beside `path` to write to, which takes its place when the `with` block ends well, and else goes.
+
+    Folders above are made. The name has the suffix of `path`.
+
+    Raises:
+        ValueError: if the file cannot be written there (a full disk, a read-only folder).
+    """
+    path = Path(path)
+    scratch = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, scratch = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
+        os.close(handle)
+        yield Path(scratch)
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(scratch, 0o666 & ~mask)  # as `open` makes files, not as `mkstemp` does
+        os.replace(scratch, path)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written: {error.strerror or error}.") from error
+    finally:
+        if scratch is not None and os.path.exists(scratch):
+            os.unlink(scratch)
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Writes a text file whole or not at all."""
+    with written_beside(path) as scratch:
+        scratch.write_text(text, encoding="utf-8")
+
+
+__all__ = ["check_output", "write_text", "written_beside"]

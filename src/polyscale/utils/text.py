@@ -1,0 +1,23 @@
+"""Words of users and files, safe for what prints or draws them."""
+
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+
+def plain(text: object) -> "Text":
+    """Text for a rich table, whatever is in it: neither markup nor control characters have an effect."""
+    from rich.text import Text
+
+    shown = (char if char.isprintable() or char == "\n" else "\N{REPLACEMENT CHARACTER}" for char in str(text))
+    return Text("".join(shown))
+
+
+def no_math(text: object) -> str:
+    """Text for matplotlib, which would read what stands between dollars as a formula."""
+    return str(text).replace("$", r"\$")
+
+
+__all__ = ["no_math", "plain"]

@@ -1,0 +1,64 @@
+"""The `polyscale` command: each subcommand parses, calls a function of `polyscale`, and prints.
+
+Nothing here imports `polyscale` (and with it torch and transformers) before a command runs.
+"""
+
+import re
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .arguments import ListGroup
+from .benchmark import benchmark
+from .classify import classify
+from .convert import convert, convert_patch_embed
+from .embed import embed
+from .evaluate import evaluate
+from .explore import explore
+from .printing import silence_torch
+from .show import show
+from .train import train
+
+
+app = typer.Typer(
+    name="polyscale",
+    cls=ListGroup,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    epilog="Tab completion: polyscale --install-completion. Options that take several values take them with commas, "
+    "with spaces or repeated: --budgets 4,8 or --budgets 4 8 or --budgets 4 --budgets 8.",
+)
+
+
+def _print_version(wanted: bool) -> None:
+    """Reads the version where it is written: importing the package takes seconds."""
+    if wanted:
+        source = Path(find_spec("polyscale").origin).read_text(encoding="utf-8")
+        number = re.search(r'^__version__ = "(.+)"$', source, re.MULTILINE)[1]
+        typer.echo(f"polyscale {number}")
+        raise typer.Exit
+
+
+@app.callback()
+def polyscale(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Vision models with an adjustable number of visual tokens."""
+
+
+for command in (train, evaluate, classify, show, explore, benchmark, embed, convert, convert_patch_embed):
+    app.command()(command)
+
+
+def main() -> None:
+    """The entry point of the `polyscale` command."""
+    silence_torch()
+    app()
+
+
+__all__ = ["app", "main"]

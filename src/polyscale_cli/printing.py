@@ -1,0 +1,77 @@
+"""What commands print: errors in one line, progress on the standard error, tables."""
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import typer
+
+
+INTERRUPTED = 130
+
+
+def silence_torch() -> None:
+    """Leaves out warnings of libraries about each other, which a user of a command can do nothing about."""
+    logging.getLogger("torch.utils._pytree").addFilter(lambda record: record.levelno >= logging.ERROR)
+
+
+def quiet() -> None:
+    """Leaves out what transformers says of its own, and its progress bars."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+def note(command: str, text: object) -> None:
+    """One line on the standard error."""
+    typer.echo(f"polyscale {command}: {' '.join(str(text).split())}", err=True)
+
+
+def fail(command: str, error: object, code: int = 2) -> typer.Exit:
+    """Prints one line that says what is wrong; returns the exit to raise."""
+    note(command, error)
+    return typer.Exit(code)
+
+
+@contextmanager
+def reporting(command: str) -> Iterator[None]:
+    """Ends a command in one line and exit code 2, whatever a user typed or a file held; Ctrl-C ends it in 130.
+
+    With POLYSCALE_TRACEBACK=1 in the environment errors pass.
+    """
+    try:
+        yield
+    except (typer.Exit, typer.Abort):
+        raise
+    except KeyboardInterrupt as error:
+        raise fail(command, "interrupted; nothing was written.", INTERRUPTED) from error
+    except Exception as error:
+        if os.environ.get("POLYSCALE_TRACEBACK") == "1" or type(error).__module__.startswith(("click", "typer")):
+            raise
+        code = getattr(error, "exit_code", None)  # errors that know how a command ends, such as a stopped training
+        if code is not None or isinstance(error, ValueError | OSError | ImportError):
+            raise fail(command, error, 2 if code is None else code) from error
+        told = f"unexpected {type(error).__name__}: {error} (POLYSCALE_TRACEBACK=1 shows where)"
+        raise fail(command, told) from error
+
+
+@contextmanager
+def progress_bar(text: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on the standard error, gone at the end; nothing where that is no terminal.
+
+    Yields:
+        `Callable[[int, int], None]`: takes what is done and the whole.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn(text), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task(text, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+__all__ = ["fail", "note", "progress_bar", "quiet", "reporting", "silence_torch"]

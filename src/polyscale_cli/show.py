@@ -1,0 +1,46 @@
+"""`polyscale show`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .arguments import Budgets, Device, NumTokens, PatchSizes, TrustRemoteCode, budget_words
+from .printing import quiet, reporting
+
+
+def show(
+    file: Annotated[Path | None, typer.Argument(help="An image; a sample photograph when not given.")] = None,
+    model: Annotated[str, typer.Option(help="Bundled checkpoint, local folder or hub name.")] = "flexivit-cifar10",
+    budgets: Budgets = None,
+    patch_sizes: PatchSizes = None,
+    num_tokens: NumTokens = None,
+    output: Annotated[Path, typer.Option(help="The image file to write.")] = Path("polyscale.png"),
+    device: Device = None,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Draw what a model looks at in an image, at several token budgets."""
+    with reporting("show"):
+        from polyscale.assets import sample_photographs
+        from polyscale.figures import check_image_output
+        from polyscale.figures import show as draw
+        from polyscale.layers.token_budget import choose_budgets
+        from polyscale.loading import load_config
+        from polyscale.utils.outputs import written_beside
+
+        quiet()
+        check_image_output(output)
+        config = load_config(model, trust_remote_code=trust_remote_code)
+        drawn = draw(
+            model,
+            file or sample_photographs()[0],
+            choose_budgets(config, budget_words(budgets, patch_sizes, num_tokens)),
+            device=device,
+            trust_remote_code=trust_remote_code,
+        )
+        with written_beside(output) as scratch:
+            drawn.save(scratch)
+        typer.echo(f"Wrote {output}")
+
+
+__all__ = ["show"]
