@@ -1,5 +1,6 @@
 """`convert_checkpoint` and `convert_patch_embed`: whole outputs or none, safe inputs, the command line."""
 
+import json
 import pickle
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from typer.testing import CliRunner
 
 import polyscale
 from polyscale.cli import app
-from polyscale.conversion import convert_patch_embed
+from polyscale.conversion import _only_writer, convert_patch_embed
 
 
 SHAPE = {
@@ -167,6 +168,74 @@ def test_convert_command(vit, tmp_path):
     assert run("convert", vit[0], tmp_path / "other", "--set", "patch_size").exit_code == 2
     assert run("convert", vit[0], tmp_path / "other", "--set", "patch_sise=4").exit_code == 2
     assert not (tmp_path / "other").exists()
+
+
+def test_overwriting_replaces_checkpoints_alone_and_never_the_source(vit, tmp_path):
+    folder, _ = vit
+    for out in (tmp_path, folder):
+        with pytest.raises(ValueError, match=r"`out` .* holds the source"):
+            polyscale.convert_checkpoint(folder, out, overwrite=True)
+    thesis = tmp_path / "thesis"
+    (thesis / "runs").mkdir(parents=True)
+    (thesis / "runs" / "log.txt").write_text("mine")
+    (thesis / "chapter.txt").write_text("mine")
+    with pytest.raises(ValueError, match="it is no checkpoint"):
+        polyscale.convert_checkpoint(folder, thesis, overwrite=True)
+    (thesis / "config.json").write_text('{"model_type": "vit"}')  # beside folders of somebody's work
+    with pytest.raises(ValueError, match="it is no checkpoint"):
+        polyscale.convert_checkpoint(folder, thesis, overwrite=True)
+    assert (thesis / "runs" / "log.txt").read_text() == "mine"
+    assert contents(folder) == ["config.json", "model.safetensors", "preprocessor_config.json"]
+    weights = tmp_path / "in.pt"
+    torch.save({"patch_embed.proj.weight": torch.zeros(1, 3, 8, 8)}, weights)
+    with pytest.raises(ValueError, match="holds the source"):
+        convert_patch_embed(weights, weights, patch_size=4, overwrite=True)
+
+
+def test_two_conversions_to_one_place_do_not_meet(vit, tmp_path):
+    folder, _ = vit
+    out, other = tmp_path / "out", tmp_path / "other"
+    with _only_writer(out):
+        with pytest.raises(ValueError, match="being written by another conversion"):
+            polyscale.convert_checkpoint(folder, out)
+        polyscale.convert_checkpoint(folder, other)
+    assert contents(tmp_path) == ["other", "vit"]
+    polyscale.convert_checkpoint(folder, out)
+
+
+def test_bundled_names_convert(tmp_path):
+    out = polyscale.convert_checkpoint("flexivit-cifar10", tmp_path / "out", patch_size=8)
+    bundled = polyscale.bundled_checkpoint("flexivit-cifar10")
+    old, new = (load_file(folder / "model.safetensors") for folder in (bundled, out))
+    assert old.keys() == new.keys()
+    assert all(torch.equal(tensor.to(new[name].dtype), new[name]) for name, tensor in old.items())
+    assert polyscale.FlexiViTConfig.from_pretrained(out).patch_size == 8
+
+
+def test_unknown_options_are_refused_by_name(vit, tmp_path):
+    with pytest.raises(ValueError, match=r"no field `patch_sise`. Did you mean `patch_size`\?"):
+        polyscale.convert_checkpoint(vit[0], tmp_path / "out", patch_sise=4)
+    with pytest.raises(ValueError, match=r"no option `replicate`. Did you mean `replicates`\?"):
+        polyscale.convert_checkpoint(vit[0], tmp_path / "out", to="sparseformer_video", replicate=4)
+    with pytest.raises(ValueError, match=r"`source` must be a path, a name or a model, got a int"):
+        polyscale.convert_checkpoint(3, tmp_path / "out")
+
+
+@pytest.mark.parametrize("to", ["flexivit", "quadtree_vit", "s2_vision"])
+def test_damaged_weights_and_shards_elsewhere_are_one_line(vit, tmp_path, to):
+    folder, _ = vit
+    weights = folder / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    result = run("convert", folder, tmp_path / "out", "--to", to, *(["--set", "scales=[1,2]"] if to[0] == "s" else []))
+    assert (result.exit_code, type(result.exception)) == (2, SystemExit)
+    weights.rename(tmp_path / "elsewhere.safetensors")
+    (tmp_path / "elsewhere.safetensors").write_bytes(whole)
+    record = {"metadata": {}, "weight_map": {"vit.embeddings.cls_token": "../elsewhere.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(record))
+    result = run("convert", folder, tmp_path / "out", "--to", to)
+    assert result.exit_code == 2
+    assert "no file beside it" in result.output
 
 
 NAME = "patch_embed.proj.weight"

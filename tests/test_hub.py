@@ -1,6 +1,8 @@
 import json
+import stat
 
 import pytest
+import torch
 from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
 import polyscale
@@ -126,3 +128,23 @@ def test_nothing_is_uploaded_when_the_folder_cannot_be_made(monkeypatch):
     with pytest.raises(ValueError, match="`processor`"):
         hub.push_to_hub(tiny_model(), "someone/flexivit-tiny", ViTImageProcessor())
     assert RecordingApi.last.calls == []
+
+
+def test_the_folder_keeps_its_mode_its_links_and_its_notes_and_no_stale_weights(tmp_path):
+    model = tiny_model()
+    folder, victim = tmp_path / "model", tmp_path / "victim"
+    folder.mkdir()
+    folder.chmod(0o755)
+    victim.write_text("mine")
+    (folder / "config.json").symlink_to(victim)
+    (folder / "notes.txt").write_text("mine")
+    hub.save_with_code(model, folder, max_shard_size="5KB")
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o755
+    assert victim.read_text() == "mine"
+    assert (folder / "notes.txt").read_text() == "mine"
+    assert not (folder / "config.json").is_symlink()
+    assert (folder / "model.safetensors.index.json").is_file()
+    hub.save_with_code(model, folder)
+    assert sorted(path.name for path in folder.glob("*model*.safetensors*")) == ["model.safetensors"]
+    loaded = type(model).from_pretrained(folder)
+    assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in model.state_dict().items())

@@ -9,6 +9,10 @@ Importing polyscale registers every family with the Auto classes of transformers
 
 from importlib import import_module
 
+from .utils import quiet as _quiet  # noqa: F401 (before all that it silences)
+
+
+# isort: split
 from . import dual_encoders as _dual_encoders  # noqa: F401 (registers them)
 from .layers.resizing import interpolate_resize_patch_embed, pi_resize_patch_embed, resize_abs_pos_embed
 from .llava import packed as _packed  # noqa: F401 (registers what a saved LLaVA with packed tokens needs)
@@ -62,11 +66,11 @@ from .models.sparseformer import (
 )
 
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Imported at first use: what they need is not needed by a model.
 _LAZY = {
-    "PatchSizeCallback": ".training.callbacks",
+    "PatchSizeCallback": ".models.flexivit.callbacks_flexivit",
     "bundled_checkpoint": ".checkpoints",
     "convert_checkpoint": ".conversion",
     "apply_token_merging": ".token_merging",

@@ -31,6 +31,7 @@ from .models.auto import families, family_of
 from .utils.checkpoint_files import (
     SAFETENSORS_SUFFIXES,
     TORCH_SUFFIXES,
+    check_index,
     load_safetensors_file,
     load_torch_file,
 )
@@ -185,6 +186,8 @@ def convert_checkpoint(
     if isinstance(source, str | os.PathLike):
         source = resolve_checkpoint(source)
         path = Path(source)
+        if path.is_dir():
+            check_index(path)
     out = Path(out).expanduser().absolute()
     with _only_writer(out):
         _check_free(out, "out", overwrite, path)

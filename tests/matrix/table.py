@@ -47,9 +47,11 @@ COLUMNS: dict[str, str | None] = {
         "other names than they have in memory, such as those of a ViT."
     ),
     "without polyscale, by the code in the checkpoint": None,
-    "Hugging Face's common test-suite": None,
+    "Hugging Face's common test-suite": "Passed / need a GPU, deepspeed or kernels / do not apply.",
 }
 _COUNTED = "Hugging Face's common test-suite"
+# Words in the reason of a skip that say that a machine lacks something, not that the test makes no sense here.
+_LACKING = ("gpu", "cuda", "accelerator", "deepspeed", "kernel", "flash", "mps", "xpu", "slow", "bitsandbytes")
 
 
 class MatrixTable:
@@ -60,6 +62,8 @@ class MatrixTable:
         # (column, family) -> test -> outcome; a test with failed parts has failed
         self.outcomes: dict[tuple[str, str], dict[str, str]] = defaultdict(dict)
         self.reasons: dict[tuple[str, str], str] = {}
+        # (column, family) -> tests skipped because this machine lacks something
+        self.lacking: dict[tuple[str, str], set[str]] = defaultdict(set)
 
     def pytest_runtest_logreport(self, report) -> None:
         for name, value in report.user_properties:
@@ -72,7 +76,9 @@ class MatrixTable:
                 self.outcomes[cell][report.nodeid] = "gap"
                 self.reasons[cell] = report.wasxfail.removeprefix("reason: ")
             elif report.skipped and isinstance(report.longrepr, tuple):
-                self.reasons[cell] = report.longrepr[2].removeprefix("Skipped: ")
+                reason = self.reasons[cell] = report.longrepr[2].removeprefix("Skipped: ")
+                if any(word in reason.lower() for word in _LACKING):
+                    self.lacking[cell].add(report.nodeid)
 
     def pytest_sessionfinish(self) -> None:
         if self.outcomes:
@@ -104,8 +110,9 @@ class MatrixTable:
                 elif "gap" in outcomes:
                     cells.append("no" + note(self.reasons[column, family.name]))
                 elif "passed" in outcomes:
-                    passed, skipped = outcomes.count("passed"), outcomes.count("skipped")
-                    cells.append(f"✓ ({passed}, {skipped} do not apply)" if column == _COUNTED else "✓")
+                    lacking = len(self.lacking[column, family.name])
+                    counts = f"{outcomes.count('passed')} / {lacking} / {outcomes.count('skipped') - lacking}"
+                    cells.append(f"✓ {counts}" if column == _COUNTED else "✓")
                 elif outcomes:
                     cells.append("n/a" + note(self.reasons.get((column, family.name), "skipped")))
                 else:

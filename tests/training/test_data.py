@@ -3,8 +3,10 @@ import pytest
 import torch
 from PIL import Image
 
-from polyscale.training.data import evaluation_split, load_image_dataset
-from polyscale.training.transforms import AugmentedImages, ImageCollator, TrainingTransform
+from polyscale.training.data import check_images, evaluation_split, load_image_dataset, sample_rows
+from polyscale.training.plans import hold_out
+from polyscale.training.transforms import AugmentedImages, ImageCollator, TrainingTransform, pixels_of
+from polyscale.utils.images import open_image
 
 from .conftest import LABELS, make_picture, make_split
 
@@ -85,3 +87,129 @@ def test_greyscale_pictures_become_rgb():
     split = make_split(1).map(lambda row: {"image": make_picture(0, 0).convert("L")})
     row = AugmentedImages(split, TrainingTransform("none", (8, 8), *STATS))[0]
     assert row["pixel_values"].shape == (3, 8, 8)
+
+
+def write_folder(folder, *names):
+    for index, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        make_picture(index % 3, index).save(folder / name)
+    return folder
+
+
+def classes(split):
+    return split.features["label"].names
+
+
+def test_only_the_folders_at_the_top_are_splits(tmp_path):
+    files = [f"{label}/{name}.png" for label in "ab" for name in ("test_1", "img_2", "val-3", "train")]
+    splits = load_image_dataset(write_folder(tmp_path, *files))
+    assert {name: len(split) for name, split in splits.items()} == {"train": 8}
+    assert classes(splits["train"]) == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("files", "counts", "names"),
+    [
+        (["train/1.png", "truck/1.png", "test/1.png"], {"train": 3}, ["test", "train", "truck"]),
+        (["train/test/1.png", "val/train/1.png"], {"train": 1, "validation": 1}, ["test", "train"]),
+        (["Training/a/1.png", "Training/b/1.png", "dev/a/1.png"], {"train": 2, "validation": 1}, ["a", "b"]),
+        (["a/x/1.png", "a/y/z/2.png", "b/1.png", ".hidden/1.png"], {"train": 3}, ["a", "b"]),
+    ],
+)
+def test_a_class_may_have_any_name(tmp_path, files, counts, names):
+    splits = load_image_dataset(write_folder(tmp_path, *files))
+    assert {name: len(split) for name, split in splits.items()} == counts
+    assert all(classes(split) == names for split in splits.values())
+
+
+@pytest.mark.parametrize("files", [["1.png", "2.png"], ["train/1.png", "test/1.png"], ["a/1.png", "2.png"]])
+def test_folders_without_classes_are_refused(tmp_path, files):
+    write_folder(tmp_path, *files)
+    with pytest.raises(ValueError, match="must have a folder for each class"):
+        load_image_dataset(tmp_path)
+    assert sum(map(len, load_image_dataset(tmp_path, labelled=False).values())) == 2
+
+
+def test_places_that_hold_no_data(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "x.parquet").write_text("no parquet")
+    for source, message in (
+        (tmp_path / "empty", "is an empty folder"),
+        (tmp_path / "x.parquet", "is no readable parquet file"),
+        ("no/such/folder", "is none of them"),
+        (__file__, "is another file"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_image_dataset(source)
+
+
+def test_images_are_opened_as_the_other_tools_open_them(tmp_path):
+    grey = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1024
+    for name, image in {
+        "a/grey16.png": Image.fromarray(grey),
+        "a/palette.png": make_picture(0, 1).quantize(16),
+        "b/cmyk.jpg": make_picture(1, 1).convert("CMYK"),
+        "b/alpha.png": make_picture(1, 2).convert("RGBA"),
+    }.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        image.save(tmp_path / name)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    make_picture(2, 1).resize((16, 8)).save(tmp_path / "a" / "turned.jpg", exif=exif)
+    split = load_image_dataset(tmp_path)["train"]
+    paths = [cell["path"] for cell in split.with_format(None)["image"]]
+    assert len(paths) == 5
+    for index, path in enumerate(paths):
+        image = split[index]["image"]
+        assert image.mode == "RGB"
+        assert np.array_equal(np.asarray(image), np.asarray(open_image(path)))
+    assert np.asarray(split[paths.index(str(tmp_path / "a" / "grey16.png"))]["image"])[7, 7].tolist() == [252] * 3
+
+
+def test_damaged_images_are_named_before_training(tmp_path):
+    write_folder(tmp_path, "a/1.png", "a/2.png", "b/1.png")
+    content = (tmp_path / "a" / "2.png").read_bytes()
+    (tmp_path / "a" / "2.png").write_bytes(content[: len(content) // 2])
+    (tmp_path / "b" / "2.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0")
+    split = load_image_dataset(tmp_path)["train"]
+    with pytest.raises(ValueError, match=r"a/2\.png: not a readable image.*b/2\.png: not a readable image"):
+        check_images(split, "train")
+    (tmp_path / "b" / "1.png").unlink()
+    with pytest.raises(ValueError, match=r"lacks 1 image files: '.*b/1\.png'"):
+        check_images(split, "train")
+
+
+def test_a_limit_draws_from_all_classes():
+    split = make_split(20).sort("label")
+    drawn = sample_rows(split, 15, seed=3)
+    assert set(drawn["label"]) == {0, 1, 2}
+    assert sample_rows(split, 15, seed=3)["label"][:] == drawn["label"][:]
+    assert sample_rows(split, 15, seed=4)["label"][:] != drawn["label"][:]
+    assert len(sample_rows(split, None)) == len(sample_rows(split, 1000)) == 60
+
+
+def test_what_is_kept_back_has_every_class_and_nothing_twice():
+    split = make_split(20).add_column("row", list(range(60)))
+    rest, held = hold_out(split, seed=0)
+    assert sorted(held["label"]) == [0, 0, 1, 1, 2, 2]
+    assert sorted([*rest["row"], *held["row"]]) == list(range(60))
+
+
+def test_pixels_of_images_and_arrays():
+    image = make_picture(0, 0, 8)
+    assert torch.equal(pixels_of(image), torch.from_numpy(np.asarray(image)).permute(2, 0, 1))
+    assert torch.equal(pixels_of(image, 1)[0], torch.from_numpy(np.asarray(image.convert("L"))))
+    array = np.random.default_rng(0).integers(0, 65536, (6, 4, 5), dtype=np.uint16)
+    expected = torch.from_numpy(array.astype(np.float32) / 65535).permute(2, 0, 1)
+    assert torch.equal(pixels_of(array, 5), expected)
+    assert torch.equal(pixels_of(array.transpose(2, 0, 1), 5), expected)
+    assert pixels_of(array[..., 0], 1).shape == (1, 6, 4)
+    for bad, channels, message in (
+        (image, 2, "1 channel .grey. or 3"),
+        (array, 3, "is no image of 3 channels"),
+        (array.astype(np.float32), 5, r"must lie in \[0, 1\]"),
+        (np.full((4, 4), np.nan), 1, r"must lie in \[0, 1\]"),
+        (array.astype(np.int64), 5, "uint8, uint16 or floats"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pixels_of(bad, channels)

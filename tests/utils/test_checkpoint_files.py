@@ -1,6 +1,9 @@
 """Checkpoint files are read without running their code."""
 
+import json
+import os
 import pickle
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +13,8 @@ from safetensors.torch import save_file
 
 from polyscale.utils.checkpoint_files import (
     as_tensor,
+    check_hub_name,
+    check_index,
     check_state_dict,
     load_state_dict_file,
     rename_keys,
@@ -112,3 +117,97 @@ def test_check_state_dict_names_every_problem():
     with pytest.raises(ValueError, match=r"missing: bias; unexpected: b; other shapes: weight is \(1, 2\)"):
         check_state_dict({"weight": torch.zeros(1, 2), "b": torch.zeros(1)}, model, "it")
     check_state_dict(model.state_dict(), model, "it")
+
+
+def save_bomb(path, name, header=b""):
+    """An archive of a hundred megabytes of zeros, in a few hundred kilobytes."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive, archive.open(name, "w") as entry:
+        entry.write(header)
+        for _ in range(100):
+            entry.write(bytes(1 << 20))
+
+
+@pytest.mark.parametrize("name", ["x.npz", "x.pt"])
+def test_an_archive_that_unpacks_to_far_more_than_it_is_is_refused_unread(tmp_path, name, monkeypatch):
+    save_bomb(tmp_path / name, "a.npy")
+    monkeypatch.setattr(np, "load", None)
+    monkeypatch.setattr(torch, "load", None)
+    with pytest.raises(ValueError, match=r"bytes would unpack to 104857600"):
+        load_state_dict_file(tmp_path / name)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".pth", ".npz", ".safetensors"])
+def test_a_file_cut_short_is_refused_by_name(tmp_path, suffix):
+    path = tmp_path / f"x{suffix}"
+    if suffix == ".npz":
+        np.savez(path, **{name: tensor.numpy() for name, tensor in TENSORS.items()})
+    elif suffix == ".safetensors":
+        save_file(TENSORS, path)
+    else:
+        torch.save(TENSORS, path)
+    whole = path.read_bytes()
+    for length in (0, 1, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=r"x\.") as caught:
+            load_state_dict_file(path)
+        assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "array",
+    [np.zeros((10**9, 0)), np.array(["text"]), np.array([b"bytes"]), np.zeros(3, "M8[s]"), np.zeros(2, "i4,f4")],
+)
+def test_arrays_that_are_no_weights_are_refused(tmp_path, array):
+    np.savez(tmp_path / "x.npz", a=array)
+    with pytest.raises(ValueError, match=r"`a` must be an array of numbers"):
+        load_state_dict_file(tmp_path / "x.npz")
+
+
+def test_tensors_that_claim_more_memory_than_their_file_holds_are_refused(tmp_path):
+    torch.save({"a": torch.zeros(1).expand(1 << 30)}, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match="would unpack to 4294967296"):
+        load_state_dict_file(tmp_path / "x.pt")
+    torch.save({"a": torch.zeros(4, device="meta")}, tmp_path / "y.pt")
+    with pytest.raises(ValueError, match="must be a plain tensor"):
+        load_state_dict_file(tmp_path / "y.pt")
+
+
+def test_a_checkpoint_that_holds_itself_ends(tmp_path):
+    checkpoint = {"epoch": 1}
+    checkpoint["model"] = checkpoint
+    torch.save(checkpoint, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match="holds no state dict"):
+        load_state_dict_file(tmp_path / "x.pt")
+
+
+def test_a_pipe_is_not_opened(tmp_path):
+    os.mkfifo(tmp_path / "x.npz")
+    with pytest.raises(ValueError, match="no ordinary file"):
+        load_state_dict_file(tmp_path / "x.npz")
+
+
+@pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", "a/b.safetensors", "..", 3, None])
+def test_an_index_that_names_other_folders_is_refused(tmp_path, name):
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json"):
+        check_index(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model-1.safetensors"}}))
+    check_index(tmp_path)
+
+
+def test_what_cannot_come_from_the_hub_is_said_at_once(tmp_path, monkeypatch):
+    (tmp_path / "models").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for path in ("models/absent", "./absent", "/absent", "~/absent", "a/b/c", "", "a b"):
+        with pytest.raises(FileNotFoundError, match="no file or folder"):
+            check_hub_name(path)
+    monkeypatch.setattr("urllib.request.getproxies", dict)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+
+    def unreachable(*_, **__):
+        raise OSError("unreachable")
+
+    monkeypatch.setattr("socket.create_connection", unreachable)
+    for name in ("nobody/nothing", "nothing"):
+        with pytest.raises(ConnectionError, match="offline"):
+            check_hub_name(name)

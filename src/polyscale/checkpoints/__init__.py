@@ -22,7 +22,7 @@ def bundled_checkpoint(name: str) -> Path:
         ValueError: for an unknown name; it names those that there are.
     """
     names = available_checkpoints()
-    if name not in names:
+    if not isinstance(name, str) or name not in names:
         choices = ", ".join(map(repr, names)) or "(none is installed)"
         raise ValueError(f"`name` must be one of {choices}, got {name!r}.")
     return _FOLDER / name

@@ -11,6 +11,7 @@ from functools import wraps
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
+import numpy as np
 import torch
 from huggingface_hub.dataclasses import strict, validated_field
 from huggingface_hub.errors import (
@@ -41,6 +42,7 @@ _NAMES_OF_TRANSFORMERS = {
 }
 # These (and the field `transformers_version`) are in dictionaries that `to_dict` writes, not in what a user types.
 _MARKS_OF_A_FILE = ("model_type", "_name_or_path")
+_MOST = 1 << 20  # of anything that is counted: more is a slip, or an attempt to fill the memory
 _WORDS = {int: "an int", float: "a number", bool: "True or False", str: "a string", type(None): "None"}
 
 
@@ -83,6 +85,8 @@ def checked_config(cls: type) -> type:
     @wraps(strict_setattr)
     def __setattr__(self, name: str, value: Any) -> None:
         name = type(self).attribute_map.get(name, name)
+        if isinstance(value, np.ndarray | torch.Tensor):
+            raise ConfigError(f"`{name}` must be a plain value, which JSON can hold, got a {type(value).__name__}.")
         try:
             strict_setattr(self, name, value)
         except ConfigError:
@@ -93,7 +97,14 @@ def checked_config(cls: type) -> type:
     @wraps(strict_init)
     def __init__(self, *args, **kwargs) -> None:
         new_names = type(self).attribute_map
-        strict_init(self, *args, **{new_names.get(name, name): value for name, value in kwargs.items()})
+        old_names = {new: old for old, new in new_names.items() if old in kwargs}
+        try:
+            strict_init(self, *args, **{new_names.get(name, name): value for name, value in kwargs.items()})
+        except ConfigError as error:
+            message = str(error)
+            for new, old in old_names.items():
+                message = message.replace(f"`{new}`", f"`{new}` (`{old}`)")
+            raise ConfigError(message) from error.__cause__
 
     @wraps(strict_validate)
     def validate(self) -> None:
@@ -206,8 +217,8 @@ def _is_finite(value: Any) -> bool:
 
 
 def _check_num_labels(value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ConfigError(f"`num_labels` must be an int of at least 0, got {value!r}.")
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= _MOST:
+        raise ConfigError(f"`num_labels` must be an int of at least 0 and at most {_MOST}, got {value!r}.")
 
 
 def _check_dtype(value: Any) -> None:
@@ -251,8 +262,12 @@ def at_least(minimum: int, default: int | None, reason: str | None = None) -> An
     """A field for numbers of at least `minimum`; the error names the reason, if there is one to name."""
 
     def check(value: Any) -> None:
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"must be finite, got {value!r}.")
         if value is not None and value < minimum:
             raise ValueError(f"must be at least {minimum}, got {value!r}{'' if reason is None else f': {reason}'}.")
+        if value is not None and value > _MOST:
+            raise ValueError(f"must be at most {_MOST}, got {value!r}.")
 
     return validated_field(check, default=default)
 

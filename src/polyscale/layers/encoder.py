@@ -14,6 +14,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
 from .attention import attention_for
+from .attention_pooling import AttentionPooling
 from .call_checks import CheckedModelMixin
 from .encoder_config import EncoderConfig
 from .freezing import FreezableMixin, is_plain, takes_gradients
@@ -229,9 +230,17 @@ class TokenPooler(nn.Module):
         if config.pooling == "pooler":
             self.dense = nn.Linear(config.hidden_size, config.pooled_size)
             self.activation = ACT2FN[config.pooler_act]
+        if config.pooling == "attention":
+            self.attention = AttentionPooling(config)
         self.layernorm = (
             nn.LayerNorm(config.pooled_size, eps=config.layer_norm_eps) if config.fc_norm else nn.Identity()
         )
+
+    def _with_prefix(self, token_weights: torch.Tensor | None) -> torch.Tensor | None:
+        """Weights of the patch tokens -> of all tokens: prefix tokens count once."""
+        if token_weights is None or self.num_prefix_tokens == 0:
+            return token_weights
+        return nn.functional.pad(token_weights.float(), (self.num_prefix_tokens, 0), value=1.0)
 
     def _mean(self, hidden_states: torch.Tensor, token_weights: torch.Tensor | None) -> torch.Tensor:
         patches = hidden_states[:, self.num_prefix_tokens :]
@@ -248,6 +257,8 @@ class TokenPooler(nn.Module):
             pooled = torch.cat([hidden_states[:, 0], self._mean(hidden_states, token_weights)], dim=-1)
         elif self.pooling == "pooler":
             pooled = self.activation(self.dense(hidden_states[:, 0]))
+        elif self.pooling == "attention":
+            pooled = self.attention(hidden_states, self._with_prefix(token_weights))
         else:
             pooled = hidden_states[:, 0]
         return self.layernorm(pooled)
@@ -298,6 +309,8 @@ class EncoderPreTrainedModel(CheckedModelMixin, PreTrainedModel):
         if isinstance(module, PrefixTokens):
             for token in module.parameters(recurse=False):
                 init.trunc_normal_(token, mean=0.0, std=self.config.initializer_range)
+        elif isinstance(module, AttentionPooling):
+            module.draw_probe(self.config.initializer_range)
         elif isinstance(module, LayerScale):
             init.constant_(module.weight, self.config.layer_scale_init_value)
 

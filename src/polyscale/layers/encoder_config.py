@@ -57,8 +57,8 @@ class EncoderConfig(CheckedConfigMixin, TokenBudgetMixin, BackboneConfigMixin, P
         fc_norm (`bool`, *optional*, defaults to `False`): whether a LayerNorm comes after pooling (CLIP, timm). Older
             checkpoints call it `pooled_norm`.
         pooling (`str`, *optional*, defaults to `"cls"`): what a head reads: `"cls"`, `"mean"` (over patch tokens),
-            `"cls_mean"` (both, concatenated: DINOv2's classifier) or `"pooler"` (CLS through a linear layer and an
-            activation: ViT's).
+            `"cls_mean"` (both, concatenated: DINOv2's classifier), `"pooler"` (CLS through a linear layer and an
+            activation: ViT's) or `"attention"` (a learned query that reads all tokens: SigLIP's).
         pooler_output_size (`int`, *optional*): width of the `"pooler"`; `hidden_size` when `None`.
         pooler_act (`str`, *optional*, defaults to `"tanh"`): activation of the `"pooler"`.
         use_cls_token (`bool`, *optional*, defaults to `True`): whether a CLS token comes first.
@@ -102,7 +102,7 @@ class EncoderConfig(CheckedConfigMixin, TokenBudgetMixin, BackboneConfigMixin, P
     pre_norm: bool = False
     final_norm: bool = True
     fc_norm: bool = False
-    pooling: Literal["cls", "mean", "cls_mean", "pooler"] = "cls"
+    pooling: Literal["cls", "mean", "cls_mean", "pooler", "attention"] = "cls"
     pooler_output_size: int | None = positive(None)
     pooler_act: str = activation("tanh")
     use_cls_token: bool = True
@@ -137,9 +137,10 @@ class EncoderConfig(CheckedConfigMixin, TokenBudgetMixin, BackboneConfigMixin, P
                 f"`hidden_size` must be a multiple of `num_attention_heads`, got {self.hidden_size} and "
                 f"{self.num_attention_heads}."
             )
-        if self.pooling != "mean" and not self.use_cls_token:
+        if self.pooling not in ("mean", "attention") and not self.use_cls_token:
             raise ValueError(
-                f"`pooling={self.pooling!r}` needs a CLS token: set `use_cls_token=True` or pool by 'mean'."
+                f"`pooling={self.pooling!r}` needs a CLS token: set `use_cls_token=True`, or pool by 'mean' or "
+                "'attention'."
             )
         if self.use_distillation_token and not self.use_cls_token:
             raise ValueError("`use_distillation_token=True` needs `use_cls_token=True`: it comes after CLS.")
@@ -189,7 +190,7 @@ class EncoderConfig(CheckedConfigMixin, TokenBudgetMixin, BackboneConfigMixin, P
     @property
     def num_pooled_tokens(self) -> int | None:
         """How many tokens, the first ones, pooling and head read; `None` where pooling reads all."""
-        if self.pooling in ("mean", "cls_mean"):
+        if self.pooling in ("mean", "cls_mean", "attention"):
             return None
         return 2 if self.use_distillation_head else 1
 

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from transformers.utils.generic import maybe_autocast
 
-from ..utils.validation import to_pair
+from ..utils.validation import check_choice, check_int, check_tensor, to_pair
 
 
 INTERPOLATIONS = ("bilinear", "bicubic")
@@ -154,11 +154,7 @@ def _resize_positions(
 
 
 def _check_kernel(patch_embed: torch.Tensor) -> None:
-    if patch_embed.ndim != 4:
-        raise ValueError(
-            "`patch_embed` must be a convolution kernel of shape (width, channels, height, width), got "
-            f"{tuple(patch_embed.shape)}."
-        )
+    check_tensor("patch_embed", patch_embed, ("embedding width", "channels", "height", "width"))
 
 
 def pi_resize_patch_embed(
@@ -186,6 +182,8 @@ def pi_resize_patch_embed(
         ValueError: for a kernel that is not 4-dimensional, a size below 1 or an unknown interpolation.
     """
     _check_kernel(patch_embed)
+    check_choice("interpolation", interpolation, INTERPOLATIONS)
+    check_choice("antialias", antialias, (True, False))
     return _resize_separable(patch_embed, to_pair(new_patch_size, "new_patch_size"), "pi", interpolation, antialias)
 
 
@@ -201,10 +199,14 @@ def interpolate_resize_patch_embed(
     `interpolation` may be any mode of `torch.nn.functional.interpolate` for images.
     """
     _check_kernel(patch_embed)
+    check_choice("interpolation", interpolation, (*INTERPOLATIONS, "nearest", "nearest-exact", "area"))
+    check_choice("antialias", antialias, (True, False))
     new_size = to_pair(new_patch_size, "new_patch_size")
     if interpolation in INTERPOLATIONS:
         return _resize_separable(patch_embed, new_size, "interpolate", interpolation, antialias)
-    resized = F.interpolate(patch_embed.float(), new_size, mode=interpolation, antialias=antialias)
+    if antialias:
+        raise ValueError(f"`antialias` must be False with `interpolation={interpolation!r}`.")
+    resized = F.interpolate(patch_embed.float(), new_size, mode=interpolation)
     return resized.to(patch_embed.dtype)
 
 
@@ -284,8 +286,10 @@ def resize_abs_pos_embed(
     Raises:
         ValueError: if the number of positions is not that of `old_size`, or is no square when it is not given.
     """
-    if pos_embed.ndim != 3:
-        raise ValueError(f"`pos_embed` must have the shape (1, positions, width), got {tuple(pos_embed.shape)}.")
+    check_tensor("pos_embed", pos_embed, ("1", "positions", "width"))
+    check_int("num_prefix_tokens", num_prefix_tokens, 0)
+    check_choice("interpolation", interpolation, INTERPOLATIONS)
+    check_choice("antialias", antialias, (True, False))
     rows, columns = to_pair(new_size, "new_size")
     num_positions = pos_embed.shape[1] - num_prefix_tokens
     if old_size is None:

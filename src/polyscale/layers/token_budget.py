@@ -37,6 +37,16 @@ class TokenBudgetMixin:
         """Values of the budget argument to try when a user names none; `[None]` where there is no such argument."""
         return [None if self.budget_argument is None else getattr(self, self.budget_argument)]
 
+    def budget_ladder(self) -> list:
+        """Values of the budget argument from few tokens to many, for a user who looks around: the default ones.
+
+        A family overrides it where other budgets need no training of their own.
+        """
+        budgets = self.default_budgets()
+        if budgets == [None]:
+            return budgets
+        return sorted(budgets, key=lambda budget: self.max_num_tokens_for(**{self.budget_argument: budget}))
+
     def budget_for_share(self, image_size: int | Sequence[int] | None, share: float) -> Any:
         """The budget whose tokens are nearest to a share of the full budget, which costs the most that makes sense.
 
@@ -120,6 +130,59 @@ class TokenBudgetMixin:
             raise ValueError(f"{changes} is no budget of a model of type {self.model_type!r}: {error}") from error
         return changed
 
+    def gives_tokens_at(self, layer: int) -> bool:
+        """Whether `hidden_states[layer]` exists, and has the width and the prefix tokens of the last layer."""
+        count = self.num_hidden_layers + 1
+        return -count <= layer < count
+
+    def hosted(self) -> tuple["TokenBudgetMixin", list[str]]:
+        """The config of this model as the tower of a host that counts tokens beforehand and passes no budget.
+
+        Returns:
+            A copy, and what changed in it that the user should know, in sentences.
+        """
+        return copy.deepcopy(self), []
+
+    def image_processor_fields(self) -> dict[str, Any]:
+        """Fields of the image processor that follow from this config, its size aside."""
+        return {}
+
+    def budget_code(self, image_size: tuple[int, int]) -> tuple[int, ...]:
+        """The budget at which this config runs images of (height, width), as ints below 2 ** 20.
+
+        A host carries them from the processor to the model. There are always as many of them, whatever the budget.
+        """
+        return ()
+
+    def budget_from_code(self, code: Sequence[int], num_tokens: int) -> dict[str, Any]:
+        """Arguments of `forward` for a `budget_code` and the number of tokens that was counted for the image."""
+        return {}
+
+    def count_images(
+        self, pixel_values: Sequence[torch.Tensor], image_sizes: Sequence[Sequence[int]] | None = None
+    ) -> list[tuple[int, tuple[int, ...]]]:
+        """The number of tokens and the `budget_code` of each image.
+
+        Args:
+            pixel_values (`Sequence[torch.Tensor]`): what the image processor made of each image.
+            image_sizes (`Sequence`, *optional*): what it said about their sizes.
+        """
+        sizes = [tuple(image.shape[-2:]) for image in pixel_values]
+        return [(self.num_tokens_for(size), self.budget_code(size)) for size in sizes]
+
+    def budget_calls(
+        self, codes: Sequence[tuple[int, ...]], counts: Sequence[int]
+    ) -> list[tuple[list[int], dict[str, Any]]]:
+        """Which images of a batch go through the model together, and with which arguments: one forward per budget.
+
+        Args:
+            codes, counts: of each image, as `count_images` gives them.
+        """
+        places: dict[tuple, list[int]] = {}
+        for place, budget in enumerate(zip(codes, counts, strict=True)):
+            places.setdefault(budget, []).append(place)
+        return [(group, self.budget_from_code(*budget)) for budget, group in places.items()]
+
 
 def add_budget_words(config_class: type[PreTrainedConfig]) -> None:
     """Notes the budget words of a family: what its budget argument, changeable and fixed fields are called."""
@@ -142,6 +205,11 @@ def budget_argument_of(config: PreTrainedConfig) -> str | None:
 def default_budgets_of(config: PreTrainedConfig) -> list:
     """The budgets to try on a model when none are given; `[None]` for a model without any."""
     return config.default_budgets() if isinstance(config, TokenBudgetMixin) else [None]
+
+
+def budget_ladder_of(config: PreTrainedConfig) -> list:
+    """The budgets of a model from few tokens to many; `[None]` for a model without any."""
+    return config.budget_ladder() if isinstance(config, TokenBudgetMixin) else [None]
 
 
 def budget_kwargs(config: PreTrainedConfig, budget: Any) -> dict[str, Any]:
@@ -309,6 +377,7 @@ __all__ = [
     "add_budget_words",
     "budget_argument_of",
     "budget_kwargs",
+    "budget_ladder_of",
     "choose_budgets",
     "count_tokens",
     "default_budgets_of",

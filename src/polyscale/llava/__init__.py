@@ -6,10 +6,16 @@ LLaVA models of transformers, are imported at first use.
 
 from importlib import import_module
 
-from .packed import PackedTower, PackedTowerConfig, PerPictureLlavaProcessor
+from .packed import PackedTower, PackedTowerConfig
+from .processing import (
+    BudgetLlavaNextProcessor,
+    BudgetLlavaOnevisionProcessor,
+    BudgetLlavaProcessor,
+    BudgetVipLlavaProcessor,
+)
 
 
-_LAZY = {"set_token_budget": ".budget", "swap_vision_tower": ".swap"}
+_LAZY = {"set_token_budget": ".swap", "swap_vision_tower": ".swap"}
 
 
 def __getattr__(name: str):
@@ -19,9 +25,12 @@ def __getattr__(name: str):
 
 
 __all__ = [
+    "BudgetLlavaNextProcessor",
+    "BudgetLlavaOnevisionProcessor",
+    "BudgetLlavaProcessor",
+    "BudgetVipLlavaProcessor",
     "PackedTower",
     "PackedTowerConfig",
-    "PerPictureLlavaProcessor",
     "set_token_budget",
     "swap_vision_tower",
 ]

@@ -5,19 +5,10 @@ from pathlib import Path
 from transformers import AutoImageProcessor, PreTrainedConfig
 from transformers.image_processing_utils import BaseImageProcessor
 
-from ..models.flexivit import FlexiViTImageProcessor
-from ..models.quadtree_vit import QuadtreeViTImageProcessor
-from ..models.s2_vision import S2ImageProcessor
-from ..models.sparseformer import SparseFormerImageProcessor
+from ..layers.token_budget import TokenBudgetMixin
+from ..models.auto import family_of
 from ..utils.processors import output_size
 from .layout import TokenLayout
-
-
-_CLASSES = {
-    "flexivit": FlexiViTImageProcessor,
-    "quadtree_vit": QuadtreeViTImageProcessor,
-    "sparseformer": SparseFormerImageProcessor,
-}
 
 
 def _own(config: PreTrainedConfig) -> BaseImageProcessor | None:
@@ -25,15 +16,13 @@ def _own(config: PreTrainedConfig) -> BaseImageProcessor | None:
     folder = Path(getattr(config, "_name_or_path", "") or "")
     if not (folder / "preprocessor_config.json").is_file():
         return None
-    return AutoImageProcessor.from_pretrained(folder)
+    return AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
 
 
 def resized(image_processor: BaseImageProcessor, size: tuple[int, int], **fields) -> BaseImageProcessor:
-    """A copy of an image processor that gives pictures of (height, width) pixels, and has a `crop_size` that says
-    so.
-    """
+    """A copy of an image processor that gives images of (height, width) pixels, and has a `crop_size` that says so."""
     settings = image_processor.to_dict()
-    for name in ("image_processor_type", "processor_class"):
+    for name in ("image_processor_type", "video_processor_type", "processor_class"):
         settings.pop(name, None)
     final = {"height": size[0], "width": size[1]}
     settings["crop_size"] = final
@@ -49,7 +38,7 @@ def resized(image_processor: BaseImageProcessor, size: tuple[int, int], **fields
 def tower_image_processor(
     config: PreTrainedConfig,
     layout: TokenLayout,
-    old: BaseImageProcessor | None,
+    old: BaseImageProcessor,
     given: BaseImageProcessor | None,
     fit: str | None,
 ) -> BaseImageProcessor:
@@ -60,30 +49,28 @@ def tower_image_processor(
         layout: its tokens.
         old: the model's image processor so far.
         given: the one that the user wants, or None.
-        fit: of an S2 tower, how pictures are brought to a square.
+        fit: how images become squares, for towers whose image processor has that choice.
 
     Raises:
-        ValueError: if `given` makes pictures of another size than the tower's tokens are counted for.
+        ValueError: if `given` makes images of another size than the tower's tokens are counted for.
     """
-    inner = config.vision_config if config.model_type == "polyscale_packed_tower" else config
+    fields = config.image_processor_fields() if isinstance(config, TokenBudgetMixin) else {}
     if given is not None:
-        if output_size(given) not in (None, layout.image_size) and not getattr(inner, "dynamic", False):
+        size = output_size(given)
+        if size not in (None, layout.image_size):
             raise ValueError(
-                f"`image_processor` gives pictures of {output_size(given)} pixels (height, width), the "
-                "tower's tokens are counted for "
+                f"`image_processor` gives images of {size} pixels (height, width), the tower's tokens are counted for "
                 f"{layout.image_size}. Change one of them (`crop_size` or `size`, `config.image_size`)."
             )
-        return given if getattr(inner, "dynamic", False) else resized(given, layout.image_size)
-    if inner.model_type == "s2_vision":
-        return S2ImageProcessor.for_config(inner, old, fit)
-    own = _own(inner)
-    if own is None and inner.model_type in _CLASSES:
-        own = _CLASSES[inner.model_type]()
-    if own is None:
-        own = old
-    if inner.model_type == "quadtree_vit":
-        return resized(own, layout.image_size, max_patch_size=inner.max_patch_size)
-    return resized(own, layout.image_size)
+        return resized(given, layout.image_size, **fields)
+    family = family_of(config)
+    own_class = None if family is None else family.image_processors.get("torchvision")
+    if hasattr(own_class, "for_config"):
+        return own_class.for_config(config, old, fit)
+    if fit is not None:
+        raise ValueError(f"`fit` must be None for a tower of type {config.model_type!r}, got {fit!r}.")
+    own = _own(config) or (old if own_class is None else own_class())
+    return resized(own, layout.image_size, **fields)
 
 
 __all__ = ["resized", "tower_image_processor"]

@@ -1,14 +1,80 @@
-"""The projector of a LLaVA model when its vision tower changes."""
+"""The projector of a LLaVA model when its vision tower changes, and VILA's projector."""
 
+import os
 import warnings
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 
+PROJECTOR_FILE = "mm_projector.safetensors"
+
+
+def space_to_depth(tokens: torch.Tensor) -> torch.Tensor:
+    """A square grid of tokens (batch, rows * columns, width) -> each 2 x 2 of them as one, (batch, ..., 4 *
+    width); odd grids get zeros after them.
+    """
+    batch, count, width = tokens.shape
+    side = int(count**0.5)
+    if side * side != count:
+        raise ValueError(f"`tokens` must be a square grid, got {count} tokens.")
+    grid = tokens.reshape(batch, side, side, width)
+    if side % 2:
+        grid = nn.functional.pad(grid, (0, 0, 0, 1, 0, 1))
+    half = (side + 1) // 2
+    grid = grid.reshape(batch, half, 2, half, 2, width).permute(0, 1, 3, 2, 4, 5)
+    return grid.reshape(batch, half * half, 4 * width)
+
+
+class DownsampleProjector(nn.Module):
+    """VILA's projector "mlp_downsample": 2 x 2 tokens as one, LayerNorm, two linear layers. (batch, tokens,
+    width) -> (batch, tokens / 4, text width)
+    """
+
+    def __init__(self, vision_width: int, text_width: int):
+        super().__init__()
+        self.layernorm = nn.LayerNorm(4 * vision_width)
+        self.linear_1 = nn.Linear(4 * vision_width, text_width)
+        self.linear_2 = nn.Linear(text_width, text_width)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        hidden = self.linear_1(self.layernorm(space_to_depth(features)))
+        return self.linear_2(nn.functional.gelu(hidden))
+
+    @classmethod
+    def from_folder(cls, folder: str | os.PathLike) -> "DownsampleProjector":
+        """The projector that `convert_s2_vision` wrote beside a VILA tower."""
+        tensors = load_file(Path(folder) / PROJECTOR_FILE)
+        text_width, width = tensors["linear_1.weight"].shape
+        projector = cls(width // 4, text_width).to(tensors["linear_1.weight"].dtype)
+        projector.load_state_dict(tensors)
+        return projector
+
+
 def num_feature_layers(vision_feature_layer: int | list[int]) -> int:
     return 1 if isinstance(vision_feature_layer, int) else len(vision_feature_layer)
+
+
+def share_weights(old: nn.Module, new: nn.Module) -> bool:
+    """Whether `new` is `old`, holds it, or was made of it: at least half of the matrices of `old` are in it, value by
+    value, wherever they stand.
+    """
+    own = {id(parameter) for parameter in new.parameters()}
+    if all(id(parameter) in own for parameter in old.parameters()):
+        return True
+    matrices = [parameter for parameter in old.parameters() if parameter.ndim == 2 and parameter.device.type != "meta"]
+    candidates: dict[tuple, list[torch.Tensor]] = {}
+    for parameter in new.parameters():
+        if parameter.device.type != "meta":
+            candidates.setdefault(tuple(parameter.shape), []).append(parameter)
+
+    def is_there(matrix: torch.Tensor) -> bool:
+        return any(torch.equal(matrix, other.to(matrix)) for other in candidates.get(tuple(matrix.shape), ()))
+
+    return bool(matrices) and 2 * sum(map(is_there, matrices)) >= len(matrices)
 
 
 def _widened(old: nn.Linear, width: int, num_scales: int, layers: int) -> nn.Linear:
@@ -30,44 +96,62 @@ def _widened(old: nn.Linear, width: int, num_scales: int, layers: int) -> nn.Lin
     return new
 
 
-def fit_projector(model: PreTrainedModel, old_config: PreTrainedConfig, layers: int, old_layers: int) -> None:
-    """Makes `model.multi_modal_projector` read the tower in `model.config.vision_config`: kept, widened or new.
+def fitted_projector(
+    model: PreTrainedModel,
+    config: PreTrainedConfig,
+    keep: bool | None,
+    is_related: bool,
+    scales: int,
+    stacklevel: int = 3,
+) -> nn.Module | dict[str, nn.Module]:
+    """The projector for another tower: that of the model, a new one, or the model's with the parts that are replaced.
 
     Args:
-        model: a `LlavaModel` or `LlavaNextModel`, its config already that of the new tower.
-        old_config: the config of the tower before.
-        layers: feature layers that are concatenated now.
-        old_layers: feature layers before.
+        model: the model with a `multi_modal_projector`, still with its old tower.
+        config: that of the model with the new tower.
+        keep: whether the projector is kept; where the towers are related, when None.
+        is_related: whether the new tower was made of the old one.
+        scales: how many scales of the old tower's features the new one gives side by side.
+        stacklevel: of the warning about a new projector.
+
+    Raises:
+        ValueError: if it is to be kept and reads another width.
     """
-    projector = model.multi_modal_projector
-    tower_config = model.config.vision_config
-    old_width, new_width = projector.linear_1.in_features, tower_config.hidden_size * layers
-    if old_width == new_width:
-        return
-    inner = (
-        getattr(tower_config, "vision_config", None)
-        if tower_config.model_type == "polyscale_packed_tower"
-        else tower_config
-    )
-    scales = getattr(inner, "num_scales", 1)
-    if (
-        scales > 1
-        and layers == old_layers
-        and old_width * scales == new_width
-        and old_config.model_type != "s2_vision"
-    ):
-        projector.linear_1 = _widened(projector.linear_1, old_width // layers, scales, layers)
-        return
-    warnings.warn(
-        f"The projector reads {old_width} channels and the new tower gives {new_width}: it is replaced "
-        "by a new one, which has to be trained.",
-        stacklevel=3,
-    )
-    weight = projector.linear_1.weight
-    new = type(projector)(model.config).to(device=weight.device, dtype=weight.dtype)
+    old = model.multi_modal_projector
+    layers = num_feature_layers(config.vision_feature_layer)
+    old_layers = num_feature_layers(model.config.vision_feature_layer)
+    old_width, new_width = old.linear_1.in_features, config.vision_config.hidden_size * layers
+    wanted = is_related if keep is None else keep
+    if wanted and layers == old_layers:
+        if old_width == new_width:
+            return old
+        only_linear_reads = not any(
+            parameter.shape[-1] == old_width for name, parameter in old.named_parameters() if "linear_1" not in name
+        )
+        if scales > 1 and old_width * scales == new_width and only_linear_reads:
+            return {"linear_1": _widened(old.linear_1, old_width // layers, scales, layers)}
+    if keep:
+        raise ValueError(
+            f"`keep_projector=True` is not possible: the projector reads {old_width} channels and the new tower gives "
+            f"{new_width}."
+        )
+    if old_width != new_width:
+        reason = f"The projector reads {old_width} channels and the new tower gives {new_width}"
+    else:
+        reason = "The projector was trained with another tower (`keep_projector=True` keeps it nevertheless)"
+    warnings.warn(f"{reason}: it is replaced by a new one, which has to be trained.", stacklevel=stacklevel)
+    weight = old.linear_1.weight
+    new = type(old)(config).to(device=weight.device, dtype=weight.dtype)
     for module in new.modules():
         model._init_weights(module)
-    model.multi_modal_projector = new.train(projector.training)
+    return new.train(old.training)
 
 
-__all__ = ["fit_projector", "num_feature_layers"]
+__all__ = [
+    "PROJECTOR_FILE",
+    "DownsampleProjector",
+    "fitted_projector",
+    "num_feature_layers",
+    "share_weights",
+    "space_to_depth",
+]

@@ -6,15 +6,47 @@ from operator import index
 
 import numpy as np
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 
 from .images import to_rgb, upright_8_bit
 
 
+MAX_SIDE = 1 << 16  # pixels; more is a slip, or an attempt to fill the memory
+
+
 def check_choice(name: str, value: object, choices: tuple) -> None:
     """Raises ValueError naming `name`, its legal values and what came, if `value` is not one of `choices`."""
-    if value not in choices:
+    if not any(isinstance(value, type(choice)) and value == choice for choice in choices):
         raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+
+
+def check_int(name: str, value: object, minimum: int | None = None) -> int:
+    """`value` as an int; raises ValueError naming `name` for anything else, or one below `minimum`."""
+    try:
+        value = index(None if isinstance(value, bool) else value)
+    except TypeError:
+        raise ValueError(f"`{name}` must be an int, got {value!r}.") from None
+    if minimum is not None and value < minimum:
+        raise ValueError(f"`{name}` must be at least {minimum}, got {value!r}.")
+    return value
+
+
+def check_number(name: str, value: object) -> None:
+    """Raises ValueError naming `name` for anything but an int or a float that is not NaN."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+        raise ValueError(f"`{name}` must be a number, got {value!r}.")
+    if value != value:
+        raise ValueError(f"`{name}` is NaN: expected a number.")
+
+
+def check_tensor(name: str, value: object, axes: tuple[str, ...], floating: bool = True) -> None:
+    """Raises ValueError naming `name` for anything but a tensor with these axes, none empty; of floats if so asked."""
+    expected = f"a tensor {'of floats ' if floating else ''}of shape ({', '.join(axes)})"
+    if not isinstance(value, torch.Tensor):
+        raise ValueError(f"`{name}` must be {expected}, got a {type(value).__name__}.")
+    if value.ndim != len(axes) or 0 in value.shape or (floating and not value.is_floating_point()):
+        raise ValueError(f"`{name}` must be {expected}, got {tuple(value.shape)} of {value.dtype}.")
 
 
 def closest_name(name: str, names: Iterable[str]) -> str | None:
@@ -29,7 +61,7 @@ def to_pair(value: int | Sequence[int], name: str = "size") -> tuple[int, int]:
     """An int or (height, width) as (height, width).
 
     Raises:
-        ValueError: if `value` is neither, or an entry is below 1.
+        ValueError: if `value` is neither, or an entry is below 1 or above `MAX_SIDE`.
     """
     pair = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value, value)
     try:
@@ -41,6 +73,8 @@ def to_pair(value: int | Sequence[int], name: str = "size") -> tuple[int, int]:
         raise ValueError(f"`{name}` must be an int or a pair (height, width) of ints, got {value!r}.") from None
     if height < 1 or width < 1:
         raise ValueError(f"`{name}` must be at least 1 pixel in height and width, got {value!r}.")
+    if max(height, width) > MAX_SIDE:
+        raise ValueError(f"`{name}` must be at most {MAX_SIDE} pixels in height and width, got {value!r}.")
     return height, width
 
 
@@ -88,6 +122,30 @@ def _check_pixels(pixel_values: torch.Tensor | None, axes: tuple[str, ...], num_
         raise ValueError(f"`pixel_values` must hold real numbers, got {pixel_values.dtype}.")
 
 
+# What transformers' image processors raise at arrays of other shapes, and at options of other types.
+_PROCESSOR_ERRORS = (
+    *(ArithmeticError, AttributeError, LookupError, RuntimeError, StrictDataclassError, TypeError, ValueError),
+)
+
+
+def _check_images(images: object) -> None:
+    """Refuses what is no image, or list of images: arrays, tensors, PIL images, and names of files."""
+    waiting = [images]
+    while waiting:
+        entry = waiting.pop()
+        if isinstance(entry, (list, tuple)) and entry:
+            waiting.extend(entry)
+        elif isinstance(entry, (np.ndarray, torch.Tensor)):
+            is_complex = entry.is_complex() if isinstance(entry, torch.Tensor) else entry.dtype.kind not in "biuf"
+            if entry.ndim < 2 or 0 in entry.shape or is_complex:
+                kind = f"{entry.dtype} and shape {tuple(entry.shape)}"
+                raise ValueError(f"`images` holds an array of {kind}, which is no image.")
+        elif not isinstance(entry, (Image.Image, str)):
+            raise ValueError(
+                f"`images` must be an image or a list of images (PIL, NumPy, torch, or names of files), got {entry!r}."
+            )
+
+
 class FiniteImagesMixin:
     """Reads PIL images as every tool of this library does (`to_rgb`), and refuses images that hold NaN or infinity.
 
@@ -96,6 +154,15 @@ class FiniteImagesMixin:
     Raises:
         ValueError: from the call of the processor, before anything is resized.
     """
+
+    def preprocess(self, images, *args, **kwargs):
+        _check_images(images)
+        try:
+            return super().preprocess(images, *args, **kwargs)
+        except _PROCESSOR_ERRORS as error:
+            if isinstance(error, ValueError) and "`" in str(error):  # it names what is wrong
+                raise
+            raise ValueError(f"`images` cannot be processed ({type(error).__name__}: {error}).") from error
 
     def process_image(self, image, do_convert_rgb: bool | None = None, **kwargs) -> np.ndarray | torch.Tensor:
         if isinstance(image, Image.Image):
@@ -116,4 +183,14 @@ class FiniteImagesMixin:
         return image
 
 
-__all__ = ["FiniteImagesMixin", "check_choice", "check_pixel_values", "check_video", "closest_name", "to_pair"]
+__all__ = [
+    "FiniteImagesMixin",
+    "check_choice",
+    "check_int",
+    "check_number",
+    "check_pixel_values",
+    "check_tensor",
+    "check_video",
+    "closest_name",
+    "to_pair",
+]

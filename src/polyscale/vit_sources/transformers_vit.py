@@ -1,4 +1,4 @@
-"""ViT, DeiT, DINOv2 and CLIP's vision part of transformers as FlexiViT.
+"""ViT, DeiT, DINOv2 and the vision parts of CLIP and SigLIP of transformers as FlexiViT.
 
 The source is loaded by its own class, which knows its older weight names; its tensors are then renamed.
 """
@@ -62,6 +62,16 @@ _CLIP_RULES = [
     (r"classifier" + _AFFINE, r"head.classifier.\1"),
 ]
 
+_SIGLIP_RULES = [
+    (r"embeddings\.patch_embedding" + _AFFINE, r"embeddings.patch_embeddings.projection.\1"),
+    (r"head\.attention\.([qkvo]_proj)" + _AFFINE, r"pooler.attention.\1.\2"),
+    (r"head\.probe", "pooler.attention.probe"),
+    (r"head\.layernorm" + _AFFINE, r"pooler.attention.layernorm.\1"),
+    (r"head\.mlp\.(fc[12])" + _AFFINE, r"pooler.attention.\1.\2"),
+    (r"post_layernorm" + _AFFINE, r"layernorm.\1"),
+    *_CLIP_RULES,
+]
+
 # Classes that convert, by model type; the first is taken where a config names none.
 SUPPORTED_CLASSES = {
     "vit": ("ViTModel", "ViTForImageClassification"),
@@ -70,6 +80,8 @@ SUPPORTED_CLASSES = {
     "dinov2_with_registers": ("Dinov2WithRegistersModel", "Dinov2WithRegistersForImageClassification"),
     "clip": ("CLIPModel", "CLIPForImageClassification"),
     "clip_vision_model": ("CLIPVisionModel", "CLIPVisionModelWithProjection"),
+    "siglip": ("SiglipModel", "SiglipForImageClassification"),
+    "siglip_vision_model": ("SiglipVisionModel",),
     "flexivit": ("FlexiViTModel", "FlexiViTForImageClassification"),
 }
 _OWN_CLASSES = {"FlexiViTModel": FlexiViTModel, "FlexiViTForImageClassification": FlexiViTForImageClassification}
@@ -86,7 +98,7 @@ def _shared_fields(config: PreTrainedConfig) -> dict[str, Any]:
         "num_attention_heads": config.num_attention_heads,
         "hidden_act": config.hidden_act,
         "layer_norm_eps": config.layer_norm_eps,
-        "initializer_range": config.initializer_range,
+        "initializer_range": getattr(config, "initializer_range", 0.02),
         "num_channels": config.num_channels,
         "image_size": list(image_size),
         "base_patch_size": list(patch_size),
@@ -152,6 +164,37 @@ def _clip_fields(config: PreTrainedConfig, class_name: str) -> dict[str, Any]:
     }
 
 
+def _siglip_fields(config: PreTrainedConfig, class_name: str) -> dict[str, Any]:
+    return {
+        **_shared_fields(config),
+        "intermediate_size": config.intermediate_size,
+        "attention_probs_dropout_prob": config.attention_dropout or 0.0,
+        "use_cls_token": False,
+        "prefix_positions": "none",
+        "pooling": "mean" if class_name == "SiglipForImageClassification" else "attention",
+    }
+
+
+def _siglip_part(model: PreTrainedModel) -> tuple[PreTrainedConfig, dict[str, torch.Tensor]]:
+    """The config and the tensors of SigLIP's vision part, queries, keys and values of its head apart."""
+    vision = getattr(model, "vision_model", model)
+    state_dict = dict(vision.state_dict())
+    state_dict["embeddings.position_embedding.weight"] = state_dict["embeddings.position_embedding.weight"][None]
+    if type(model).__name__ == "SiglipForImageClassification":  # reads the mean of the patches, not the head
+        state_dict = {name: tensor for name, tensor in state_dict.items() if not name.startswith("head.")}
+        return vision.config, {
+            **state_dict,
+            **{f"classifier.{name}": tensor for name, tensor in model.classifier.state_dict().items()},
+        }
+    if not getattr(vision, "use_head", True):
+        raise ValueError("This SigLIP has no attention-pooling head (`vision_use_head=False`), so nothing is pooled.")
+    for kind in ("weight", "bias"):
+        parts = state_dict.pop(f"head.attention.in_proj_{kind}").chunk(3)
+        state_dict |= {f"head.attention.{name}_proj.{kind}": part for name, part in zip("qkv", parts, strict=True)}
+        state_dict[f"head.attention.o_proj.{kind}"] = state_dict.pop(f"head.attention.out_proj.{kind}")
+    return vision.config, state_dict
+
+
 def _vision_part(model: PreTrainedModel) -> tuple[PreTrainedConfig, dict[str, torch.Tensor]]:
     """The config and the tensors of a source without its text part, base prefix removed."""
     config, class_name = model.config, type(model).__name__
@@ -169,6 +212,8 @@ def _vision_part(model: PreTrainedModel) -> tuple[PreTrainedConfig, dict[str, to
                 "before the projection to the space that CLIP shares with text."
             )
         return vision.config, state_dict
+    if config.model_type in ("siglip", "siglip_vision_model"):
+        return _siglip_part(model)
     prefix = f"{model.base_model_prefix}."
     return config, {name.removeprefix(prefix): tensor for name, tensor in model.state_dict().items()}
 
@@ -206,6 +251,8 @@ def source_from_hf_model(
         rules, fields = _VIT_RULES, _vit_fields(config, class_name, "pooler.dense.weight" in state_dict)
     elif model_type in ("dinov2", "dinov2_with_registers"):
         rules, fields = _DINOV2_RULES, _dinov2_fields(config, class_name)
+    elif model_type in ("siglip", "siglip_vision_model"):
+        rules, fields = _SIGLIP_RULES, _siglip_fields(config, class_name)
     else:
         rules, fields = _CLIP_RULES, _clip_fields(config, class_name)
     state_dict = rename_keys(state_dict, rules, class_name)

@@ -267,3 +267,31 @@ def test_names_with_random_weights():
     source = load_flexivit_source("timm:vit_tiny_patch16_224", pretrained=False)
     assert source.config.hidden_size == 192
     assert source.state_dict["flexivit.embeddings.position_embeddings"].std() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"model_args": {"checkpoint_path": "/etc/passwd"}}, "may not name `checkpoint_path`"),
+        ({"model_args": {"pretrained_cfg": {"file": "/etc/passwd"}}}, "may not name `pretrained_cfg`"),
+        ({"model_args": {"weight_init": "x"}}, "may not name `weight_init`"),
+        ({"model_args": {"embed_dim": 10**9}}, "`embed_dim`.* must be a number or a word"),
+        ({"model_args": {"depth": 5000}}, "`depth` 5000 is more than the"),
+        ({"model_args": {"embed_dim": 60000, "num_heads": 2, "depth": 2}}, "do not fit"),
+        ({"model_args": {"num_heads": 7}}, "cannot be made"),
+        ({"model_args": {"norm_layer": "os.system"}}, "must be a number or a word"),
+        ({"model_args": [1]}, "must be a dict"),
+        ({"pretrained_cfg": [1]}, "must be a dict"),
+        ({"architecture": "local-dir:/somewhere"}, "a name that timm knows"),
+        ({"architecture": "hf-hub:timm/vit_tiny_patch16_224"}, "a name that timm knows"),
+        ({"architecture": "vit_tiny_patch16_224./../x"}, "a name that timm knows"),
+        ({"architecture": 3}, "a name that timm knows"),
+    ],
+)
+def test_a_folder_names_no_files_and_no_code(tmp_path, randomise, record, message):
+    model = create("vit_tiny_patch16_224", randomise)
+    own = {"architecture": "vit_tiny_patch16_224", "model_args": {**SMALL, "img_size": 64}, "pretrained_cfg": {}}
+    (tmp_path / "config.json").write_text(json.dumps({**own, **record}))
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=message):
+        load_flexivit_source(tmp_path)

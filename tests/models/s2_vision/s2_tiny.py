@@ -29,6 +29,10 @@ BASES = {
     "dinov2_with_registers": lambda: Dinov2WithRegistersConfig(**PLAIN, num_register_tokens=2),
     "convnext": lambda: ConvNextConfig(hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1], image_size=64),
     "flexivit": lambda: FlexiViTConfig(**ENCODER, base_patch_size=8),
+}
+
+# Models whose tokens are laid out by themselves.
+UNEVEN_PATCHES = {
     "quadtree_vit": lambda: QuadtreeViTConfig(**ENCODER, min_patch_size=4, max_patch_size=16, num_tokens=40),
 }
 
@@ -36,4 +40,4 @@ BASES = {
 def make_base(name: str) -> torch.nn.Module:
     """A tiny model to wrap, with random weights that are the same in every call."""
     torch.manual_seed(0)
-    return AutoModel.from_config(BASES[name]()).eval()
+    return AutoModel.from_config({**BASES, **UNEVEN_PATCHES}[name]()).eval()

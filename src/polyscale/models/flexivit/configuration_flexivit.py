@@ -7,7 +7,7 @@ from typing import Any, Literal
 from ...layers.config_checks import checked_config, pixel_size
 from ...layers.encoder_config import EncoderConfig
 from ...layers.token_budget import plain_size
-from ...utils.validation import to_pair
+from ...utils.validation import check_int, to_pair
 
 
 @checked_config
@@ -187,6 +187,26 @@ class FlexiViTConfig(EncoderConfig):
         """The text that `parse_budget` reads as `budget`."""
         return str(budget) if isinstance(budget, int) else "x".join(map(str, budget))
 
+    def hosted(self) -> tuple["FlexiViTConfig", list[str]]:
+        """A copy at one patch size: a host counts the tokens before the model could draw one."""
+        hosted, notes = super().hosted()
+        hosted.patch_size = list(self.resolve_patch_size())
+        if self.train_patch_sizes is not None:
+            hosted.train_patch_sizes = hosted.train_patch_size_probs = None
+            notes.append(
+                f"It no longer draws its patch size in training (`train_patch_sizes` was {self.train_patch_sizes}): "
+                f"its tokens could not be counted. It runs at `patch_size` {plain_size(hosted.patch_size)} until told "
+                "otherwise."
+            )
+        return hosted, notes
+
+    def budget_code(self, image_size: tuple[int, int]) -> tuple[int, ...]:
+        """(height, width) of the patches."""
+        return self.resolve_patch_size()
+
+    def budget_from_code(self, code: Sequence[int], num_tokens: int) -> dict[str, Any]:
+        return {"patch_size": tuple(code)}
+
     def cheaper_budget(
         self, image_size: int | Sequence[int] | None = None, patch_size: int | Sequence[int] | None = None
     ) -> dict[str, Any] | None:
@@ -228,7 +248,7 @@ class FlexiViTConfig(EncoderConfig):
             ValueError: for a budget out of that range.
         """
         height, width = to_pair(self.image_size if image_size is None else image_size, "image_size")
-        if not 1 <= num_tokens <= height * width:
+        if not 1 <= check_int("num_tokens", num_tokens) <= height * width:
             raise ValueError(
                 f"`num_tokens` must be between 1 and {height * width} for an image of {(height, width)} pixels, "
                 f"got {num_tokens}."

@@ -1,8 +1,9 @@
 """Quadtree ViT configuration."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from transformers import PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 from transformers.models.auto.configuration_auto import AutoConfig
@@ -10,7 +11,11 @@ from transformers.models.auto.configuration_auto import AutoConfig
 from ...layers.config_checks import checked_config, choice, non_negative, pixel_size, positive
 from ...layers.encoder_config import EncoderConfig
 from ...utils.validation import to_pair
-from .selection_quadtree_vit import check_multiple, check_token_budget
+from .selection_quadtree_vit import check_multiple, check_token_budget, quadtree_tokens
+
+
+if TYPE_CHECKING:
+    from .scoring_quadtree_vit import PatchScorer
 
 
 # Name -> function (config) -> scorer, which `register_patch_scorer` fills in.
@@ -194,6 +199,13 @@ class QuadtreeViTConfig(EncoderConfig):
         rows, columns = self.patch_grid_for(image_size)
         return rows * columns, rows * columns * 4 ** (self.num_levels - 1)
 
+    def budget_ladder(self) -> list[int]:
+        """Up to eight numbers of tokens, from the coarsest to the finest cut: the same weights run at all."""
+        coarsest, finest = self.num_tokens_range()
+        splits = (finest - coarsest) // 3
+        steps = min(splits, 7)
+        return [coarsest + 3 * (splits * step // max(steps, 1)) for step in range(steps + 1)]
+
     def num_tokens_for(
         self, image_size: int | Sequence[int] | None = None, num_tokens: int | None = None
     ) -> int | None:
@@ -233,6 +245,50 @@ class QuadtreeViTConfig(EncoderConfig):
         height, width = to_pair(self.image_size if image_size is None else image_size, "image_size")
         self.patch_grid_for((height, width))
         return height // self.min_patch_size, width // self.min_patch_size
+
+    def image_processor_fields(self) -> dict[str, Any]:
+        return {"max_patch_size": self.max_patch_size}
+
+    def budget_from_code(self, code: Sequence[int], num_tokens: int) -> dict[str, Any]:
+        """The count decides, not the threshold: scores in half precision may differ from those that were counted."""
+        return {"num_tokens": num_tokens}
+
+    def count_images(
+        self, pixel_values: Sequence[torch.Tensor], image_sizes: Sequence[Sequence[int]] | None = None
+    ) -> list[tuple[int, tuple[int, ...]]]:
+        """With a threshold: what the scorer says. Arguments: `TokenBudgetMixin.count_images`.
+
+        Raises:
+            ValueError: for a threshold and a scorer that has weights, which are not at hand here.
+        """
+        if not self.tokens_vary:
+            return super().count_images(pixel_values, image_sizes)
+        scorer = self._pixel_scorer()
+        counts = []
+        for image in pixel_values:
+            selected = quadtree_tokens(scorer(image[None]), self.num_tokens, self.split_threshold)
+            counts.append((int(selected.mask.sum()), ()))
+        return counts
+
+    def _pixel_scorer(self) -> "PatchScorer":
+        """The scorer of a config with a threshold, if pixels are all it needs."""
+        from .scoring_quadtree_vit import PrecomputedPatchScorer, make_patch_scorer  # which imports this module
+
+        scorer = make_patch_scorer(self)
+        needs_more = any(True for _ in scorer.parameters()) or getattr(scorer, "reads_embeddings", False)
+        if needs_more or isinstance(scorer, PrecomputedPatchScorer):
+            raise ValueError(
+                f"`split_threshold` with `patch_scorer={self.patch_scorer!r}` cannot be used in a host model: it "
+                "counts the tokens of an image from its pixels alone, before the model sees it. Use "
+                "`patch_scorer='pixel_blur'`, or a fixed `num_tokens`."
+            )
+        return scorer
+
+    def hosted(self) -> tuple["QuadtreeViTConfig", list[str]]:
+        """Raises ValueError for a threshold and a scorer whose scores a processor cannot compute."""
+        if self.tokens_vary:
+            self._pixel_scorer()
+        return super().hosted()
 
     def cheaper_budget(
         self, image_size: int | Sequence[int] | None = None, num_tokens: int | None = None

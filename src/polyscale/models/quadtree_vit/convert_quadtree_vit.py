@@ -8,6 +8,7 @@ import os
 from typing import Any
 
 import torch
+from transformers.utils import logging
 
 from ...layers.encoder_config import EncoderConfig
 from ...layers.resizing import pi_resize_patch_embed
@@ -24,6 +25,11 @@ from .modeling_quadtree_vit import QuadtreeViTForImageClassification, QuadtreeVi
 _KERNEL = "embeddings.patch_embeddings.projection.weight"
 _SCORER = "embeddings.patch_scorer."
 _LABEL_FIELDS = ("id2label", "label2id", "problem_type")
+# What loses least of a converted model's answers at a smaller budget (`benchmarks/better_tokens.py`).
+_BEST = {"reduction": "antialias", "patch_scorer": "embedding"}
+_BEST_FOR_MEAN = {"area_attention": 1.0, "area_pooling": True}
+
+logger = logging.get_logger(__name__)
 _SOURCE_OPTIONS = ("architecture", "model_args", "pretrained")
 
 
@@ -44,6 +50,7 @@ def _quadtree_config(source: FlexiViTConfig, has_head: bool, options: dict[str, 
         "position_grid": source.position_grid,
         "prefix_positions": source.prefix_positions,
         "patch_bias": source.patch_bias,
+        **_best_tokens(source.pooling, options),
         **options,
     }
     sides = to_pair(fields["image_size"], "image_size")
@@ -51,6 +58,18 @@ def _quadtree_config(source: FlexiViTConfig, has_head: bool, options: dict[str, 
     largest = next((smallest << n for n in (2, 1) if all(side % (smallest << n) == 0 for side in sides)), smallest)
     model_class = QuadtreeViTForImageClassification if has_head else QuadtreeViTModel
     return QuadtreeViTConfig(**{"max_patch_size": largest, **fields}, architectures=[model_class.__name__])
+
+
+def _best_tokens(pooling: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The measured best way to choose and weigh patches for a pooling, as far as `options` leave it open."""
+    best = {**_BEST, **(_BEST_FOR_MEAN if pooling == "mean" else {})}
+    chosen = {name: value for name, value in best.items() if name not in options}
+    if chosen:
+        words = ", ".join(f"{name}={value!r}" for name, value in chosen.items())
+        logger.info(
+            f"Converted with {words}, the measured best for pooling={pooling!r}; the published ones on request."
+        )
+    return chosen
 
 
 def _image_processor(source: object, config: QuadtreeViTConfig) -> QuadtreeViTImageProcessor:
@@ -71,7 +90,9 @@ def load_quadtree_vit(
 ) -> tuple[QuadtreeViTModel | QuadtreeViTForImageClassification, QuadtreeViTImageProcessor]:
     """Reads a plain ViT of another library as Quadtree ViT, in memory.
 
-    With every patch split, the tokens are those of the source; with fewer, it works before any training.
+    With every patch split, the tokens are those of the source; with fewer, it works before any training. The way to
+    choose patches is the measured best for the pooling of the source, not the published one: `reduction="antialias"`
+    and `patch_scorer="embedding"`, and for a mean over the tokens `area_attention=1.0` and `area_pooling=True`.
 
     Args:
         source: as in `polyscale.models.flexivit.convert_flexivit.load_flexivit_source`.

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ...utils.validation import check_int, check_tensor, to_pair
 from .configuration_quadtree_vit import QuadtreeViTConfig
 from .scoring_quadtree_vit import reduce_image
 
@@ -101,8 +102,12 @@ def take_nodes(maps: Sequence[torch.Tensor], nodes: torch.Tensor) -> torch.Tenso
 
 
 def _check_reverse(tokens, patch_centers, patch_sizes, image_size, min_patch_size, token_mask) -> None:
-    if tokens.ndim != 3:
-        raise ValueError(f"`tokens` must have the shape (batch, tokens, width), got {tuple(tokens.shape)}.")
+    check_tensor("tokens", tokens, ("batch", "tokens", "width"))
+    check_tensor("patch_centers", patch_centers, ("batch", "tokens", "2"))
+    check_tensor("patch_sizes", patch_sizes, ("batch", "tokens"), floating=False)
+    check_int("min_patch_size", min_patch_size, 1)
+    if token_mask is not None and (not isinstance(token_mask, torch.Tensor) or token_mask.dtype != torch.bool):
+        raise ValueError(f"`token_mask` must be a tensor of booleans of shape (batch, tokens), got {token_mask!r}.")
     batch_and_tokens = tuple(tokens.shape[:2])
     if tuple(patch_centers.shape) != (*batch_and_tokens, 2):
         raise ValueError(
@@ -145,7 +150,7 @@ def reverse_quadtree(
     Raises:
         ValueError: for shapes that do not fit together.
     """
-    height, width = image_size if isinstance(image_size, Sequence) else (image_size, image_size)
+    height, width = to_pair(image_size, "image_size")
     _check_reverse(tokens, patch_centers, patch_sizes, (height, width), min_patch_size, token_mask)
     rows, columns = height // min_patch_size, width // min_patch_size
     batch, num_tokens, channels = tokens.shape

@@ -26,6 +26,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from ...utils.validation import check_number
+
 
 # Bits of an int64 that a packed key may use; longer keys are sorted in several passes.
 KEY_BITS = 62
@@ -261,8 +263,8 @@ def select_nodes(
         raise ValueError("Give `num_tokens` (a budget), `split_threshold` (each picture its own), or both.")
     if num_tokens is not None:
         num_tokens = check_token_budget(num_tokens, coarsest, finest, round_down)
-    if split_threshold is not None and split_threshold != split_threshold:
-        raise ValueError("`split_threshold` is NaN: give a score above which patches are split.")
+    if split_threshold is not None:
+        check_number("split_threshold", split_threshold)
 
     flat_scores = torch.cat([score.flatten(1) for score in scores], dim=1).detach()
     _check_values(flat_scores)

@@ -1,6 +1,6 @@
 """S2 configuration."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -8,7 +8,6 @@ from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import SubConfigSpec
 
 from ...layers.config_checks import CheckedConfigMixin, checked_config, non_negative, pixel_size, positive
-from ...layers.token_budget import TokenBudgetMixin, budget_argument_of
 from ...utils.validation import to_pair
 from ...utils.vision_configs import (
     base_feature_grid,
@@ -22,10 +21,11 @@ from ...utils.vision_configs import (
 )
 from .dynamic_tiling_s2_vision import dynamic_tile_grid
 from .tiling_s2_vision import TilePlan, check_num_tiles, check_scale_index, plan_tiles, scale_list
+from .token_budget_s2_vision import S2TokenBudgetMixin
 
 
 @checked_config
-class S2VisionConfig(CheckedConfigMixin, TokenBudgetMixin, BackboneConfigMixin, PreTrainedConfig):
+class S2VisionConfig(CheckedConfigMixin, S2TokenBudgetMixin, BackboneConfigMixin, PreTrainedConfig):
     """Configuration of S2: a vision model applied at several scales, its features concatenated on channels.
 
     Exactly one of `scales` and `img_sizes` is given. All sizes are in pixels, (height, width) or an int for both.
@@ -297,22 +297,6 @@ class S2VisionConfig(CheckedConfigMixin, TokenBudgetMixin, BackboneConfigMixin, 
         """The text that `parse_budget` reads as `budget`."""
         return "+".join("x".join(map(str, part)) if isinstance(part, list | tuple) else str(part) for part in budget)
 
-    def coarse_budget(self, options: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Arguments of the wrapped model for tiles outside of the budget; `None` where the first scale fills them.
-
-        Args:
-            options: the arguments of the call; a budget among them is what the cheaper one is cheaper than.
-        """
-        cheaper = getattr(self.vision_config, "cheaper_budget", None)
-        if cheaper is None or self.tile_fill == "first_scale":
-            return None
-        argument = budget_argument_of(self.vision_config)
-        return cheaper(self.tile_size, **{name: options[name] for name in (argument,) if name in options})
-
-    def coarse_grid(self, coarse: Mapping[str, Any]) -> tuple[int, int] | None:
-        """(rows, columns) of a tile's tokens at that budget; `None` where they are no grid."""
-        return self.vision_config.token_grid_for(self.tile_size, **coarse)
-
     def resolve_budget(self, **changes) -> dict[str, Any]:
         """The fields; `scales` end `img_sizes` and the other way round, as many of them as before.
 
@@ -325,7 +309,7 @@ class S2VisionConfig(CheckedConfigMixin, TokenBudgetMixin, BackboneConfigMixin, 
         for name, other in (("scales", "img_sizes"), ("img_sizes", "scales")):
             if name not in changes:
                 continue
-            if len(changes[name]) != self.num_scales:
+            if len(scale_list(changes[name], name)) != self.num_scales:
                 raise ValueError(
                     f"`{name}` must name {self.num_scales} scales, as many as the weights behind the features were "
                     f"made for, got {len(changes[name])}: another number of scales needs new weights."
@@ -355,14 +339,13 @@ class S2VisionConfig(CheckedConfigMixin, TokenBudgetMixin, BackboneConfigMixin, 
                 raise ValueError(f"`{name}` must be a list with one entry per scale, got {given!r}.")
         if scales is None and img_sizes is None:
             scales, img_sizes = self.scales, self.img_sizes
-        elif (scales is None) != (img_sizes is None) and len(
-            scales if img_sizes is None else img_sizes
-        ) != self.num_scales:
-            raise ValueError(
-                f"Give {self.num_scales} scales or sizes, as configured: got "
-                f"{list(scales if img_sizes is None else img_sizes)}. The output's width "
-                "depends on their number, and the weights behind it on that width."
-            )
+        elif (scales is None) != (img_sizes is None):
+            name, given = ("scales", scales) if img_sizes is None else ("img_sizes", img_sizes)
+            if len(scale_list(given, name)) != self.num_scales:
+                raise ValueError(
+                    f"Give {self.num_scales} `{name}`, as many as configured: got {list(given)}. The output's width "
+                    "depends on their number, and the weights behind it on that width."
+                )
         plan = self._static_plan(size, scales, img_sizes)
         return plan if not self.dynamic else self._dynamic_plan(size, plan)
 

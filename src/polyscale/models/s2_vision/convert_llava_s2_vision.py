@@ -210,7 +210,7 @@ def _check_supported(record: dict[str, Any], tower: S2VisionConfig) -> None:
 
 def _text_config(record: dict[str, Any], base: Path | None) -> LlamaConfig:
     if base is not None:
-        config = AutoConfig.from_pretrained(base)
+        config = AutoConfig.from_pretrained(base, trust_remote_code=False)
         if config.model_type != "llama":
             raise ValueError(f"`base` must be a Llama (LLaVA-1.5: Vicuna), got {config.model_type!r}.")
         return config
@@ -225,7 +225,7 @@ def _text_config(record: dict[str, Any], base: Path | None) -> LlamaConfig:
 
 
 def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
     if tokenizer.pad_token is None:
         tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
@@ -325,7 +325,7 @@ def load_llava_s2(
     record = read_json(source / "config.json")
     base = _base_folder(source, None if base is None else str(base), record)
     vision_name = str(vision_tower or record.get("mm_vision_tower"))
-    vision_config = AutoConfig.from_pretrained(vision_name)
+    vision_config = AutoConfig.from_pretrained(vision_name, trust_remote_code=False)
     vision_config = getattr(vision_config, "vision_config", None) or vision_config
     tower = s2_config(record, vision_config)
     _check_supported(record, tower)
@@ -380,7 +380,7 @@ def load_llava_s2(
 def _image_processor(vision_name: str):
     if Path(vision_name).is_dir() and not (Path(vision_name) / "preprocessor_config.json").is_file():
         return CLIPImageProcessor()
-    return AutoImageProcessor.from_pretrained(vision_name)
+    return AutoImageProcessor.from_pretrained(vision_name, trust_remote_code=False)
 
 
 __all__ = ["iterate_tensors", "load_llava_s2", "read_json", "s2_config"]

@@ -7,57 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import nn
+from safetensors.torch import save_file
 from transformers import AutoImageProcessor
 
+from ...llava.projector import PROJECTOR_FILE
 from .convert_llava_s2_vision import iterate_tensors, load_llava_s2, read_json, s2_config
 from .image_processing_s2_vision import S2ImageProcessor
 from .modeling_s2_vision import S2VisionWrapper
-
-
-PROJECTOR_FILE = "mm_projector.safetensors"
-
-
-def space_to_depth(tokens: torch.Tensor) -> torch.Tensor:
-    """A square grid of tokens (batch, rows * columns, width) -> each 2 x 2 of them as one, (batch, ..., 4 *
-    width); odd grids get zeros after them.
-    """
-    batch, count, width = tokens.shape
-    side = int(count**0.5)
-    if side * side != count:
-        raise ValueError(f"`tokens` must be a square grid, got {count} tokens.")
-    grid = tokens.reshape(batch, side, side, width)
-    if side % 2:
-        grid = nn.functional.pad(grid, (0, 0, 0, 1, 0, 1))
-    half = (side + 1) // 2
-    grid = grid.reshape(batch, half, 2, half, 2, width).permute(0, 1, 3, 2, 4, 5)
-    return grid.reshape(batch, half * half, 4 * width)
-
-
-class DownsampleProjector(nn.Module):
-    """VILA's projector "mlp_downsample": 2 x 2 tokens as one, LayerNorm, two linear layers. (batch, tokens,
-    width) -> (batch, tokens / 4, text width)
-    """
-
-    def __init__(self, vision_width: int, text_width: int):
-        super().__init__()
-        self.layernorm = nn.LayerNorm(4 * vision_width)
-        self.linear_1 = nn.Linear(4 * vision_width, text_width)
-        self.linear_2 = nn.Linear(text_width, text_width)
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        hidden = self.linear_1(self.layernorm(space_to_depth(features)))
-        return self.linear_2(nn.functional.gelu(hidden))
-
-    @classmethod
-    def from_folder(cls, folder: str | os.PathLike) -> "DownsampleProjector":
-        """The projector that `convert_s2_vision` wrote beside a VILA tower."""
-        tensors = load_file(Path(folder) / PROJECTOR_FILE)
-        text_width, width = tensors["linear_1.weight"].shape
-        projector = cls(width // 4, text_width).to(tensors["linear_1.weight"].dtype)
-        projector.load_state_dict(tensors)
-        return projector
 
 
 def _convert_vila(source: Path, out: Path) -> None:
@@ -96,7 +52,8 @@ def _convert_vila(source: Path, out: Path) -> None:
 
 
 def _save_image_processor(model: S2VisionWrapper, source: Path, out: Path, fit: str | None = None) -> None:
-    base = AutoImageProcessor.from_pretrained(source) if (source / "preprocessor_config.json").is_file() else None
+    has_processor = (source / "preprocessor_config.json").is_file()
+    base = AutoImageProcessor.from_pretrained(source, trust_remote_code=False) if has_processor else None
     S2ImageProcessor.for_config(model.config, base, fit).save_pretrained(out)
 
 
@@ -142,4 +99,4 @@ def convert_s2_vision(
     return None
 
 
-__all__ = ["DownsampleProjector", "convert_s2_vision", "space_to_depth"]
+__all__ = ["convert_s2_vision"]

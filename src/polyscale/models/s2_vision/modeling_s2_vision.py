@@ -111,13 +111,17 @@ class S2VisionPreTrainedModel(CheckedModelMixin, PreTrainedModel):
         Raises:
             ValueError: if the checkpoint lacks weights of the model, its pooler aside.
         """
-        config = AutoConfig.from_pretrained(pretrained_model_name_or_path)
+        # code that comes with a checkpoint runs only where `model_kwargs` says so
+        options = {"trust_remote_code": False, **(model_kwargs or {})}
+        config = AutoConfig.from_pretrained(
+            pretrained_model_name_or_path, trust_remote_code=options["trust_remote_code"]
+        )
         config = getattr(config, "vision_config", None) or config
         S2VisionConfig(
             vision_config=config, **kwargs
         )  # what is wrong with the arguments is said before anything is loaded
         vision_model, info = AutoModel.from_pretrained(
-            pretrained_model_name_or_path, config=config, output_loading_info=True, **(model_kwargs or {})
+            pretrained_model_name_or_path, config=config, output_loading_info=True, **options
         )
         missing = [key for key in info["missing_keys"] if not key.startswith(("pooler.", "head."))]
         if missing:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from ...utils.validation import check_choice
+from ...utils.validation import check_choice, check_int
 from .tiling_s2_vision import (
     TilePlan,
     area_resize,
@@ -242,14 +242,18 @@ def multiscale_forward(
     ```
     """
     check_choice("output_shape", output_shape, OUTPUT_SHAPES)
+    check_int("num_prefix_token", num_prefix_token)
+    check_choice("split_forward", split_forward, (True, False))
+    is_tensor = isinstance(input, torch.Tensor)
+    if not is_tensor or input.ndim != 4 or 0 in input.shape or not input.is_floating_point():
+        got = f"{tuple(input.shape)} of {input.dtype}" if is_tensor else f"a {type(input).__name__}"
+        raise ValueError(
+            "`input` must be floating-point images of shape (batch, channels, height, width), at least one, got "
+            f"{got}."
+        )
     if num_prefix_token < 0 or (output_shape == "bchw" and num_prefix_token):
         raise ValueError(
             f"`num_prefix_token` must be at least 0, and 0 with `output_shape='bchw'`, got {num_prefix_token}."
-        )
-    if input.ndim != 4 or input.shape[0] == 0 or not input.is_floating_point():
-        raise ValueError(
-            "`input` must be floating-point images of shape (batch, channels, height, width), at least one, got "
-            f"{tuple(input.shape)} of {input.dtype}."
         )
     check_chunks(tiles_per_forward)
     plan = plan_tiles(input.shape[-2:], scales, img_sizes, max_split_size, uneven)

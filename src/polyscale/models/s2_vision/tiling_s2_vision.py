@@ -12,7 +12,7 @@ from operator import index
 import torch
 import torch.nn.functional as F
 
-from ...utils.validation import check_choice, to_pair
+from ...utils.validation import MAX_SIDE, check_choice, check_int, to_pair
 
 
 UNEVEN = ("resize", "pad")
@@ -94,6 +94,8 @@ def scale_list(values: Sequence, name: str) -> list:
 def _scaled_size(input_size: Sequence[int], scale: float) -> tuple[int, int]:
     if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < math.inf:
         raise ValueError(f"`scales` must hold positive numbers, got {scale!r}.")
+    if max(input_size) * scale > MAX_SIDE:
+        raise ValueError(f"`scales` holds {scale!r}: {tuple(input_size)} pixels would be more than {MAX_SIDE} a side.")
     height, width = (int(side * scale) for side in input_size)
     if height < 1 or width < 1:
         raise ValueError(
@@ -259,10 +261,8 @@ def run_tiles(
 
 
 def check_chunks(tiles_per_forward: int | None) -> None:
-    if tiles_per_forward is not None and (isinstance(tiles_per_forward, bool) or tiles_per_forward < 1):
-        raise ValueError(
-            f"`tiles_per_forward` must be at least 1, or None for all at once, got {tiles_per_forward!r}."
-        )
+    if tiles_per_forward is not None:
+        check_int("tiles_per_forward", tiles_per_forward, 1)
 
 
 def check_num_tiles(num_tiles: int, total: int) -> None:
@@ -275,7 +275,7 @@ def check_num_tiles(num_tiles: int, total: int) -> None:
 
 
 def check_scale_index(resize_output_to_idx: int, num_scales: int) -> None:
-    if not -num_scales <= resize_output_to_idx < num_scales:
+    if not -num_scales <= check_int("resize_output_to_idx", resize_output_to_idx) < num_scales:
         raise ValueError(
             f"`resize_output_to_idx` must name one of the {num_scales} scales ({-num_scales} to "
             f"{num_scales - 1}), got "

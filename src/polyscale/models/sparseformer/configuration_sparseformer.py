@@ -249,8 +249,10 @@ class SparseFormerConfig(CheckedConfigMixin, TokenBudgetMixin, PreTrainedConfig)
             )
         for name in ("widths", "repeats"):
             values = lists[name]
-            if any(isinstance(value, bool) or not isinstance(value, int) or value < 1 for value in values):
-                raise ValueError(f"`{name}` must hold ints of at least 1, got {list(values)}.")
+            if any(
+                isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 1 << 16 for value in values
+            ):
+                raise ValueError(f"`{name}` must hold ints of at least 1 and at most {1 << 16}, got {list(values)}.")
         for index, operations in enumerate(self.operations):
             if not isinstance(operations, list | tuple) or not operations:
                 raise ValueError(
@@ -335,6 +337,14 @@ class SparseFormerConfig(CheckedConfigMixin, TokenBudgetMixin, PreTrainedConfig)
     def num_tokens_for(self, image_size: int | Sequence[int] | None = None) -> int:
         """How many tokens an image (or video) costs, CLS not counted: `num_tokens`, whatever its size."""
         return self.num_tokens
+
+    def gives_tokens_at(self, layer: int) -> bool:
+        """Whether `hidden_states[layer]` is as wide as the last layer's, CLS among it if there is one."""
+        if not super().gives_tokens_at(layer):
+            return False
+        after = layer % (self.num_hidden_layers + 1) - 1  # the layer whose output it is; -1: what goes into the first
+        has_cls = self.cls_token_layer is None or after >= self.cls_token_layer
+        return after >= 0 and self.widths[after] == self.hidden_size and has_cls
 
     @property
     def num_prefix_tokens(self) -> int:

@@ -304,13 +304,20 @@ def load_official(
     """Reads a checkpoint of showlab/sparseformer: `*_converted.pth`, raw v1 or raw bootstrapped, image or video.
 
     Args:
-        source: a file, a published name (downloaded), or a state dict.
-        config: what the model was made with, or the name of a preset; None for the published variant that fits.
-        allow_missing: our names of tensors that may be absent; they start anew.
-        allow_extra: names of tensors in the source that may be left out.
+        source (`str`, `os.PathLike` or `dict`): a file, a published name (downloaded), or a state dict.
+        config (`SparseFormerConfig` or `str`, *optional*): what the model was made with, or the name of a preset; the
+            published variant that fits when `None`.
+        allow_missing (`Sequence[str]`, *optional*, defaults to `()`): our names of tensors that may be absent; they
+            start anew.
+        allow_extra (`Sequence[str]`, *optional*, defaults to `()`): names of tensors in the source that may be left
+            out.
+
+    Returns:
+        `SparseFormerSource`.
 
     Raises:
         ValueError: if a tensor is missing, unknown or of another shape, or a file wants more than `weights_only`.
+        ConnectionError: if a published checkpoint cannot be downloaded.
     """
     if isinstance(source, dict):
         state_dict, label = unwrap_state_dict(source), "the checkpoint"
@@ -360,7 +367,8 @@ def convert_sparseformer(
     allow_missing: Sequence[str] = (),
     allow_extra: Sequence[str] = (),
 ) -> SparseFormerPreTrainedModel:
-    """Writes a checkpoint of showlab/sparseformer, model and image processor, into the folder `out`.
+    """Writes a checkpoint of showlab/sparseformer, model and image processor, into the folder `out`, and returns the
+    model.
 
     Arguments and errors: `load_official`.
     """

@@ -93,9 +93,13 @@ def inflate_sparseformer(
     """A video checkpoint from an image checkpoint.
 
     Args:
-        source: a checkpoint folder of a `sparseformer`, a file or published name of showlab/sparseformer, or a model.
-        replicates: copies of each token along time.
-        num_frames: frames that processors and pipelines sample.
+        source (`str`, `os.PathLike`, `SparseFormerPreTrainedModel` or `SparseFormerSource`): a checkpoint folder of a
+            `sparseformer`, a file or published name of showlab/sparseformer, or a model.
+        replicates (`int`, *optional*, defaults to 4): copies of each token along time.
+        num_frames (`int`, *optional*, defaults to 8): frames that processors and pipelines sample.
+
+    Returns:
+        `SparseFormerSource`.
 
     Raises:
         ValueError: if the source is no image SparseFormer.
@@ -117,7 +121,8 @@ def convert_sparseformer_video(
     replicates: int = 4,
     num_frames: int = 8,
 ) -> SparseFormerPreTrainedModel:
-    """Inflates an image checkpoint and writes the video model and its video processor into the folder `out`.
+    """Inflates an image checkpoint, writes the video model and its video processor into the folder `out`, and returns
+    the model.
 
     Arguments and errors: `inflate_sparseformer`.
     """

@@ -46,16 +46,18 @@ _OLD_NAMES = {r"^classifier\.": "head."}
 class SparseFormerModelOutput(BaseModelOutputWithPooling):
     """
     Args:
-        last_hidden_state: (batch, tokens, hidden), after the final LayerNorm; CLS, if any, first.
-        pooler_output: (batch, hidden), what a head reads.
-        hidden_states: on `output_hidden_states`: tokens in front of the first layer and after each layer.
-        attentions: on `output_attentions`: (batch, heads, tokens, tokens) of each attention, repeats one by one.
-        rois: (batch, RoI tokens, 4), (left, top, right, bottom) in [0, 1] (what lies outside is beyond the image);
-            of videos (..., 6), (left, top, start, right, bottom, end).
-        all_rois: on `output_all_rois`: `rois` after each layer.
-        sampling_points: on `output_sampling_points`: (batch, RoI tokens, points, 2 or 3), (x, y) or (x, y, time) in
-            [0, 1], of each sampling, repeats one by one.
-        sampling_rois: on `output_sampling_rois`: the RoIs that these points lie in.
+        last_hidden_state (`torch.Tensor` of shape `(batch, tokens, hidden)`): after the final LayerNorm; CLS, if any,
+            first. `None` with `pooled_only`.
+        pooler_output (`torch.Tensor` of shape `(batch, hidden)`): what a head reads.
+        hidden_states (`tuple`, on `output_hidden_states`): tokens in front of the first layer and after each layer.
+        attentions (`tuple`, on `output_attentions`): (batch, heads, tokens, tokens) of each attention, repeats one by
+            one.
+        rois (`torch.Tensor` of shape `(batch, RoI tokens, 4)`): (left, top, right, bottom) in [0, 1], beyond it what
+            lies outside of the image; of videos (..., 6), (left, top, start, right, bottom, end).
+        all_rois (`tuple`, on `output_all_rois`): `rois` after each layer.
+        sampling_points (`tuple`, on `output_sampling_points`): (batch, RoI tokens, points, 2 or 3), (x, y) or
+            (x, y, time) in [0, 1], of each sampling, repeats one by one.
+        sampling_rois (`tuple`, on `output_sampling_rois`): the RoIs that these points lie in.
     """
 
     rois: torch.Tensor | None = None

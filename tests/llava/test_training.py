@@ -18,7 +18,7 @@ QUESTION, ANSWERS = "USER: <image> what is this ? ASSISTANT:", ("the cat </s>", 
 
 
 class Conversations(Dataset):
-    """Two pictures with a question and an answer each; the loss counts the answer only."""
+    """Two images with a question and an answer each; the loss counts the answer only."""
 
     def __init__(self, processor):
         self.processor = processor
@@ -27,8 +27,8 @@ class Conversations(Dataset):
         return 8
 
     def __getitem__(self, index: int) -> dict:
-        picture, answer = make_photographs()[index % 2], ANSWERS[index % 2]
-        inputs = self.processor(images=picture, text=f"{QUESTION} {answer}", return_tensors="pt")
+        image, answer = make_photographs()[index % 2], ANSWERS[index % 2]
+        inputs = self.processor(images=image, text=f"{QUESTION} {answer}", return_tensors="pt")
         labels = inputs["input_ids"].clone()
         labels[:, : -len(answer.split())] = -100
         return {**{name: value[0] for name, value in inputs.items()}, "labels": labels[0]}

@@ -1,5 +1,7 @@
 """A tiny LLaVA with its processor, and tiny towers, for the tests of the tower swap."""
 
+import warnings
+
 import numpy as np
 import torch
 from PIL import Image
@@ -7,44 +9,33 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModel,
     CLIPImageProcessor,
     CLIPVisionConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextImageProcessor,
+    LlavaNextProcessor,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+    LlavaOnevisionImageProcessor,
+    LlavaOnevisionProcessor,
+    LlavaOnevisionVideoProcessor,
     LlavaProcessor,
     PreTrainedTokenizerFast,
+    SiglipVisionConfig,
+    VipLlavaConfig,
+    VipLlavaForConditionalGeneration,
 )
 
+from polyscale.llava import swap_vision_tower
 from polyscale.models.flexivit import FlexiViTConfig, FlexiViTModel
-from polyscale.models.quadtree_vit import (
-    QuadtreeViTConfig,
-    QuadtreeViTImageProcessor,
-    QuadtreeViTImageProcessorPil,
-    QuadtreeViTModel,
-)
-from polyscale.models.s2_vision import S2ImageProcessor, S2ImageProcessorPil, S2VisionConfig, S2VisionWrapper
-from polyscale.models.sparseformer import (
-    SparseFormerConfig,
-    SparseFormerImageProcessor,
-    SparseFormerImageProcessorPil,
-    SparseFormerModel,
-)
+from polyscale.models.quadtree_vit import QuadtreeViTConfig, QuadtreeViTModel
+from polyscale.models.s2_vision import S2VisionWrapper
+from polyscale.models.sparseformer import SparseFormerConfig, SparseFormerModel
 
-
-for _config, _model, _torchvision, _pil in (
-    (S2VisionConfig, S2VisionWrapper, S2ImageProcessor, S2ImageProcessorPil),
-    (QuadtreeViTConfig, QuadtreeViTModel, QuadtreeViTImageProcessor, QuadtreeViTImageProcessorPil),
-    (SparseFormerConfig, SparseFormerModel, SparseFormerImageProcessor, SparseFormerImageProcessorPil),
-):
-    AutoConfig.register(_config.model_type, _config, exist_ok=True)
-    AutoModel.register(_config, _model, exist_ok=True)
-    AutoImageProcessor.register(
-        _config, image_processor_classes={"torchvision": _torchvision, "pil": _pil}, exist_ok=True
-    )
 
 CLIP = {
     "hidden_size": 16,
@@ -96,7 +87,7 @@ def make_tokenizer(words=WORDS) -> PreTrainedTokenizerFast:
 
 def make_text_config(**fields) -> LlamaConfig:
     defaults = {
-        "vocab_size": len(WORDS),
+        "vocab_size": len(WORDS) + 1,
         "hidden_size": 24,
         "intermediate_size": 32,
         "num_hidden_layers": 2,
@@ -107,6 +98,64 @@ def make_text_config(**fields) -> LlamaConfig:
         "eos_token_id": 2,
     }
     return LlamaConfig(**{**defaults, **fields})
+
+
+PINPOINTS = [[32, 64], [64, 32], [64, 64]]
+
+
+def make_llava_next() -> tuple[LlavaNextForConditionalGeneration, LlavaNextProcessor]:
+    torch.manual_seed(0)
+    config = LlavaNextConfig(
+        vision_config=CLIPVisionConfig(**CLIP),
+        text_config=make_text_config(),
+        image_token_index=4,
+        image_grid_pinpoints=PINPOINTS,
+    )
+    image_processor = LlavaNextImageProcessor(
+        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, image_grid_pinpoints=PINPOINTS
+    )
+    processor = LlavaNextProcessor(
+        image_processor,
+        make_tokenizer(),
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=CHAT,
+    )
+    return LlavaNextForConditionalGeneration(config).eval(), processor
+
+
+def make_llava_onevision() -> tuple[LlavaOnevisionForConditionalGeneration, LlavaOnevisionProcessor]:
+    torch.manual_seed(0)
+    config = LlavaOnevisionConfig(
+        vision_config=SiglipVisionConfig(**CLIP, vision_use_head=False),
+        text_config=make_text_config(),
+        image_token_index=4,
+        video_token_index=15,
+        image_grid_pinpoints=PINPOINTS,
+    )
+    size = {"height": 32, "width": 32}
+    processor = LlavaOnevisionProcessor(
+        LlavaOnevisionImageProcessor(size=size, image_grid_pinpoints=PINPOINTS),
+        make_tokenizer([*WORDS, "<video>"]),
+        LlavaOnevisionVideoProcessor(size=size),
+        num_image_tokens=16,
+        vision_feature_select_strategy="full",
+        chat_template=CHAT,
+    )
+    return LlavaOnevisionForConditionalGeneration(config).eval(), processor
+
+
+def make_vipllava() -> tuple[VipLlavaForConditionalGeneration, LlavaProcessor]:
+    torch.manual_seed(0)
+    config = VipLlavaConfig(
+        vision_config=CLIPVisionConfig(**CLIP),
+        text_config=make_text_config(),
+        image_token_index=4,
+        vision_feature_layer=[-2, -1],
+    )
+    _, processor = make_llava()
+    return VipLlavaForConditionalGeneration(config).eval(), processor
 
 
 def make_llava(**fields) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
@@ -124,6 +173,17 @@ def make_llava(**fields) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]
         chat_template=CHAT,
     )
     return LlavaForConditionalGeneration(config).eval(), processor
+
+
+def swapped(name: str, host: str = "llava", **options):
+    """A model of a kind with a tiny tower in it, and its processor."""
+    model, processor = HOSTS[host]()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the projector, which is new
+        processor = swap_vision_tower(model, make_tower(name, model), processor, **options)
+    # A widened projector does not read the higher scales until it is trained.
+    torch.nn.init.normal_(model.model.multi_modal_projector.linear_1.weight, std=0.1)
+    return model, processor
 
 
 def _sparseformer(**fields) -> SparseFormerModel:
@@ -149,7 +209,14 @@ def _s2(llava, **fields) -> S2VisionWrapper:
     return S2VisionWrapper.from_vision_model(llava.model.vision_tower, scales=[1, 2], **fields)
 
 
-# name -> tower; tokens of a picture that reach the language model, None where they depend on it
+HOSTS = {
+    "llava": make_llava,
+    "llava_next": make_llava_next,
+    "llava_onevision": make_llava_onevision,
+    "vipllava": make_vipllava,
+}
+
+# name -> tower; tokens of an image that reach the language model, None where they depend on the image
 TOWERS = {
     "s2": (_s2, 16),
     "s2_dynamic": (lambda llava: _s2(llava, dynamic=True, max_tiles=6, resize_output_to_idx=-1), None),
@@ -161,7 +228,7 @@ TOWERS = {
         lambda _: FlexiViTModel(
             FlexiViTConfig(**ENCODER, image_size=48, base_patch_size=8, patch_size=13, num_register_tokens=2)
         ),
-        9 + 3,
+        9,
     ),
     "flexivit_no_cls": (
         lambda _: FlexiViTModel(
@@ -193,7 +260,7 @@ def make_tower(name: str, llava) -> torch.nn.Module:
 
 
 def make_photographs() -> list[Image.Image]:
-    """A wide and a high picture, calm on the left and busier to the right; the second calmer than the first."""
+    """A wide and a high image, calm on the left and busier to the right; the second calmer than the first."""
     generator = np.random.default_rng(0)
     photographs = []
     for height, width, strength in ((40, 90, 120), (90, 30, 40)):

@@ -20,9 +20,10 @@ from transformers import (
     SiglipVisionModel,
 )
 
+from polyscale.llava.projector import DownsampleProjector, space_to_depth
 from polyscale.models.s2_vision import S2VisionWrapper, multiscale_forward
 from polyscale.models.s2_vision.convert_llava_s2_vision import load_llava_s2
-from polyscale.models.s2_vision.convert_s2_vision import DownsampleProjector, convert_s2_vision, space_to_depth
+from polyscale.models.s2_vision.convert_s2_vision import convert_s2_vision
 
 from .llava_tiny import CLIP, make_photographs, make_text_config, make_tokenizer
 
@@ -122,17 +123,17 @@ def write_full(parts, sharded=True):
 
 
 def by_hand(language_model, clip, projector, pixel_values, before, after):
-    """Logits at the places of `after`: text, 16 picture tokens, text."""
+    """Logits at the places of `after`: text, 16 image tokens, text."""
 
     def features(tiles):
         return clip(tiles, output_hidden_states=True).hidden_states[-2][:, 1:]
 
     with torch.no_grad():
-        picture = multiscale_forward(features, pixel_values, img_sizes=[32, 64, 96], max_split_size=32)
-        hidden = torch.nn.functional.gelu(picture @ projector["0.weight"].T + projector["0.bias"])
-        picture = hidden @ projector["2.weight"].T + projector["2.bias"]
+        image = multiscale_forward(features, pixel_values, img_sizes=[32, 64, 96], max_split_size=32)
+        hidden = torch.nn.functional.gelu(image @ projector["0.weight"].T + projector["0.bias"])
+        image = hidden @ projector["2.weight"].T + projector["2.bias"]
         embed = language_model.get_input_embeddings()
-        embeddings = torch.cat([embed(before), picture, embed(after)], dim=1)
+        embeddings = torch.cat([embed(before), image, embed(after)], dim=1)
         return language_model(inputs_embeds=embeddings).logits[:, -after.shape[1] :]
 
 

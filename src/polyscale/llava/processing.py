@@ -1,0 +1,364 @@
+"""Processors of LLaVA models with a tower of this library: they count its tokens, at the budget of each call."""
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import (
+    CONFIG_MAPPING,
+    AutoProcessor,
+    LlavaNextProcessor,
+    LlavaOnevisionProcessor,
+    LlavaProcessor,
+)
+from transformers.image_utils import make_flat_list_of_images
+from transformers.processing_utils import MultiModalData, ProcessorMixin
+
+from ..layers.token_budget import TokenBudgetMixin
+from ..utils.processors import options_for_size, output_size
+from ..utils.validation import closest_name, to_pair
+from .packed import budget_row, read_budget_row
+
+
+class BudgetWordsMixin:
+    """Knows the budget words of the tower, and refuses words that neither the tower nor transformers knows.
+
+    Goes in front of a processor of transformers. `tower_config` is a dict: the config of the tower, as it is saved.
+    """
+
+    @property
+    def budget_config(self) -> TokenBudgetMixin:
+        """The config of the tower."""
+        settings = self.tower_config
+        return CONFIG_MAPPING[settings["model_type"]].from_dict(settings)
+
+    def _split_words(self, words: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Budget words, and the others.
+
+        Raises:
+            ValueError: for a word that nobody knows.
+        """
+        config = self.budget_config
+        budget = {name: value for name, value in words.items() if name in config.changeable_fields}
+        others = {name: value for name, value in words.items() if name not in budget}
+        known = self._words_of_transformers()
+        for name in others:
+            if name in known:
+                continue
+            if name in config.fixed_fields:
+                raise ValueError(
+                    f"`{name}` is no budget of a tower of type {config.model_type!r}: {config.fixed_fields[name]}."
+                )
+            nearest = closest_name(name, [*config.changeable_fields, *known])
+            hint = "" if nearest is None else f" Did you mean `{nearest}`?"
+            raise ValueError(
+                f"`{name}` is no argument of this processor.{hint} Budgets of its tower: "
+                f"{', '.join(config.changeable_fields)}."
+            )
+        return budget, others
+
+    def _words_of_transformers(self) -> set[str]:
+        """Every keyword argument that a processor of transformers, its tokenizer or its image processor takes."""
+        kinds = self.valid_processor_kwargs.__annotations__
+        words = {*kinds, "common_kwargs", "return_metadata", "tokenizer_init_kwargs"}
+        parts = [
+            *kinds.values(),
+            *(getattr(getattr(self, name), "valid_kwargs", None) for name in self.get_attributes()),
+        ]
+        for part in parts:
+            words |= set(getattr(part, "__annotations__", {}))
+        return words
+
+
+class FixedBudgetMixin(BudgetWordsMixin):
+    """A processor whose host reads the grid of tokens from its config, so that a call cannot change it."""
+
+    def __call__(self, images=None, text=None, videos=None, audio=None, **kwargs):
+        """Arguments: those of the processor of transformers.
+
+        Raises:
+            ValueError: for a budget, or an unknown word.
+        """
+        self._refuse_budgets(kwargs)
+        return super().__call__(images, text, videos, audio, **kwargs)
+
+    def _refuse_budgets(self, words: Mapping[str, Any]) -> None:
+        budget, _ = self._split_words(words)
+        if budget:
+            name = next(iter(budget))
+            raise ValueError(
+                f"`{name}` cannot be given to a call of this processor: {self.why_fixed}. Use "
+                f"`polyscale.set_token_budget(model, processor, {name}=...)`, which changes both sides."
+            )
+
+    def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs) -> MultiModalData:
+        self._refuse_budgets(kwargs)
+        return super()._get_num_multimodal_tokens(image_sizes=image_sizes, **kwargs)
+
+
+class BudgetLlavaProcessor(BudgetWordsMixin, LlavaProcessor):
+    """A `LlavaProcessor` that takes a token budget in each call; the tower follows by way of `image_sizes`.
+
+    Args:
+        image_processor: the tower's.
+        tokenizer: the model's.
+        patch_size (`int`, *optional*): pixels per token at the tower's own budget.
+        vision_feature_select_strategy (`str`, *optional*, defaults to `"full"`): as in the model's config.
+        chat_template (`str`, *optional*): the model's.
+        image_token (`str`, *optional*, defaults to `"<image>"`): the placeholder of a token.
+        num_additional_image_tokens (`int`, *optional*, defaults to 0): as in `LlavaProcessor`.
+        tower_config (`dict`, *optional*): the config of the tower.
+
+    Example:
+
+    ```python
+    >>> inputs = processor(images=photograph, text=prompt, num_tokens=100, return_tensors="pt")
+    >>> inputs = processor(images=[a, b], text=prompts, image_budgets=[{"num_tokens": 100}, {"num_tokens": 36}])
+    ```
+    """
+
+    _call_budget: tuple[dict[str, Any], Sequence[Mapping[str, Any]] | None] = ({}, None)
+
+    def __init__(
+        self,
+        image_processor=None,
+        tokenizer=None,
+        patch_size=None,
+        vision_feature_select_strategy="full",
+        chat_template=None,
+        image_token="<image>",
+        num_additional_image_tokens=0,
+        tower_config: dict | None = None,
+        **kwargs,
+    ):
+        self.tower_config = tower_config
+        super().__init__(
+            image_processor,
+            tokenizer,
+            patch_size=patch_size,
+            vision_feature_select_strategy=vision_feature_select_strategy,
+            chat_template=chat_template,
+            image_token=image_token,
+            num_additional_image_tokens=num_additional_image_tokens,
+            **kwargs,
+        )
+
+    def __call__(self, images=None, text=None, videos=None, audio=None, *, image_budgets=None, **kwargs):
+        """
+        Args:
+            images, text, videos, audio, kwargs: as in `LlavaProcessor`, and the budget words of the tower
+                (`num_tokens`, `patch_size`, `num_tiles`, ...) for all images.
+            image_budgets (`list[dict]`, *optional*): one dict of budget words for each image, over those for all.
+
+        Returns:
+            `BatchFeature`: as in `LlavaProcessor`, and `image_sizes` (images, numbers): tokens and budget of each
+                image, which the model takes as it takes `pixel_values`.
+
+        Raises:
+            ValueError: for an unknown word, an illegal budget, or images that would have different sizes.
+        """
+        budget, others = self._split_words(kwargs)
+        one_call = copy.copy(self)
+        one_call._call_budget = (budget, image_budgets)
+        return super(BudgetLlavaProcessor, one_call).__call__(images, text, videos, audio, **others)
+
+    def _budgets(self, count: int) -> list[TokenBudgetMixin]:
+        """The config of the tower at the budget of each image of this call."""
+        shared, for_each = self._call_budget
+        if for_each is not None and len(for_each) != count:
+            raise ValueError(
+                f"`image_budgets` must hold one dict of budget words for each of {count} images, got {len(for_each)}."
+            )
+        config = self.budget_config
+        known: dict[str, TokenBudgetMixin] = {}
+        configs = []
+        for own in for_each or [{}] * count:
+            words = {**shared, **self._split_words(own)[0]}
+            key = repr(sorted(words.items()))
+            if key not in known:
+                known[key] = config.with_budget(**words).hosted()[0] if words else config
+            configs.append(known[key])
+        return configs
+
+    def _image_options(self, config: TokenBudgetMixin) -> dict[str, Any]:
+        """Arguments of the image processor for a budget, where it is not the one that the processor was made for."""
+        options = {
+            name: value
+            for name, value in config.image_processor_fields().items()
+            if value != getattr(self.image_processor, name, None)
+        }
+        size = to_pair(config.image_size, "image_size")
+        if size != to_pair(self.budget_config.image_size, "image_size") and output_size(self.image_processor):
+            options |= options_for_size(self.image_processor, size)
+        return options
+
+    def _process_images(self, images, **kwargs):
+        configs = self._budgets(len(make_flat_list_of_images(self.image_processor.fetch_images(images))))
+        options = [self._image_options(config) for config in configs]
+        if any(other != options[0] for other in options):
+            raise ValueError(
+                f"The budgets of one batch need images of one size, these need {options}: give such images to calls "
+                "of their own."
+            )
+        processed = self.image_processor(images, **{**options[0], **kwargs})
+        pixel_values, sizes = processed["pixel_values"], processed.get("image_sizes")
+        rows: list = [None] * len(configs)
+        for config in {id(config): config for config in configs}.values():
+            places = [place for place, other in enumerate(configs) if other is config]
+            own_sizes = None if sizes is None else [sizes[place] for place in places]
+            counted = config.count_images([torch.as_tensor(pixel_values[place]) for place in places], own_sizes)
+            for place, budget in zip(places, counted, strict=True):
+                rows[place] = budget_row(*budget)
+        processed["image_sizes"] = rows
+        processed = type(processed)(dict(processed), tensor_type=kwargs.get("return_tensors"))
+        return processed, [self.image_token * read_budget_row(row)[0] for row in rows]
+
+    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
+        row = [int(number) for number in image_inputs["image_sizes"][image_idx]]
+        return self.image_token * read_budget_row(row)[0]
+
+    def _get_num_multimodal_tokens(
+        self, image_sizes: Sequence[Sequence[int]] | None = None, **kwargs
+    ) -> MultiModalData:
+        """Tokens of images of (height, width) pixels: exact where all images cost the same, else the most that any
+        image can cost. A server that plans its memory with it never has too little.
+        """
+        if image_sizes is None:
+            return MultiModalData()
+        budget, _ = self._split_words(kwargs)
+        config = self.budget_config
+        if budget:
+            config = config.with_budget(**budget).hosted()[0]
+        count = len(image_sizes)
+        return MultiModalData(num_image_tokens=[config.max_num_tokens_for()] * count, num_image_patches=[1] * count)
+
+
+class BudgetVipLlavaProcessor(FixedBudgetMixin, LlavaProcessor):
+    """The processor of a VipLLaVA model with a tower of this library. Arguments: `BudgetLlavaProcessor`."""
+
+    why_fixed = "a VipLLaVA model passes nothing but the images to its tower"
+
+    def __init__(
+        self,
+        image_processor=None,
+        tokenizer=None,
+        patch_size=None,
+        vision_feature_select_strategy="full",
+        chat_template=None,
+        image_token="<image>",
+        num_additional_image_tokens=0,
+        tower_config: dict | None = None,
+        **kwargs,
+    ):
+        self.tower_config = tower_config
+        super().__init__(
+            image_processor,
+            tokenizer,
+            patch_size=patch_size,
+            vision_feature_select_strategy=vision_feature_select_strategy,
+            chat_template=chat_template,
+            image_token=image_token,
+            num_additional_image_tokens=num_additional_image_tokens,
+            **kwargs,
+        )
+
+
+class BudgetLlavaNextProcessor(FixedBudgetMixin, LlavaNextProcessor):
+    """The processor of a LLaVA-NeXT model with a tower of this library. Arguments: `BudgetLlavaProcessor`."""
+
+    why_fixed = (
+        "a LLaVA-NeXT model keeps `image_sizes` for the sizes of whole images, and takes the grid of its tokens from "
+        "its config"
+    )
+
+    def __init__(
+        self,
+        image_processor=None,
+        tokenizer=None,
+        patch_size=None,
+        vision_feature_select_strategy="full",
+        chat_template=None,
+        image_token="<image>",
+        num_additional_image_tokens=0,
+        tower_config: dict | None = None,
+        **kwargs,
+    ):
+        self.tower_config = tower_config
+        super().__init__(
+            image_processor,
+            tokenizer,
+            patch_size=patch_size,
+            vision_feature_select_strategy=vision_feature_select_strategy,
+            chat_template=chat_template,
+            image_token=image_token,
+            num_additional_image_tokens=num_additional_image_tokens,
+            **kwargs,
+        )
+
+
+class BudgetLlavaOnevisionProcessor(FixedBudgetMixin, LlavaOnevisionProcessor):
+    """The processor of a LLaVA-OneVision model with a tower of this library.
+
+    Args:
+        num_image_tokens (`int`, *optional*): tokens of one tile.
+        tower_config (`dict`, *optional*): the config of the tower.
+        The others: those of `LlavaOnevisionProcessor`.
+    """
+
+    why_fixed = (
+        "a LLaVA-OneVision model keeps `image_sizes` for the sizes of whole images, and takes the grid of its tokens "
+        "from its config"
+    )
+
+    def __init__(
+        self,
+        image_processor=None,
+        tokenizer=None,
+        video_processor=None,
+        num_image_tokens=None,
+        vision_feature_select_strategy=None,
+        chat_template=None,
+        image_token="<image>",
+        video_token="<video>",
+        vision_aspect_ratio="anyres_max_9",
+        tower_config: dict | None = None,
+        **kwargs,
+    ):
+        self.tower_config = tower_config
+        super().__init__(
+            image_processor,
+            tokenizer,
+            video_processor,
+            num_image_tokens=num_image_tokens,
+            vision_feature_select_strategy=vision_feature_select_strategy,
+            chat_template=chat_template,
+            image_token=image_token,
+            video_token=video_token,
+            vision_aspect_ratio=vision_aspect_ratio,
+            **kwargs,
+        )
+
+
+def is_budget_processor(processor: ProcessorMixin) -> bool:
+    """Whether a processor knows the budgets of a tower of this library."""
+    return isinstance(processor, BudgetWordsMixin)
+
+
+for _processor in (
+    BudgetLlavaProcessor,
+    BudgetLlavaNextProcessor,
+    BudgetLlavaOnevisionProcessor,
+    BudgetVipLlavaProcessor,
+):
+    # A saved processor is found by its name: the key is never looked up.
+    AutoProcessor.register(_processor, _processor, exist_ok=True)
+
+
+__all__ = [
+    "BudgetLlavaNextProcessor",
+    "BudgetLlavaOnevisionProcessor",
+    "BudgetLlavaProcessor",
+    "BudgetVipLlavaProcessor",
+    "is_budget_processor",
+]

@@ -1,0 +1,71 @@
+"""Every tower in every kind of LLaVA model, asked what a server asks."""
+
+from importlib.metadata import entry_points
+
+import pytest
+from transformers import CLIPVisionConfig, CLIPVisionModel
+
+from polyscale.llava import set_token_budget
+from polyscale.serving import check_servable
+
+from ..llava.llava_tiny import CLIP, HOSTS, TOWERS, swapped
+
+
+GRIDS = ("s2", "flexivit", "flexivit_no_cls", "flexivit_registers")
+VARYING = ("s2_dynamic", "quadtree_threshold")
+PAIRS = [("llava", name) for name in TOWERS]
+PAIRS += [("vipllava", name) for name in TOWERS if name not in VARYING]
+PAIRS += [(host, name) for host in ("llava_next", "llava_onevision") for name in GRIDS]
+
+
+@pytest.mark.parametrize(("host", "name"), PAIRS)
+def test_every_tower_in_every_host(host, name):
+    report = check_servable(*swapped(name, host))
+    assert report.passed, str(report)
+    assert len(report.checks) == 11
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_a_model_as_it_comes(host):
+    report = check_servable(*HOSTS[host]())
+    assert report, str(report)
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "most"),
+    [("quadtree_threshold", {}, 64), ("s2_dynamic", {}, 6 * 16), ("flexivit", {"num_tokens": 9}, 9)],
+)
+def test_bounds(name, words, most):
+    model, processor = swapped(name)
+    if words:
+        set_token_budget(model, processor, **words)
+    for size in ([10_000, 10_000], [40, 90], [1, 1]):
+        assert processor._get_num_multimodal_tokens(image_sizes=[size])["num_image_tokens"] == [most]
+
+
+def test_what_a_server_could_not_use_is_said():
+    model, processor = swapped("flexivit")
+    _, other = swapped("quadtree")
+    report = check_servable(model, other)
+    assert not report
+    assert "FAIL" in str(report)
+    failed = [check.question for check in report.checks if not check.passed]
+    assert "features and placeholders of a batch match" in failed
+    assert check_servable(model, processor)
+
+
+def test_another_model_is_refused():
+    with pytest.raises(ValueError, match="must be one of LlavaForConditionalGeneration"):
+        check_servable(CLIPVisionModel(CLIPVisionConfig(**CLIP)), None)
+
+
+def test_the_plugin_is_declared():
+    found = [point for point in entry_points(group="vllm.general_plugins") if point.name == "polyscale"]
+    if not found:  # an installation made before the entry point was added
+        import tomllib
+        from pathlib import Path
+
+        project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+        assert project["entry-points"]["vllm.general_plugins"] == {"polyscale": "polyscale.serving:register"}
+    for point in found:
+        assert point.load()() is None
