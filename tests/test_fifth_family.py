@@ -278,7 +278,7 @@ def test_its_drawings_are_used(checkpoint, image):
 
 
 def test_the_budget_of_a_llava_with_it_changes(checkpoint, image):
-    make_llava = import_module(f"{__package__}.llava_tiny").make_llava
+    make_llava = import_module(f"{__package__}.llava.llava_tiny").make_llava
     llava, processor = make_llava()
     processor = tool("llava.swap_vision_tower")(llava, AutoModel.from_pretrained(checkpoint), processor)
     assert type(processor.image_processor) is ThinViTImageProcessor
