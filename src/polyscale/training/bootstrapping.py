@@ -15,7 +15,6 @@ from ..models.sparseformer.configuration_sparseformer import SparseFormerConfig,
 from ..models.sparseformer.convert_sparseformer_vit import ViTLoadingReport, load_vit_weights
 from ..models.sparseformer.modeling_sparseformer import SparseFormerModel
 from ..utils.validation import to_pair
-from .reading import load_whole
 from .recipe import TrainingRecipe
 from .trainer import BudgetTrainer, images_for_teacher
 
