@@ -13,7 +13,7 @@ class FlexiViTImageProcessor(FiniteImagesMixin, TorchvisionBackend):
     bicubic, mean and standard deviation 0.5. Any `size` and `crop_size` work: the model takes every height and width.
 
     Raises:
-        ValueError: for pictures with NaN or infinite values.
+        ValueError: for images with NaN or infinite values.
     """
 
     resample = PILImageResampling.BICUBIC
