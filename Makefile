@@ -16,7 +16,13 @@ LOWEST_PYTEST := $(SETTINGS) $(LOWEST)/bin/python -m pytest -n 2 --dist loadgrou
 # Slow, but not the same for every version of what they use.
 LOWEST_SLOW := $(addprefix tests/matrix/test_,save_load.py export.py training.py) tests/test_llava_swap.py
 
-.PHONY: demo test test-fast test-lowest soak quality benchmark docs
+# Fifteen times the cases of the normal run are more than 10,000.
+FUZZ ?= 15
+ifndef FUZZ_SEED
+FUZZ_SEED := $(shell $(PYTHON) -c 'import random; print(random.randrange(2**32))')
+endif
+
+.PHONY: demo test test-fast test-lowest soak fuzz quality benchmark docs
 
 # Classify the sample photographs with the bundled checkpoint at each patch size.
 demo: $(VENV)/.installed
@@ -38,6 +44,11 @@ test-fast: $(VENV)/.installed-dev
 test-lowest: $(LOWEST)/.installed
 	$(LOWEST_PYTEST) -m "not slow"
 	$(LOWEST_PYTEST) -m slow $(LOWEST_SLOW)
+
+# Random and hostile input to everything public, from a seed that is printed.
+fuzz: $(VENV)/.installed-dev
+	@echo "The same cases again: make fuzz FUZZ=$(FUZZ) FUZZ_SEED=$(FUZZ_SEED)"
+	POLYSCALE_FUZZ=$(FUZZ) $(PYTEST) tests/fuzz --hypothesis-seed=$(FUZZ_SEED)
 
 # Lint and format, with the pinned ruff.
 quality: $(VENV)/.installed-ruff

@@ -40,6 +40,11 @@ _NAMES_OF_TRANSFORMERS = {
     *("transformers_weights", "use_cache", "out_features", "out_indices", "stage_names"),
     *("base_model_tp_plan", "base_model_fsdp_plan", "base_model_pp_plan", "base_model_ep_plan"),
 }
+# What transformers' common test suite and its tools also assign, to any config, whether it has such a field or not.
+_ASSIGNED_NAMES = {
+    *("batch_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon", "post_norm_eps", "rms_norm_eps"),
+    *("sliding_window", "vocab_size", "base_model_name_or_path"),
+}
 # These (and the field `transformers_version`) are in dictionaries that `to_dict` writes, not in what a user types.
 _MARKS_OF_A_FILE = ("model_type", "_name_or_path")
 _MOST = 1 << 20  # of anything that is counted: more is a slip, or an attempt to fill the memory
@@ -147,7 +152,7 @@ class CheckedConfigMixin:
         self.__dict__.update({name: value for name, value in kept.items() if not hasattr(type(self), name)})
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if not self._takes(name):
+        if not self._takes(name) and name not in _ASSIGNED_NAMES and not name.endswith("_token_id"):
             raise self._name_error(name)
         if not _is_finite(value):
             raise ConfigError(f"`{name}` must be finite, got {value!r}.")
