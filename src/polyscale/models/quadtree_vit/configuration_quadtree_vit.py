@@ -172,6 +172,11 @@ class QuadtreeViTConfig(EncoderConfig):
             )
 
     @property
+    def patch_size(self) -> int:
+        """Pixels per place of the dense feature maps along a side, for heads that ask for it: `min_patch_size`."""
+        return self.min_patch_size
+
+    @property
     def num_levels(self) -> int:
         """Number of patch sizes."""
         return count_levels(self.min_patch_size, self.max_patch_size)
