@@ -51,6 +51,8 @@ _ASSIGNED_NAMES = {
 # These (and the field `transformers_version`) are in dictionaries that `to_dict` writes, not in what a user types.
 _MARKS_OF_A_FILE = ("model_type", "_name_or_path")
 _MOST = 1 << 20  # of anything that is counted: more is a slip, or an attempt to fill the memory
+# What a field may hold; transformers does not check the fields that it declares itself.
+_PLAIN = (type(None), bool, int, float, str, list, tuple, dict, PreTrainedConfig, torch.dtype)
 _WORDS = {int: "an int", float: "a number", bool: "True or False", str: "a string", type(None): "None"}
 
 
@@ -93,7 +95,8 @@ def checked_config(cls: type) -> type:
     @wraps(strict_setattr)
     def __setattr__(self, name: str, value: Any) -> None:
         name = type(self).attribute_map.get(name, name)
-        if isinstance(value, bytes | np.ndarray | torch.Tensor):
+        is_field = any(name == entry.name for entry in fields(self))
+        if isinstance(value, bytes | np.ndarray | torch.Tensor) or (is_field and not isinstance(value, _PLAIN)):
             raise ConfigError(f"`{name}` must be a plain value, which JSON can hold, got a {type(value).__name__}.")
         try:
             strict_setattr(self, name, value)
