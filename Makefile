@@ -6,6 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO_PICTURE := outputs/demo.png
 RUFF := $(shell sed -n 's/.*"\(ruff==[^"]*\)".*/\1/p' pyproject.toml)
+DOCS := $(shell sed -n 's/^docs = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d ,)
 SETTINGS := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 PYTEST := $(SETTINGS) $(BIN)/python -m pytest -n 2 --dist loadgroup
 LOWEST := .venv-lowest
@@ -15,7 +16,7 @@ LOWEST_PYTEST := $(SETTINGS) $(LOWEST)/bin/python -m pytest -n 2 --dist loadgrou
 # Slow, but not the same for every version of what they use.
 LOWEST_SLOW := $(addprefix tests/matrix/test_,save_load.py export.py training.py) tests/test_llava_swap.py
 
-.PHONY: demo test test-fast test-lowest soak quality benchmark
+.PHONY: demo test test-fast test-lowest soak quality benchmark docs
 
 # Classify the sample photographs with the bundled checkpoint at each patch size.
 demo: $(VENV)/.installed
@@ -43,6 +44,10 @@ quality: $(VENV)/.installed-ruff
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 
+# The documentation site, into site/. A broken link fails.
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 # Speed against timm and transformers, side by side.
 benchmark: $(VENV)/.installed-dev
 	for family in flexivit quadtree_vit sparseformer s2_vision; do \
@@ -69,4 +74,9 @@ $(LOWEST)/.installed: pyproject.toml tests/lowest.py
 	$(LOWEST_PYTHON) -m venv $(LOWEST)
 	$(LOWEST)/bin/python tests/lowest.py > $(LOWEST)/constraints.txt
 	$(LOWEST)/bin/python -m pip install --constraint $(LOWEST)/constraints.txt --editable '.[dev]'
+	touch $@
+
+# The site reads the sources without importing them, so it needs nothing that a model needs.
+$(VENV)/.installed-docs: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install $(DOCS)
 	touch $@

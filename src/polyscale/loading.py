@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.image_processing_utils import BaseImageProcessor
+from transformers.utils import logging
 
 from .checkpoints import available_checkpoints, resolve_checkpoint
 from .models.auto import family_of
@@ -109,6 +110,17 @@ def _missing(argument: str, source: str, reason: object) -> MissingCheckpointErr
 
 
 @contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Leaves out the table of tensors that do not fit, which transformers prints: here they are looked at."""
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+
+
+@contextmanager
 def reading(argument: str, source: str | os.PathLike) -> Iterator[None]:
     """Turns what goes wrong while a checkpoint is read into a `ValueError` that names it."""
     source = os.fspath(source)
@@ -161,7 +173,7 @@ def load_checkpoint(
         MissingCheckpointError: if there is no such checkpoint.
     """
     source = checkpoint_source(source, argument)
-    with reading(argument, source):
+    with reading(argument, source), quiet_loading():
         model, info = auto_class.from_pretrained(
             source, output_loading_info=True, trust_remote_code=trust_remote_code, **config_options
         )
@@ -291,5 +303,6 @@ __all__ = [
     "load_config",
     "load_image_processor",
     "pick_device",
+    "quiet_loading",
     "reading",
 ]

@@ -11,6 +11,7 @@ from functools import wraps
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
+import numpy as np
 import torch
 from huggingface_hub.dataclasses import strict, validated_field
 from huggingface_hub.errors import (
@@ -84,6 +85,8 @@ def checked_config(cls: type) -> type:
     @wraps(strict_setattr)
     def __setattr__(self, name: str, value: Any) -> None:
         name = type(self).attribute_map.get(name, name)
+        if isinstance(value, np.ndarray | torch.Tensor):
+            raise ConfigError(f"`{name}` must be a plain value, which JSON can hold, got a {type(value).__name__}.")
         try:
             strict_setattr(self, name, value)
         except ConfigError:
@@ -94,7 +97,14 @@ def checked_config(cls: type) -> type:
     @wraps(strict_init)
     def __init__(self, *args, **kwargs) -> None:
         new_names = type(self).attribute_map
-        strict_init(self, *args, **{new_names.get(name, name): value for name, value in kwargs.items()})
+        old_names = {new: old for old, new in new_names.items() if old in kwargs}
+        try:
+            strict_init(self, *args, **{new_names.get(name, name): value for name, value in kwargs.items()})
+        except ConfigError as error:
+            message = str(error)
+            for new, old in old_names.items():
+                message = message.replace(f"`{new}`", f"`{new}` (`{old}`)")
+            raise ConfigError(message) from error.__cause__
 
     @wraps(strict_validate)
     def validate(self) -> None:
@@ -252,6 +262,8 @@ def at_least(minimum: int, default: int | None, reason: str | None = None) -> An
     """A field for numbers of at least `minimum`; the error names the reason, if there is one to name."""
 
     def check(value: Any) -> None:
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"must be finite, got {value!r}.")
         if value is not None and value < minimum:
             raise ValueError(f"must be at least {minimum}, got {value!r}{'' if reason is None else f': {reason}'}.")
         if value is not None and value > _MOST:

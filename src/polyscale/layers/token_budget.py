@@ -37,6 +37,16 @@ class TokenBudgetMixin:
         """Values of the budget argument to try when a user names none; `[None]` where there is no such argument."""
         return [None if self.budget_argument is None else getattr(self, self.budget_argument)]
 
+    def budget_ladder(self) -> list:
+        """Values of the budget argument from few tokens to many, for a user who looks around: the default ones.
+
+        A family overrides it where other budgets need no training of their own.
+        """
+        budgets = self.default_budgets()
+        if budgets == [None]:
+            return budgets
+        return sorted(budgets, key=lambda budget: self.max_num_tokens_for(**{self.budget_argument: budget}))
+
     def budget_for_share(self, image_size: int | Sequence[int] | None, share: float) -> Any:
         """The budget whose tokens are nearest to a share of the full budget, which costs the most that makes sense.
 
@@ -195,6 +205,11 @@ def budget_argument_of(config: PreTrainedConfig) -> str | None:
 def default_budgets_of(config: PreTrainedConfig) -> list:
     """The budgets to try on a model when none are given; `[None]` for a model without any."""
     return config.default_budgets() if isinstance(config, TokenBudgetMixin) else [None]
+
+
+def budget_ladder_of(config: PreTrainedConfig) -> list:
+    """The budgets of a model from few tokens to many; `[None]` for a model without any."""
+    return config.budget_ladder() if isinstance(config, TokenBudgetMixin) else [None]
 
 
 def budget_kwargs(config: PreTrainedConfig, budget: Any) -> dict[str, Any]:
@@ -362,6 +377,7 @@ __all__ = [
     "add_budget_words",
     "budget_argument_of",
     "budget_kwargs",
+    "budget_ladder_of",
     "choose_budgets",
     "count_tokens",
     "default_budgets_of",
