@@ -46,8 +46,9 @@ def reporting(command: str) -> Iterator[None]:
         yield
     except (typer.Exit, typer.Abort):
         raise
-    except KeyboardInterrupt as error:
-        raise fail(command, "interrupted; nothing was written.", INTERRUPTED) from error
+    except KeyboardInterrupt as error:  # a stopped training says how to go on
+        told = str(error) or "interrupted; nothing was written."
+        raise fail(command, told, getattr(error, "exit_code", INTERRUPTED)) from error
     except Exception as error:
         if os.environ.get("POLYSCALE_TRACEBACK") == "1" or type(error).__module__.startswith(("click", "typer")):
             raise
