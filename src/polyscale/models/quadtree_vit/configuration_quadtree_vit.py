@@ -249,6 +249,10 @@ class QuadtreeViTConfig(EncoderConfig):
     def image_processor_fields(self) -> dict[str, Any]:
         return {"max_patch_size": self.max_patch_size}
 
+    def budget_code(self, image_size: tuple[int, int]) -> tuple[int, ...]:
+        """None: the number of tokens says it all."""
+        return ()
+
     def budget_from_code(self, code: Sequence[int], num_tokens: int) -> dict[str, Any]:
         """The count decides, not the threshold: scores in half precision may differ from those that were counted."""
         return {"num_tokens": num_tokens}
