@@ -62,7 +62,7 @@ def reporting(command: str) -> Iterator[None]:
         yield
     except (typer.Exit, typer.Abort, BrokenPipeError):  # nobody reads a closed pipe
         raise
-    except KeyboardInterrupt as error:
+    except KeyboardInterrupt as error:  # a stopped training says how to go on
         told = str(error) or "interrupted; nothing was written."
         raise fail(command, told, getattr(error, "exit_code", INTERRUPTED)) from error
     except Exception as error:
