@@ -281,7 +281,8 @@ class QuadtreeViTConfig(EncoderConfig):
 
     def _pixel_scorer(self) -> "PatchScorer":
         """The scorer of a config with a threshold, if pixels are all it needs."""
-        from .scoring_quadtree_vit import PrecomputedPatchScorer, make_patch_scorer  # which imports this module
+        from .patch_scorers_quadtree_vit import make_patch_scorer  # which imports this module, as does the next
+        from .scoring_quadtree_vit import PrecomputedPatchScorer
 
         scorer = make_patch_scorer(self)
         needs_more = any(True for _ in scorer.parameters()) or getattr(scorer, "reads_embeddings", False)
