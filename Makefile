@@ -6,6 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO_PICTURE := outputs/demo.png
 RUFF := $(shell sed -n 's/.*"\(ruff==[^"]*\)".*/\1/p' pyproject.toml)
+DOCS := $(shell sed -n 's/^docs = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d ,)
 SETTINGS := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 PYTEST := $(SETTINGS) $(BIN)/python -m pytest -n 2 --dist loadgroup
 LOWEST := .venv-lowest
@@ -15,7 +16,13 @@ LOWEST_PYTEST := $(SETTINGS) $(LOWEST)/bin/python -m pytest -n 2 --dist loadgrou
 # Slow, but not the same for every version of what they use.
 LOWEST_SLOW := $(addprefix tests/matrix/test_,save_load.py export.py training.py) tests/test_llava_swap.py
 
-.PHONY: demo test test-fast test-lowest quality benchmark
+# Fifteen times the cases of the normal run are more than 10,000.
+FUZZ ?= 15
+ifndef FUZZ_SEED
+FUZZ_SEED := $(shell $(PYTHON) -c 'import random; print(random.randrange(2**32))')
+endif
+
+.PHONY: demo test test-fast test-lowest soak fuzz quality benchmark docs
 
 # Classify the sample photographs with the bundled checkpoint at each patch size.
 demo: $(VENV)/.installed
@@ -24,6 +31,10 @@ demo: $(VENV)/.installed
 # All tests.
 test: $(VENV)/.installed-dev
 	$(PYTEST)
+
+# A hundred kills of a training run, each of which must go on from its last whole checkpoint.
+soak: $(VENV)/.installed-dev
+	POLYSCALE_KILLS=100 $(SETTINGS) $(BIN)/python -m pytest tests/training/test_kills.py
 
 # Without the slow ones.
 test-fast: $(VENV)/.installed-dev
@@ -34,10 +45,19 @@ test-lowest: $(LOWEST)/.installed
 	$(LOWEST_PYTEST) -m "not slow"
 	$(LOWEST_PYTEST) -m slow $(LOWEST_SLOW)
 
+# Random and hostile input to everything public, from a seed that is printed.
+fuzz: $(VENV)/.installed-dev
+	@echo "The same cases again: make fuzz FUZZ=$(FUZZ) FUZZ_SEED=$(FUZZ_SEED)"
+	POLYSCALE_FUZZ=$(FUZZ) $(PYTEST) tests/fuzz --hypothesis-seed=$(FUZZ_SEED)
+
 # Lint and format, with the pinned ruff.
 quality: $(VENV)/.installed-ruff
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+
+# The documentation site, into site/. A broken link fails.
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # Speed against timm and transformers, side by side.
 benchmark: $(VENV)/.installed-dev
@@ -65,4 +85,9 @@ $(LOWEST)/.installed: pyproject.toml tests/lowest.py
 	$(LOWEST_PYTHON) -m venv $(LOWEST)
 	$(LOWEST)/bin/python tests/lowest.py > $(LOWEST)/constraints.txt
 	$(LOWEST)/bin/python -m pip install --constraint $(LOWEST)/constraints.txt --editable '.[dev]'
+	touch $@
+
+# The site reads the sources without importing them, so it needs nothing that a model needs.
+$(VENV)/.installed-docs: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install $(DOCS)
 	touch $@

@@ -1,21 +1,31 @@
-"""FlexiViT-B against timm: speed at every patch size, cost of a new patch size, peak memory.
+"""FlexiViT against timm: one image in half precision first, then every patch size, and what a new size costs.
 
     python benchmarks/flexivit.py [--rounds 5] [--threads 2] [--device cuda] [--processor-time] [--quick]
+        [--only small-batches resizing attention patch-sizes first-calls memory]
 
-The plain ViTs of timm have the same width, depth and heads, and the patch size built in.
+The plain ViTs of timm have the same width, depth and heads, and the patch size built in. Both sides run in one
+process, in turn; a ratio is the median of those within a round.
 """
+
+import argparse
+import sys
+from functools import partial
+from statistics import median
 
 import timm
 import torch
 from timing import compare, parse_arguments, peak_memory, report, run_fresh
 
-from polyscale import FlexiViTConfig, FlexiViTForImageClassification
+from polyscale import FlexiViTConfig, FlexiViTForImageClassification, pi_resize_patch_embed, resize_abs_pos_embed
+from polyscale.evaluation.speed import time_alternating
+from polyscale.layers.attention import measure_plain_attention_limit
 
 
 IMAGE_SIZE = 240
 BATCH_SIZE = 8
 PATCH_SIZES = (8, 10, 12, 15, 20, 24, 30, 40, 48)
 LABELS = 1000
+SECTIONS = ("small-batches", "resizing", "attention", "patch-sizes", "first-calls", "memory")
 
 
 def plain_vit(patch_size: int) -> torch.nn.Module:
@@ -24,10 +34,61 @@ def plain_vit(patch_size: int) -> torch.nn.Module:
     )
 
 
-def main() -> None:
-    arguments = parse_arguments("FlexiViT-B at 240 px, batch 8, against timm", rounds=5)
+def take_sections() -> list[str]:
+    """Takes `--only` from the command line, and leaves the rest to the options that all benchmarks share."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS)
+    known, sys.argv[1:] = parser.parse_known_args()
+    return known.only
+
+
+def small_batches(arguments: argparse.Namespace, settings: dict) -> None:
+    """Batch 1 and 8, bfloat16 and float32, a frozen budget too."""
+    goals = {(1, torch.bfloat16): 1.10, (1, torch.float32): 1.05, (8, torch.bfloat16): 1.10, (8, torch.float32): 1.0}
+    for size in ("small", "base"):
+        ours = FlexiViTForImageClassification(FlexiViTConfig.preset(f"flexivit_{size}", num_labels=LABELS)).eval()
+        theirs = timm.create_model(f"flexivit_{size}", num_classes=LABELS).eval()
+        for (batch, dtype), goal in goals.items():
+            place = {"device": arguments.device, "dtype": dtype}
+            for model in (ours, theirs):
+                model.to(**place)
+            pixels = torch.randn(batch, 3, IMAGE_SIZE, IMAGE_SIZE).to(**place)
+            title = f"FlexiViT-{size[0].upper()}, batch {batch}, {str(dtype).removeprefix('torch.')}"
+            run = partial(ours, pixels, patch_size=16)
+            compare(title, run, partial(theirs, pixels), goal=goal, **settings)
+            ours.freeze_budget(IMAGE_SIZE, 16)
+            compare(f"{title}, frozen", run, partial(theirs, pixels), goal=goal, **settings)
+            ours.unfreeze_budget()
+
+
+def resizing(arguments: argparse.Namespace, settings: dict) -> None:
+    """Kernel 32 -> 16 and positions 7 x 7 -> 15 x 15 of FlexiViT-B, apart from the model."""
+    synchronize = None if arguments.device == "cpu" else torch.cuda.synchronize
+    for dtype in (torch.bfloat16, torch.float32):
+        kernel = torch.randn(768, 3, 32, 32).to(arguments.device, dtype)
+        positions = torch.randn(1, 49, 768).to(arguments.device, dtype)
+        calls = {
+            "kernel": partial(pi_resize_patch_embed, kernel, 16, "bilinear", False),
+            "positions": partial(resize_abs_pos_embed, positions, 15, 7, 0, "bilinear"),
+        }
+        with torch.inference_mode():
+            seconds = time_alternating(calls, 10 * arguments.rounds, synchronize, arguments.clock)
+        parts = {name: 1000 * median(values) for name, values in seconds.items()}
+        print(", ".join(f"{name} {value:.3f} ms" for name, value in parts.items()), end="; ")
+        report(f"resizing in {str(dtype).removeprefix('torch.')}, ms", sum(parts.values()), at_most=0.9)
+
+
+def attention(arguments: argparse.Namespace, settings: dict) -> None:
+    """Up to how many tokens the formula beats torch's fused kernel on this CPU."""
+    for dtype in (torch.bfloat16, torch.float32):
+        for batch in (1, 64):
+            limit = measure_plain_attention_limit(batch_size=batch, dtype=dtype)
+            print(f"plain attention limit, batch {batch}, {dtype}: {limit} tokens")
+
+
+def patch_sizes(arguments: argparse.Namespace, settings: dict) -> None:
+    """FlexiViT-B at batch 8, every patch size."""
     place = {"device": arguments.device, "dtype": arguments.dtype}
-    settings = {"rounds": arguments.rounds, "device": arguments.device, "clock": arguments.clock}
     pixels = torch.randn(BATCH_SIZE, 3, IMAGE_SIZE, IMAGE_SIZE).to(**place)
     ours = FlexiViTForImageClassification(FlexiViTConfig.preset("flexivit_base", num_labels=LABELS)).eval().to(**place)
 
@@ -49,11 +110,17 @@ def main() -> None:
             **settings,
         )
 
+
+def first_calls(arguments: argparse.Namespace, settings: dict) -> None:
+    """What the first call at a patch size costs more than the next."""
     extra = run_fresh(_FIRST_CALLS.format(sizes=PATCH_SIZES, **globals()), arguments.threads)
-    print("\nembedding one picture, first call at a new patch size less the next (ms):")
+    print("\nembedding one image, first call at a new patch size less the next (ms):")
     print("  " + ", ".join(f"{size}: {value:.1f}" for size, value in zip(PATCH_SIZES, extra, strict=True)))
     report("the largest of them", max(extra), at_most=50)
 
+
+def memory(arguments: argparse.Namespace, settings: dict) -> None:
+    """Peak memory beside a plain ViT."""
     print(f"\npeak memory of a forward pass, batch {BATCH_SIZE}, float32, CPU, fresh processes (MiB):")
     for patch_size in (16, 32):
         mine, other = (
@@ -61,6 +128,15 @@ def main() -> None:
             for code in (_OUR_PASS, _THEIR_PASS)
         )
         report(f"patch {patch_size:<3} ours {mine:7.0f}   plain ViT {other:7.0f}   ratio", mine / other, at_most=1.05)
+
+
+def main() -> None:
+    sections = take_sections()
+    arguments = parse_arguments("FlexiViT at 240 px against timm", rounds=5)
+    settings = {"rounds": arguments.rounds, "device": arguments.device, "clock": arguments.clock}
+    for section in sections:
+        print(f"\n{section}")
+        globals()[section.replace("-", "_")](arguments, settings)
 
 
 _IMPORTS = """

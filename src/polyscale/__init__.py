@@ -1,4 +1,4 @@
-"""Vision models that let their user choose, at run time, how many visual tokens to spend on a picture.
+"""Vision models that let their user choose, at run time, how many visual tokens to spend on an image.
 
 Importing polyscale registers every family with the Auto classes of transformers:
 
@@ -66,11 +66,11 @@ from .models.sparseformer import (
 )
 
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Imported at first use: what they need is not needed by a model.
 _LAZY = {
-    "PatchSizeCallback": ".training.callbacks",
+    "PatchSizeCallback": ".models.flexivit.callbacks_flexivit",
     "bundled_checkpoint": ".checkpoints",
     "convert_checkpoint": ".conversion",
     "apply_token_merging": ".token_merging",

@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.image_processing_utils import BaseImageProcessor
+from transformers.utils import logging
 
 from .checkpoints import available_checkpoints, resolve_checkpoint
 from .models.auto import family_of
@@ -109,6 +110,17 @@ def _missing(argument: str, source: str, reason: object) -> MissingCheckpointErr
 
 
 @contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Leaves out the table of tensors that do not fit, which transformers prints: here they are looked at."""
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+
+
+@contextmanager
 def reading(argument: str, source: str | os.PathLike) -> Iterator[None]:
     """Turns what goes wrong while a checkpoint is read into a `ValueError` that names it."""
     source = os.fspath(source)
@@ -144,6 +156,7 @@ def load_checkpoint(
     *,
     trust_remote_code: bool = False,
     argument: str = "model",
+    unused: tuple[str, ...] = (),
     **config_options: Any,
 ) -> PreTrainedModel:
     """`auto_class.from_pretrained`, which fails where weights would be random, or left over.
@@ -154,6 +167,8 @@ def load_checkpoint(
         trust_remote_code (`bool`, *optional*, defaults to `False`): run code that the checkpoint brings; `False` never
             asks.
         argument (`str`, *optional*, defaults to `"model"`): what an error calls the checkpoint.
+        unused (`tuple[str, ...]`, *optional*): beginnings of the names of tensors that nobody reads, so that a
+            checkpoint may lack them.
         config_options: config fields to set, and other arguments of `from_pretrained`.
 
     Raises:
@@ -161,12 +176,13 @@ def load_checkpoint(
         MissingCheckpointError: if there is no such checkpoint.
     """
     source = checkpoint_source(source, argument)
-    with reading(argument, source):
+    with reading(argument, source), quiet_loading():
         model, info = auto_class.from_pretrained(
             source, output_loading_info=True, trust_remote_code=trust_remote_code, **config_options
         )
     kind = "image classifier" if auto_class is AutoModelForImageClassification else "model"
-    missing = sorted({*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])})
+    missing = {*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])}
+    missing = sorted(name for name in missing if not name.startswith(unused))
     if missing:
         raise ValueError(
             f"`{argument}` {source!r} holds no trained {kind}: {len(missing)} tensors are missing or have another "
@@ -291,5 +307,6 @@ __all__ = [
     "load_config",
     "load_image_processor",
     "pick_device",
+    "quiet_loading",
     "reading",
 ]

@@ -3,6 +3,9 @@
 Nothing here imports `polyscale` (and with it torch and transformers) before a command runs.
 """
 
+import re
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -11,7 +14,9 @@ from .arguments import ListGroup
 from .benchmark import benchmark
 from .classify import classify
 from .convert import convert, convert_patch_embed
+from .embed import embed
 from .evaluate import evaluate
+from .explore import explore
 from .printing import silence_torch
 from .show import show
 from .train import train
@@ -29,13 +34,10 @@ app = typer.Typer(
 
 
 def _print_version(wanted: bool) -> None:
+    """Reads the version where it is written: importing the package takes seconds."""
     if wanted:
-        from importlib.metadata import PackageNotFoundError, version
-
-        try:
-            number = version("polyscale")
-        except PackageNotFoundError:  # run from a source tree
-            from polyscale import __version__ as number
+        source = Path(find_spec("polyscale").origin).read_text(encoding="utf-8")
+        number = re.search(r'^__version__ = "(.+)"$', source, re.MULTILINE)[1]
         typer.echo(f"polyscale {number}")
         raise typer.Exit
 
@@ -49,7 +51,7 @@ def polyscale(
     """Vision models with an adjustable number of visual tokens."""
 
 
-for command in (train, evaluate, classify, show, benchmark, convert, convert_patch_embed):
+for command in (train, evaluate, classify, show, explore, benchmark, embed, convert, convert_patch_embed):
     app.command()(command)
 
 

@@ -26,11 +26,11 @@ def place(tmp_path_factory):
 
 
 @pytest.mark.parametrize("command", sorted(COMMANDS))
-@cases(10)
+@cases(5)
 @given(data=st.data())
 def test_commands(command, place, data, monkeypatch_module):
     options = [name for parameter in COMMANDS[command].params for name in parameter.opts if name.startswith("--")]
-    arguments = data.draw(st.lists(VALUES, max_size=3))
+    arguments = data.draw(st.lists(VALUES, min_size=1, max_size=3))
     for name in data.draw(st.lists(st.sampled_from(options), max_size=3, unique=True)):
         arguments += [name] if data.draw(st.booleans()) else [name, data.draw(VALUES)]
     # places that nobody has: nothing is read, trained or written

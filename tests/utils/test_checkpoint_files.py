@@ -202,6 +202,12 @@ def test_what_cannot_come_from_the_hub_is_said_at_once(tmp_path, monkeypatch):
         with pytest.raises(FileNotFoundError, match="no file or folder"):
             check_hub_name(path)
     monkeypatch.setattr("urllib.request.getproxies", dict)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+
+    def unreachable(*_, **__):
+        raise OSError("unreachable")
+
+    monkeypatch.setattr("socket.create_connection", unreachable)
     for name in ("nobody/nothing", "nothing"):
         with pytest.raises(ConnectionError, match="offline"):
             check_hub_name(name)

@@ -11,6 +11,7 @@ from functools import wraps
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
+import numpy as np
 import torch
 from huggingface_hub.dataclasses import strict, validated_field
 from huggingface_hub.errors import (
@@ -38,6 +39,11 @@ _NAMES_OF_TRANSFORMERS = {
     *("quantization_config", "pruned_heads", "task_specific_params", "tie_word_embeddings", "torchscript"),
     *("transformers_weights", "use_cache", "out_features", "out_indices", "stage_names"),
     *("base_model_tp_plan", "base_model_fsdp_plan", "base_model_pp_plan", "base_model_ep_plan"),
+}
+# What transformers' common test suite and its tools also assign, to any config, whether it has such a field or not.
+_ASSIGNED_NAMES = {
+    *("batch_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon", "post_norm_eps", "rms_norm_eps"),
+    *("sliding_window", "vocab_size", "base_model_name_or_path"),
 }
 # These (and the field `transformers_version`) are in dictionaries that `to_dict` writes, not in what a user types.
 _MARKS_OF_A_FILE = ("model_type", "_name_or_path")
@@ -84,6 +90,8 @@ def checked_config(cls: type) -> type:
     @wraps(strict_setattr)
     def __setattr__(self, name: str, value: Any) -> None:
         name = type(self).attribute_map.get(name, name)
+        if isinstance(value, np.ndarray | torch.Tensor):
+            raise ConfigError(f"`{name}` must be a plain value, which JSON can hold, got a {type(value).__name__}.")
         try:
             strict_setattr(self, name, value)
         except ConfigError:
@@ -94,7 +102,14 @@ def checked_config(cls: type) -> type:
     @wraps(strict_init)
     def __init__(self, *args, **kwargs) -> None:
         new_names = type(self).attribute_map
-        strict_init(self, *args, **{new_names.get(name, name): value for name, value in kwargs.items()})
+        old_names = {new: old for old, new in new_names.items() if old in kwargs}
+        try:
+            strict_init(self, *args, **{new_names.get(name, name): value for name, value in kwargs.items()})
+        except ConfigError as error:
+            message = str(error)
+            for new, old in old_names.items():
+                message = message.replace(f"`{new}`", f"`{new}` (`{old}`)")
+            raise ConfigError(message) from error.__cause__
 
     @wraps(strict_validate)
     def validate(self) -> None:
@@ -137,7 +152,7 @@ class CheckedConfigMixin:
         self.__dict__.update({name: value for name, value in kept.items() if not hasattr(type(self), name)})
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if not self._takes(name):
+        if not self._takes(name) and name not in _ASSIGNED_NAMES and not name.endswith("_token_id"):
             raise self._name_error(name)
         if not _is_finite(value):
             raise ConfigError(f"`{name}` must be finite, got {value!r}.")
@@ -252,6 +267,8 @@ def at_least(minimum: int, default: int | None, reason: str | None = None) -> An
     """A field for numbers of at least `minimum`; the error names the reason, if there is one to name."""
 
     def check(value: Any) -> None:
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"must be finite, got {value!r}.")
         if value is not None and value < minimum:
             raise ValueError(f"must be at least {minimum}, got {value!r}{'' if reason is None else f': {reason}'}.")
         if value is not None and value > _MOST:

@@ -1,6 +1,7 @@
 """How a token budget is asked of a model, whatever its family: a mixin of the configs, and functions on any config."""
 
 import copy
+import struct
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -36,6 +37,16 @@ class TokenBudgetMixin:
     def default_budgets(self) -> list:
         """Values of the budget argument to try when a user names none; `[None]` where there is no such argument."""
         return [None if self.budget_argument is None else getattr(self, self.budget_argument)]
+
+    def budget_ladder(self) -> list:
+        """Values of the budget argument from few tokens to many, for a user who looks around: the default ones.
+
+        A family overrides it where other budgets need no training of their own.
+        """
+        budgets = self.default_budgets()
+        if budgets == [None]:
+            return budgets
+        return sorted(budgets, key=lambda budget: self.max_num_tokens_for(**{self.budget_argument: budget}))
 
     def budget_for_share(self, image_size: int | Sequence[int] | None, share: float) -> Any:
         """The budget whose tokens are nearest to a share of the full budget, which costs the most that makes sense.
@@ -141,12 +152,20 @@ class TokenBudgetMixin:
         """The budget at which this config runs images of (height, width), as ints below 2 ** 20.
 
         A host carries them from the processor to the model. There are always as many of them, whatever the budget.
+        Here: the bits of the budget argument, where that is a number.
         """
-        return ()
+        value = None if self.budget_argument is None else getattr(self, self.budget_argument)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return ()
+        return struct.unpack("<4H", struct.pack("<d", value))
 
     def budget_from_code(self, code: Sequence[int], num_tokens: int) -> dict[str, Any]:
         """Arguments of `forward` for a `budget_code` and the number of tokens that was counted for the image."""
-        return {}
+        if self.budget_argument is None or len(code) != 4:
+            return {}
+        (value,) = struct.unpack("<d", struct.pack("<4H", *code))
+        is_int = isinstance(getattr(self, self.budget_argument), int)
+        return {self.budget_argument: int(value) if is_int else value}
 
     def count_images(
         self, pixel_values: Sequence[torch.Tensor], image_sizes: Sequence[Sequence[int]] | None = None
@@ -195,6 +214,11 @@ def budget_argument_of(config: PreTrainedConfig) -> str | None:
 def default_budgets_of(config: PreTrainedConfig) -> list:
     """The budgets to try on a model when none are given; `[None]` for a model without any."""
     return config.default_budgets() if isinstance(config, TokenBudgetMixin) else [None]
+
+
+def budget_ladder_of(config: PreTrainedConfig) -> list:
+    """The budgets of a model from few tokens to many; `[None]` for a model without any."""
+    return config.budget_ladder() if isinstance(config, TokenBudgetMixin) else [None]
 
 
 def budget_kwargs(config: PreTrainedConfig, budget: Any) -> dict[str, Any]:
@@ -362,6 +386,7 @@ __all__ = [
     "add_budget_words",
     "budget_argument_of",
     "budget_kwargs",
+    "budget_ladder_of",
     "choose_budgets",
     "count_tokens",
     "default_budgets_of",

@@ -34,8 +34,9 @@ def load_teacher(name_or_path: str, recipe: TrainingRecipe | None = None) -> Pre
     model = load_checkpoint(
         name_or_path,
         AutoModel,
-        trust_remote_code=bool(recipe and recipe.trust_remote_code),
+        trust_remote_code=recipe is not None and recipe.trust_remote_code,
         argument="bootstrap_from",
+        unused=("pooler.",),  # a ViT that was saved with its classifier has none, and `final_token` reads none
         dtype=torch.float32,
     )
     return getattr(model, "vision_model", model)

@@ -160,12 +160,11 @@ def check_hub_name(name: str, what: str = "source") -> None:
     """
     if not _HUB_NAME.fullmatch(name) or (name.count("/") == 1 and Path(name).parent.is_dir()):
         raise FileNotFoundError(f"There is no file or folder `{name}` (`{what}`).")
-    if isinstance(try_to_load_from_cache(name, "config.json"), str) or urllib.request.getproxies():
+    is_answered_at_once = constants.HF_HUB_OFFLINE or isinstance(try_to_load_from_cache(name, "config.json"), str)
+    if is_answered_at_once or urllib.request.getproxies():
         return
     host = urlsplit(constants.ENDPOINT)
     try:
-        if constants.HF_HUB_OFFLINE:
-            raise OSError("HF_HUB_OFFLINE is set")
         port = host.port or (80 if host.scheme == "http" else 443)
         socket.create_connection((host.hostname, port), timeout=_SECONDS_FOR_AN_ANSWER).close()
     except OSError as error:

@@ -34,9 +34,10 @@ def check_int(name: str, value: object, minimum: int | None = None) -> int:
 
 def check_number(name: str, value: object) -> None:
     """Raises ValueError naming `name` for anything but an int or a float that is not NaN."""
-    is_number = isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) and not isinstance(value, bool)
-    if not is_number or value != value:
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
         raise ValueError(f"`{name}` must be a number, got {value!r}.")
+    if value != value:
+        raise ValueError(f"`{name}` is NaN: expected a number.")
 
 
 def check_tensor(name: str, value: object, axes: tuple[str, ...], floating: bool = True) -> None:

@@ -46,9 +46,8 @@ def _check_model_args(model_args: Any, source: str) -> dict[str, Any]:
         raise ValueError(f"`model_args` of {source} must be a dict, got {model_args!r}.")
     for name, value in model_args.items():
         if name not in _ALLOWED_ARGS:
-            raise ValueError(
-                f"`model_args` of {source} names `{name}`; what it may name: {', '.join(sorted(_ALLOWED_ARGS))}."
-            )
+            known = ", ".join(sorted(_ALLOWED_ARGS))
+            raise ValueError(f"`model_args` of {source} may not name `{name}`, but only: {known}.")
         if not _is_plain(value):
             raise ValueError(f"`{name}` in `model_args` of {source} must be a number or a word, got {value!r}.")
     return dict(model_args)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from ...layers.config_checks import checked_config, pixel_size
 from ...layers.encoder_config import EncoderConfig
 from ...layers.token_budget import plain_size
-from ...utils.validation import to_pair
+from ...utils.validation import check_int, to_pair
 
 
 @checked_config
@@ -248,7 +248,7 @@ class FlexiViTConfig(EncoderConfig):
             ValueError: for a budget out of that range.
         """
         height, width = to_pair(self.image_size if image_size is None else image_size, "image_size")
-        if not 1 <= num_tokens <= height * width:
+        if not 1 <= check_int("num_tokens", num_tokens) <= height * width:
             raise ValueError(
                 f"`num_tokens` must be between 1 and {height * width} for an image of {(height, width)} pixels, "
                 f"got {num_tokens}."

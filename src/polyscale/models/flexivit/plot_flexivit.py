@@ -25,11 +25,11 @@ def draw_patch_grid(
     patch_size: int | Sequence[int],
     remainder: str = "crop",
 ) -> None:
-    """Draws a picture with the patches that a FlexiViT cuts it into; what it drops is dimmed.
+    """Draws an image with the patches that a FlexiViT cuts it into; what it drops is dimmed.
 
     Args:
         axis: where to draw.
-        image: the picture, at any resolution.
+        image: at any resolution.
         image_size: (height, width) of the model's input, in pixels.
         patch_size: in pixels of the model's input.
         remainder: the `remainder` of the model's config.
@@ -52,7 +52,7 @@ def draw_patch_grid(
 
 @torch.no_grad()
 def flexivit_features(model, pixel_values: torch.Tensor, patch_sizes: Sequence) -> list[np.ndarray]:
-    """The last features of one picture at several patch sizes: arrays (rows, columns, hidden)."""
+    """The last features of one image at several patch sizes: arrays (rows, columns, hidden)."""
     feature_maps = []
     for patch_size in patch_sizes:
         hidden_states = model.base_model(pixel_values, patch_size=patch_size).last_hidden_state
@@ -63,16 +63,16 @@ def flexivit_features(model, pixel_values: torch.Tensor, patch_sizes: Sequence) 
 
 
 def draw_flexivit(model, processor, image: Image.Image, patch_sizes: Sequence | None = None) -> "Figure":
-    """A picture at several patch sizes: above the patches, below the features as colours (`features_to_rgb`).
+    """An image at several patch sizes: above the patches, below the features as colours (`features_to_rgb`).
 
     Args:
         model: a FlexiViT, with or without a head.
         processor: its image processor.
-        image: the picture.
+        image: to show.
         patch_sizes: in pixels of the model's input; those of its training when None.
 
     Raises:
-        ValueError: for a patch size that the picture does not allow.
+        ValueError: for a patch size that the image does not allow.
     """
     patch_sizes = default_budgets_of(model.config) if patch_sizes is None else list(patch_sizes)
     pixel_values = preprocess(image, processor, model)

@@ -199,6 +199,13 @@ class QuadtreeViTConfig(EncoderConfig):
         rows, columns = self.patch_grid_for(image_size)
         return rows * columns, rows * columns * 4 ** (self.num_levels - 1)
 
+    def budget_ladder(self) -> list[int]:
+        """Up to eight numbers of tokens, from the coarsest to the finest cut: the same weights run at all."""
+        coarsest, finest = self.num_tokens_range()
+        splits = (finest - coarsest) // 3
+        steps = min(splits, 7)
+        return [coarsest + 3 * (splits * step // max(steps, 1)) for step in range(steps + 1)]
+
     def num_tokens_for(
         self, image_size: int | Sequence[int] | None = None, num_tokens: int | None = None
     ) -> int | None:
@@ -241,6 +248,10 @@ class QuadtreeViTConfig(EncoderConfig):
 
     def image_processor_fields(self) -> dict[str, Any]:
         return {"max_patch_size": self.max_patch_size}
+
+    def budget_code(self, image_size: tuple[int, int]) -> tuple[int, ...]:
+        """None: the number of tokens says it all."""
+        return ()
 
     def budget_from_code(self, code: Sequence[int], num_tokens: int) -> dict[str, Any]:
         """The count decides, not the threshold: scores in half precision may differ from those that were counted."""

@@ -73,7 +73,7 @@ def _best_tokens(pooling: str, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _image_processor(source: object, config: QuadtreeViTConfig) -> QuadtreeViTImageProcessor:
-    """The source's normalisation and resampling, and pictures of the model's size."""
+    """The source's normalisation and resampling, and images of the model's size."""
     height, width = to_pair(config.image_size, "image_size")
     fields = {"size": {"height": height, "width": width}, "max_patch_size": config.max_patch_size}
     if source is not None:

@@ -80,7 +80,7 @@ class QuadtreeViTPreTrainedModel(EncoderPreTrainedModel):
     def num_tokens_for(
         self, image_size: int | Sequence[int] | None = None, num_tokens: int | None = None
     ) -> int | None:
-        """How many tokens a picture costs: see `QuadtreeViTConfig.num_tokens_for`."""
+        """How many tokens an image costs: see `QuadtreeViTConfig.num_tokens_for`."""
         return self.config.num_tokens_for(image_size, num_tokens)
 
     def set_patch_scorer(self, scorer: PatchScorer) -> None:
@@ -105,7 +105,7 @@ class QuadtreeViTPreTrainedModel(EncoderPreTrainedModel):
 
 
 class QuadtreeViTModel(QuadtreeViTPreTrainedModel):
-    """Quadtree ViT without a head: tokens of pictures whose height and width are multiples of the largest patch."""
+    """Quadtree ViT without a head: tokens of images whose height and width are multiples of the largest patch."""
 
     def __init__(self, config: QuadtreeViTConfig):
         super().__init__(config)
@@ -187,8 +187,8 @@ class QuadtreeViTModel(QuadtreeViTPreTrainedModel):
         Args:
             pixel_values: (batch, channels, height, width), normalised; height and width multiples of
                 `config.max_patch_size`.
-            num_tokens: tokens of every picture, prefix tokens not counted: (height / max) (width / max) + 3 k.
-            split_threshold: splits patches whose score is higher, so that each picture has its own number of tokens,
+            num_tokens: tokens of every image, prefix tokens not counted: (height / max) (width / max) + 3 k.
+            split_threshold: splits patches whose score is higher, so that each image has its own number of tokens,
                 padded to the longest; with `num_tokens` too, that is the maximum, and all are padded to it. When
                 neither is given, both are as the config says.
             patch_scores: scores to use instead of the scorer's: one (batch, rows, columns) tensor for each size of

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from ...utils.validation import check_choice, check_int, check_tensor
+from ...utils.validation import check_choice, check_int
 from .tiling_s2_vision import (
     TilePlan,
     area_resize,
@@ -244,7 +244,13 @@ def multiscale_forward(
     check_choice("output_shape", output_shape, OUTPUT_SHAPES)
     check_int("num_prefix_token", num_prefix_token)
     check_choice("split_forward", split_forward, (True, False))
-    check_tensor("input", input, ("batch", "channels", "height", "width"))
+    is_tensor = isinstance(input, torch.Tensor)
+    if not is_tensor or input.ndim != 4 or 0 in input.shape or not input.is_floating_point():
+        got = f"{tuple(input.shape)} of {input.dtype}" if is_tensor else f"a {type(input).__name__}"
+        raise ValueError(
+            "`input` must be floating-point images of shape (batch, channels, height, width), at least one, got "
+            f"{got}."
+        )
     if num_prefix_token < 0 or (output_shape == "bchw" and num_prefix_token):
         raise ValueError(
             f"`num_prefix_token` must be at least 0, and 0 with `output_shape='bchw'`, got {num_prefix_token}."

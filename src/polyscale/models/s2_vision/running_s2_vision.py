@@ -40,6 +40,7 @@ class TileRunner:
         output_hidden_states: the layers that are wanted, as in `S2VisionWrapper.forward`.
         output_attentions: whether attentions are wanted.
         options: other arguments of the wrapped model.
+        pooled_only: leaves out what is not for the pooled vector, where the wrapped model can.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class TileRunner:
         output_hidden_states: bool | int | Sequence[int] | None,
         output_attentions: bool,
         options: dict[str, Any],
+        pooled_only: bool = False,
     ):
         self.model = model
         self.config = config
@@ -57,6 +59,10 @@ class TileRunner:
         draw_budget = getattr(model, "draw_budget", None)
         drawn = {} if draw_budget is None else draw_budget()  # one draw a call, however many forwards it takes
         self.options = {**drawn, **options}
+        # The models of this library that take the argument have the field that turns it off.
+        self.pooled_only = pooled_only and not getattr(model.config, "keep_all_tokens", True)
+        if self.pooled_only:
+            self.options["pooled_only"] = True
 
     def chunk_for(self, batch: int) -> int | None:
         """How many tiles go through the wrapped model at a time; `None` for all."""
@@ -79,8 +85,9 @@ class TileRunner:
             **{**self.options, **budget},
         )
         tile = tuple(tiles.shape[-2:])
+        tokens = None if self.pooled_only else features_of(outputs, self.config.output_shape)
         values = {
-            "last_hidden_state": self._on_grid(features_of(outputs, self.config.output_shape), outputs, tile),
+            "last_hidden_state": self._on_grid(tokens, outputs, tile),
             "pooler_output": _pooled(outputs, self.config.num_prefix_tokens),
         }
         states = outputs.get("hidden_states") or ()

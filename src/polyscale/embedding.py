@@ -1,0 +1,246 @@
+"""Embeddings of many images, in sharded parquet files: the function behind `polyscale embed`."""
+
+import json
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from accelerate import PartialState
+from PIL import Image
+
+from .layers.token_budget import budget_kwargs
+from .loading import LoadedModel, load_base_model
+from .utils.images import UnreadableImageError, find_images, open_image
+from .utils.outputs import check_output, write_text, written_beside
+from .utils.processors import process_images
+
+
+RECORD = "embedding.json"
+_AHEAD = 2  # batches that are decoded and resized while the model works on another one
+
+
+class EmbeddingSummary(NamedTuple):
+    """What `embed_images` did.
+
+    Attributes:
+        written (`int`): images embedded by this call.
+        found (`int`): images whose embeddings were there already.
+        damaged (`list[dict]`): "file" and "error" of each image that could not be read.
+    """
+
+    written: int
+    found: int
+    damaged: list[dict]
+
+
+class _Item(NamedTuple):
+    name: str
+    open: Callable[[], Image.Image]
+
+
+def _items(source: str | os.PathLike) -> list[_Item]:
+    """The images of a folder, or the rows of parquet files and data sets of a hub."""
+    path = Path(source)
+    if path.is_dir() and not any(path.glob("*.parquet")):
+        return [_Item(str(file), lambda file=file: open_image(file)) for file in find_images(path)]
+    if path.is_file() and path.suffix != ".parquet":
+        return [_Item(str(path), lambda: open_image(path))]
+    from .training.data import load_image_dataset
+
+    items = []
+    for split_name, split in load_image_dataset(source, labelled=False).items():
+        for row in range(len(split)):
+            items.append(_Item(f"{split_name}/{row}", lambda split=split, row=row: split[row]["image"]))
+    return items
+
+
+def _opened(items: Sequence[_Item]) -> tuple[list[str], list[Image.Image], list[dict]]:
+    """Names and images of what can be read, and what is wrong with the others."""
+    names, images, damaged = [], [], []
+    for item in items:
+        try:
+            images.append(item.open())
+            names.append(item.name)
+        except UnreadableImageError as error:
+            damaged.append({"file": item.name, "error": str(error)})
+    return names, images, damaged
+
+
+def _prepared(items: Sequence[_Item], loaded: LoadedModel) -> tuple[list[str], list, list[dict]]:
+    names, images, damaged = _opened(items)
+    channels = getattr(loaded.model.config, "num_channels", 3)
+    return names, list(process_images(loaded.image_processor, images, channels)) if images else [], damaged
+
+
+def _ahead(
+    batches: Sequence[Sequence[_Item]], prepare: Callable, num_workers: int
+) -> Iterator[tuple[list[str], list, list[dict]]]:
+    """`prepare(batch)` for each batch in order, some of them ahead in threads: Pillow and resizing free the lock."""
+    with ThreadPoolExecutor(max_workers=num_workers) as pool:
+        waiting: deque[Future] = deque()
+        remaining = iter(batches)
+        for batch in remaining:
+            waiting.append(pool.submit(prepare, batch))
+            if len(waiting) > max(_AHEAD, num_workers):
+                break
+        while waiting:
+            ready = waiting.popleft().result()
+            for batch in remaining:
+                waiting.append(pool.submit(prepare, batch))
+                break
+            yield ready
+
+
+@torch.inference_mode()
+def _embed(loaded: LoadedModel, groups: list, count: int, tokens: bool, budget: Mapping[str, Any]) -> list[np.ndarray]:
+    """One array per image: (width,), or with `tokens` (tokens, width), prefix tokens and padding left out."""
+    model = loaded.model
+    num_prefix = getattr(model.config, "num_prefix_tokens", 0)
+    rows: list[np.ndarray | None] = [None] * count
+    for indices, inputs in groups:
+        inputs = {
+            name: value.to(model.device, model.dtype if value.is_floating_point() else None)
+            for name, value in inputs.items()
+        }
+        outputs = model(**inputs, **budget)
+        if tokens:
+            mask = getattr(outputs, "token_mask", None)
+            hidden = outputs.last_hidden_state[:, num_prefix:].float().cpu()
+            for row, index in enumerate(indices):
+                rows[index] = (hidden[row] if mask is None else hidden[row, mask[row].cpu()]).numpy()
+        else:
+            if getattr(outputs, "pooler_output", None) is None:
+                raise ValueError(
+                    f"`model` of type {model.config.model_type!r} pools nothing: use `tokens=True`, or another model."
+                )
+            for index, pooled in zip(indices, outputs.pooler_output.float().cpu().numpy(), strict=True):
+                rows[index] = pooled
+    return rows
+
+
+def _table(names: list[str], rows: list[np.ndarray], tokens: bool) -> pa.Table:
+    if tokens:
+        values = pa.array([row.tolist() for row in rows], pa.list_(pa.list_(pa.float32())))
+    else:
+        width = rows[0].shape[0] if rows else 1
+        flat = pa.array(np.stack(rows).ravel() if rows else np.zeros(0, np.float32), pa.float32())
+        values = pa.FixedSizeListArray.from_arrays(flat, width)
+    return pa.table({"file": pa.array(names, pa.string()), "embedding": values})
+
+
+def _check_record(out: Path, record: dict[str, Any]) -> None:
+    """Writes what is being embedded, or refuses to go on with something else."""
+    path = out / RECORD
+    if not path.exists():
+        write_text(path, json.dumps(record, indent=2) + "\n")
+        return
+    before = json.loads(path.read_text(encoding="utf-8"))
+    different = [name for name in record if before.get(name) != record[name]]
+    if different:
+        told = "; ".join(f"{name} was {before.get(name)!r} and is {record[name]!r}" for name in different)
+        raise ValueError(f"`out` {out} holds embeddings of something else: {told}. Name another folder, or remove it.")
+
+
+def embed_images(
+    source: str | os.PathLike,
+    out: str | os.PathLike,
+    model: str | os.PathLike | LoadedModel = "flexivit-cifar10",
+    budget: Any = None,
+    *,
+    tokens: bool = False,
+    batch_size: int = 32,
+    shard_size: int = 4096,
+    num_workers: int = 2,
+    device: str | int | torch.device | None = None,
+    trust_remote_code: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> EmbeddingSummary:
+    """Embeds every image of a folder or data set and writes parquet files with the columns "file" and "embedding".
+
+    Each shard is written beside its place and renamed, so that a killed run loses one shard at most; called again with
+    the same arguments, it goes on. Under `accelerate launch` every process embeds its share. Images that cannot be
+    read are left out and listed in `damaged-*.json`.
+
+    Args:
+        source (`str` or `os.PathLike`): a folder of images, an image, parquet files, or the name of a data set on a
+            hub.
+        out (`str` or `os.PathLike`): the folder to write.
+        model (`str`, `os.PathLike` or `LoadedModel`, *optional*, defaults to `"flexivit-cifar10"`): name of a bundled
+            checkpoint, local folder, or name on the hub, of any vision model.
+        budget (*optional*): a value of its budget argument (a patch size, a number of tokens, scales).
+        tokens (`bool`, *optional*, defaults to `False`): the tokens of each image, not one pooled vector.
+        batch_size (`int`, *optional*, defaults to 32): images per forward pass.
+        shard_size (`int`, *optional*, defaults to 4096): images per file.
+        num_workers (`int`, *optional*, defaults to 2): threads that open and resize images while the model works.
+        device (*optional*): where the model runs; the machine's accelerator, else the CPU, when `None`.
+        trust_remote_code (`bool`, *optional*, defaults to `False`): run code that the checkpoint brings.
+        progress (`Callable`, *optional*): called with the number of images done and of all.
+
+    Returns:
+        `EmbeddingSummary`.
+
+    Raises:
+        ValueError: for a source without images, a budget that the model does not take, a number below 1, or an `out`
+            that holds embeddings of something else.
+        OSError: if there is no such checkpoint.
+    """
+    for name, value in (("batch_size", batch_size), ("shard_size", shard_size), ("num_workers", num_workers)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"`{name}` must be an int of at least 1, got {value!r}.")
+    out = check_output(out, "out", folder=True)
+    items = _items(source)
+    if isinstance(model, LoadedModel):
+        loaded, model_name = model, str(getattr(model.model.config, "name_or_path", ""))
+    else:
+        loaded, model_name = load_base_model(model, device, trust_remote_code=trust_remote_code), os.fspath(model)
+    call = budget_kwargs(loaded.model.config, budget)
+    state = PartialState()
+    record = {
+        "source": os.fspath(source),
+        "images": len(items),
+        "model": model_name,
+        "budget": list(budget) if isinstance(budget, tuple) else budget,
+        "tokens": tokens,
+        "shard_size": shard_size,
+    }
+    with state.main_process_first():
+        out.mkdir(parents=True, exist_ok=True)
+        _check_record(out, record)
+
+    shards = [range(start, min(start + shard_size, len(items))) for start in range(0, len(items), shard_size)]
+    written = found = 0
+    damaged: list[dict] = []
+    for number in range(state.process_index, len(shards), state.num_processes):
+        place, listed = out / f"part-{number:05d}.parquet", out / f"damaged-{number:05d}.json"
+        if place.exists():
+            found += pq.ParquetFile(place).metadata.num_rows
+            damaged += json.loads(listed.read_text(encoding="utf-8")) if listed.exists() else []
+            continue
+        own = [items[index] for index in shards[number]]
+        batches = [own[start : start + batch_size] for start in range(0, len(own), batch_size)]
+        names: list[str] = []
+        rows: list[np.ndarray] = []
+        unread: list[dict] = []
+        for batch_names, groups, wrong in _ahead(batches, lambda batch: _prepared(batch, loaded), num_workers):
+            rows += _embed(loaded, groups, len(batch_names), tokens, call)
+            names += batch_names
+            unread += wrong
+            if progress is not None:
+                progress(found + written + len(names) + len(unread), len(items))
+        if unread:
+            write_text(listed, json.dumps(unread, indent=2) + "\n")
+        with written_beside(place) as scratch:
+            pq.write_table(_table(names, rows, tokens), scratch)
+        written += len(names)
+        damaged += unread
+    return EmbeddingSummary(written, found, damaged)
+
+
+__all__ = ["EmbeddingSummary", "embed_images"]

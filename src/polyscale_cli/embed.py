@@ -1,0 +1,62 @@
+"""`polyscale embed`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .arguments import Device, TrustRemoteCode
+from .printing import note, quiet, reporting
+
+
+def embed(
+    images: Annotated[str, typer.Argument(help="Folder of images, parquet file or folder, or hub name.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the parquet files; a killed run goes on there.")],
+    model: Annotated[str, typer.Option(help="Bundled checkpoint, local folder or hub name.")] = "flexivit-cifar10",
+    budget: Annotated[
+        str | None, typer.Option(help="One budget, as the model's family has them; its own by default.")
+    ] = None,
+    tokens: Annotated[bool, typer.Option("--tokens", help="The tokens of each image, not one pooled vector.")] = False,
+    batch_size: Annotated[int, typer.Option(help="Images per forward pass.", min=1)] = 32,
+    shard_size: Annotated[int, typer.Option(help="Images per file.", min=1)] = 4096,
+    num_workers: Annotated[int, typer.Option(help="Threads that open and resize images.", min=1)] = 2,
+    device: Device = None,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Embed many images into sharded parquet files, at one token budget.
+
+    On several processes: accelerate launch -m polyscale embed ...
+    """
+    with reporting("embed"):
+        from rich.console import Console
+        from rich.progress import Progress
+
+        from polyscale.embedding import embed_images
+        from polyscale.layers.token_budget import choose_budgets
+        from polyscale.loading import load_config
+
+        quiet()
+        config = load_config(model, trust_remote_code=trust_remote_code)
+        budgets = choose_budgets(config, {"budgets": None if budget is None else [budget]})
+        with Progress(console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task("embed", total=None)
+            summary = embed_images(
+                images,
+                out,
+                model,
+                None if budgets is None else budgets[0],
+                tokens=tokens,
+                batch_size=batch_size,
+                shard_size=shard_size,
+                num_workers=num_workers,
+                device=device,
+                trust_remote_code=trust_remote_code,
+                progress=lambda done, total: bar.update(task, completed=done, total=total),
+            )
+        for entry in summary.damaged:
+            note("embed", entry["error"])
+        there = f", {summary.found} were there already" if summary.found else ""
+        typer.echo(f"Embedded {summary.written} images into {out}{there}; {len(summary.damaged)} could not be read.")
+
+
+__all__ = ["embed"]

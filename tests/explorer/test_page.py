@@ -1,0 +1,176 @@
+"""The explorer's functions and page, and the page in a headless Chromium where there is one."""
+
+import shutil
+
+import pytest
+
+from polyscale import sample_photographs
+from polyscale.explorer import Explorer
+
+from ..tiny_checkpoints import save_tiny_flexivit, save_tiny_quadtree_vit, save_tiny_s2, save_tiny_sparseformer
+
+
+CAT = next(file for file in sample_photographs() if file.name.startswith("cat"))
+
+
+@pytest.fixture(scope="module")
+def explorer(tmp_path_factory):
+    root = tmp_path_factory.mktemp("checkpoints")
+    tiny = {
+        "flexivit": save_tiny_flexivit,
+        "quadtree": save_tiny_quadtree_vit,
+        "sparse": save_tiny_sparseformer,
+        "s2": save_tiny_s2,
+    }
+    return Explorer([save(root / name) for name, save in tiny.items()], device="cpu", repeats=1)
+
+
+def test_local_folders_come_before_the_bundled_checkpoints(explorer):
+    assert explorer.titles == [
+        "flexivit (flexivit)",
+        "quadtree (quadtree_vit)",
+        "sparse (sparseformer)",
+        "s2 (s2_vision)",
+        "flexivit-cifar10 (flexivit)",
+    ]
+
+
+def test_budgets_go_from_few_tokens_to_many(explorer):
+    assert explorer.budgets("flexivit (flexivit)") == [16, 8, 4]
+    assert explorer.budgets("quadtree (quadtree_vit)") == [4, 10, 19, 28, 37, 46, 55, 64]
+    assert explorer.budgets("sparse (sparseformer)") == [None]
+    assert explorer.budgets("s2 (s2_vision)") == [[1, 2]]
+
+
+@pytest.mark.parametrize(
+    ("title", "budget", "said", "tokens"),
+    [
+        ("flexivit (flexivit)", 8, "patch size 8", 16),
+        ("quadtree (quadtree_vit)", 19, "", 19),
+        ("sparse (sparseformer)", None, "", 9),
+        ("s2 (s2_vision)", [1, 2], "scales 1+2", 16),
+    ],
+)
+def test_a_view_of_every_family(explorer, title, budget, said, tokens):
+    view = explorer.view(title, CAT, budget)
+    assert (view.budget, view.tokens) == (said, tokens)
+    assert view.label in explorer.classifier(title).model.config.label2id
+    assert 0 < view.score < 1
+    assert view.milliseconds > 0
+    assert len(view.drawing.getcolors(2**20)) > 200
+
+
+def test_the_drawing_shows_the_budget(explorer):
+    drawings = [explorer.view("flexivit (flexivit)", CAT, budget).drawing for budget in (4, 16)]
+    assert drawings[0].tobytes() != drawings[1].tobytes()
+
+
+def test_a_checkpoint_that_is_not_there_is_refused():
+    with pytest.raises(OSError, match="neither a bundled checkpoint"):
+        Explorer(["./no-such-folder"])
+
+
+def test_an_unknown_title_is_refused(explorer):
+    with pytest.raises(ValueError, match="`title` must be one of flexivit"):
+        explorer.view("other", CAT, None)
+
+
+def test_a_bad_file_gets_a_sentence(explorer, tmp_path):
+    bad = tmp_path / "notes.png"
+    bad.write_text("no image")
+    with pytest.raises(ValueError, match=r"notes\.png cannot be used: not a readable image"):
+        explorer.view("flexivit (flexivit)", bad, 8)
+
+
+@pytest.fixture
+def page(explorer):
+    pytest.importorskip("gradio", reason="the extra `app` is not installed")
+    from polyscale.explorer.page import Page
+
+    return Page(explorer)
+
+
+def test_both_panels_answer(page):
+    left, left_answer, right, right_answer, problem = page.both("flexivit (flexivit)", str(CAT), 1, 3)
+    assert "patch size 16 · 4 tokens" in left_answer
+    assert "patch size 4 · 64 tokens" in right_answer
+    assert left.tobytes() != right.tobytes()
+    assert problem == ""
+
+
+def test_a_bad_upload_leaves_the_image_before_it(page, tmp_path):
+    bad = tmp_path / "notes.txt"
+    bad.write_text("<b>no image</b>")
+    file, problem = page.upload(str(bad), str(CAT))
+    assert file == str(CAT)
+    assert "notes.txt cannot be used" in problem
+    assert 'role="alert"' in problem
+    assert page.upload(str(CAT), "") == (str(CAT), "")
+
+
+def test_labels_of_a_checkpoint_are_escaped(page):
+    from polyscale.explorer import View
+    from polyscale.explorer.page import answer_html
+
+    assert "&lt;script&gt;" in answer_html(View(None, "", 1, "<script>", 0.5, 1.0))
+
+
+def test_sliders_follow_the_checkpoint(page):
+    left, right = page.sliders("quadtree (quadtree_vit)")
+    assert (left.value, right.value, right.maximum) == (1, 8, 8)
+    left, _ = page.sliders("sparse (sparseformer)")
+    assert not left.interactive
+
+
+@pytest.fixture
+def url(explorer, monkeypatch):
+    pytest.importorskip("gradio", reason="the extra `app` is not installed")
+    from polyscale.explorer.page import build_page, launch_options
+
+    blocks = build_page(explorer)
+    _, url, _ = blocks.launch(**launch_options(), prevent_thread_lock=True, quiet=True)
+    yield url
+    blocks.close(verbose=False)
+
+
+@pytest.fixture
+def browser_page():
+    chromium = shutil.which("chromium")
+    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    if chromium is None:
+        pytest.skip("there is no Chromium on this machine")
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield browser.new_page(viewport={"width": 390, "height": 844})
+        browser.close()
+
+
+@pytest.mark.slow
+def test_upload_slide_and_compare_in_a_browser(url, browser_page, tmp_path):
+    requests = []
+    browser_page.on("request", lambda request: requests.append(request.url))
+    browser_page.goto(url)
+    left, right = browser_page.locator("#left-answer"), browser_page.locator("#right-answer")
+    left.get_by_text("4 tokens").wait_for()
+    right.get_by_text("64 tokens").wait_for()
+    assert browser_page.evaluate("document.documentElement.scrollWidth") == 390  # no sideways scrolling on a phone
+
+    browser_page.locator("#left-budget input[type=range]").focus()
+    browser_page.keyboard.press("ArrowRight")
+    left.get_by_text("16 tokens").wait_for()
+    right.get_by_text("64 tokens").wait_for()
+
+    drawing = browser_page.locator("#left-drawing img")
+    before = drawing.get_attribute("src")
+    browser_page.set_input_files("input[type=file]", str(CAT))
+    browser_page.wait_for_function(
+        "before => document.querySelector('#left-drawing img')?.getAttribute('src') !== before", arg=before
+    )
+    bad = tmp_path / "notes.png"
+    bad.write_text("no image")
+    browser_page.get_by_label("Remove this file").or_(browser_page.get_by_label("Clear")).first.click()
+    browser_page.set_input_files("input[type=file]", str(bad))
+    browser_page.get_by_role("alert").get_by_text("notes.png cannot be used").wait_for()
+    left.get_by_text("16 tokens").wait_for()
+    outside = [request for request in requests if not request.startswith((url, "data:", "blob:"))]
+    assert outside == []

@@ -1,0 +1,125 @@
+"""Embeddings of many images: the same as one by one, sharded, resumable, damaged images listed."""
+
+import json
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from datasets import Dataset, Features
+from datasets import Image as ImageFeature
+from PIL import Image
+from typer.testing import CliRunner
+
+from polyscale.embedding import embed_images
+from polyscale.loading import load_base_model
+from polyscale.utils.images import open_image
+from polyscale_cli import app
+
+from .tiny_checkpoints import save_tiny_flexivit
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return save_tiny_flexivit(tmp_path_factory.mktemp("flexivit"))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    generator = np.random.default_rng(0)
+    images = tmp_path / "images"
+    (images / "deeper").mkdir(parents=True)
+    for index in range(7):
+        pixels = generator.integers(0, 255, (30 + index, 40, 3)).astype(np.uint8)
+        Image.fromarray(pixels).save(images / ("deeper" if index % 2 else ".") / f"{index}.png")
+    return images
+
+
+def read(out):
+    tables = [pq.read_table(file) for file in sorted(out.glob("part-*.parquet"))]
+    names = [name for table in tables for name in table["file"].to_pylist()]
+    return names, [row for table in tables for row in table["embedding"].to_pylist()]
+
+
+@torch.no_grad()
+def expected(checkpoint, file, **budget):
+    loaded = load_base_model(checkpoint)
+    inputs = loaded.image_processor(open_image(file), return_tensors="pt")
+    return loaded.model(**inputs, **budget)
+
+
+def test_each_embedding_is_that_of_the_image_alone(checkpoint, folder, tmp_path):
+    seen = []
+    summary = embed_images(
+        folder, tmp_path / "out", checkpoint, 8, batch_size=3, shard_size=4, progress=lambda *done: seen.append(done)
+    )
+    assert (summary.written, summary.found, summary.damaged) == (7, 0, [])
+    assert seen[-1] == (7, 7)
+    names, rows = read(tmp_path / "out")
+    assert names == sorted(str(file) for file in folder.rglob("*.png"))
+    assert len(list((tmp_path / "out").glob("part-*.parquet"))) == 2
+    for name, row in zip(names, rows, strict=True):
+        alone = expected(checkpoint, name, patch_size=8).pooler_output[0]
+        np.testing.assert_allclose(row, alone.numpy(), atol=1e-5, rtol=1e-5)
+
+
+def test_tokens_of_each_image(checkpoint, folder, tmp_path):
+    embed_images(folder, tmp_path / "out", checkpoint, 8, tokens=True)
+    names, rows = read(tmp_path / "out")
+    outputs = expected(checkpoint, names[3], patch_size=8)
+    prefix = load_base_model(checkpoint).model.config.num_prefix_tokens
+    np.testing.assert_allclose(rows[3], outputs.last_hidden_state[0, prefix:].numpy(), atol=1e-5, rtol=1e-5)
+
+
+def test_a_killed_run_goes_on_where_it_was(checkpoint, folder, tmp_path):
+    out = tmp_path / "out"
+    embed_images(folder, out, checkpoint, shard_size=3)
+    before = read(out)
+    second = out / "part-00001.parquet"
+    kept = (out / "part-00000.parquet").stat().st_mtime_ns
+    second.unlink()  # as a kill during the second shard leaves it
+    summary = embed_images(folder, out, checkpoint, shard_size=3)
+    assert (summary.written, summary.found) == (3, 4)
+    assert read(out) == before
+    assert (out / "part-00000.parquet").stat().st_mtime_ns == kept
+    with pytest.raises(ValueError, match="holds embeddings of something else: budget was None and is 8"):
+        embed_images(folder, out, checkpoint, 8, shard_size=3)
+    assert not [file for file in out.iterdir() if file.name.startswith(".")]
+
+
+def test_damaged_images_are_listed_and_the_others_embedded(checkpoint, folder, tmp_path):
+    (folder / "2.png").write_bytes(b"no image")
+    summary = embed_images(folder, tmp_path / "out", checkpoint)
+    assert summary.written == 6
+    (damaged,) = summary.damaged
+    assert damaged["file"] == str(folder / "2.png")
+    assert json.loads((tmp_path / "out" / "damaged-00000.json").read_text()) == [damaged]
+    assert embed_images(folder, tmp_path / "out", checkpoint).damaged == [damaged]
+
+
+def test_parquet_files_are_a_source_too(checkpoint, folder, tmp_path):
+    files = sorted(folder.rglob("*.png"))
+    data = Dataset.from_dict({"image": [str(file) for file in files]}, features=Features({"image": ImageFeature()}))
+    data.to_parquet(tmp_path / "data.parquet")
+    embed_images(tmp_path / "data.parquet", tmp_path / "out", checkpoint)
+    _, rows = read(tmp_path / "out")
+    np.testing.assert_allclose(rows[0], expected(checkpoint, files[0]).pooler_output[0].numpy(), atol=1e-5, rtol=1e-5)
+
+
+def test_the_command(checkpoint, folder, tmp_path):
+    out = tmp_path / "out"
+    arguments = ["embed", str(folder), str(out), "--model", str(checkpoint), "--budget", "8"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert "Embedded 7 images" in result.output
+    again = CliRunner().invoke(app, arguments)
+    assert "7 were there already" in again.output
+    for wrong, message in (
+        (["embed", str(tmp_path / "none"), str(out)], "none"),
+        ([*arguments[:-1], "nine"], "nine"),
+        ([*arguments[:2], str(folder / "0.png"), *arguments[3:]], "0.png"),
+    ):
+        result = CliRunner().invoke(app, wrong)
+        assert result.exit_code == 2
+        assert message in result.output
+        assert "Traceback" not in result.output

@@ -1,0 +1,220 @@
+"""Work folders: what is whole, locked, or may change on resume; and weights that resume under other names."""
+
+import json
+import multiprocessing
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForImageClassification, TrainerCallback, TrainingArguments, ViTConfig
+
+from polyscale import S2VisionConfig, S2VisionForImageClassification
+from polyscale.training import (
+    ImageClassificationTrainer,
+    PatchSizeCallback,
+    TrainingInterrupted,
+    TrainingStopped,
+    make_recipe,
+    train,
+)
+from polyscale.training.interruption import write_failure
+from polyscale.training.resume import RunFolder, damage_of, mark_whole
+
+from .kills import SHAPE, write_images
+
+
+def recipe(**choices):
+    defaults = {"epochs": 3, "batch_size": 4, "num_workers": 0, "save_steps": 2, "ema_decay": 0.5}
+    return make_recipe(None, {**SHAPE, "train_patch_sizes": [2, 4]}, **{**defaults, **choices})
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def break_off(monkeypatch, data, output, step=7, **choices):
+    with monkeypatch.context() as patch:
+        patch.setattr(PatchSizeCallback, "on_step_end", StopAt(step).on_step_end, raising=False)
+        with pytest.raises(TrainingInterrupted, match=r"Go on with: polyscale train .* --resume"):
+            train(data, output, recipe(**choices), verbose=False)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    write_images(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def unbroken(data, tmp_path_factory):
+    output = tmp_path_factory.mktemp("whole") / "model"
+    train(data, output, recipe(), verbose=False)
+    return weights_of(output)
+
+
+def weights_of(folder):
+    return AutoModelForImageClassification.from_pretrained(folder).state_dict()
+
+
+def assert_equal_weights(folder, expected):
+    found = weights_of(folder)
+    for name, weight in expected.items():
+        assert torch.equal(found[name], weight), name
+
+
+def test_a_checkpoint_is_whole_or_says_what_is_wrong(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "a.bin").write_bytes(b"12345")
+    (tmp_path / "sub" / "b.bin").write_bytes(b"678")
+    assert damage_of(tmp_path) == "it was not written to its end"
+    mark_whole(tmp_path)
+    assert damage_of(tmp_path) is None
+    (tmp_path / "sub" / "b.bin").write_bytes(b"679")
+    assert damage_of(tmp_path) == "sub/b.bin is damaged"
+    (tmp_path / "a.bin").unlink()
+    assert damage_of(tmp_path) == "a.bin is missing"
+    (tmp_path / "whole.json").write_text("{")
+    assert damage_of(tmp_path) == "it was not written to its end"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damaged", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "ema.safetensors", "whole.json"])
+def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(
+    data, unbroken, tmp_path, monkeypatch, capsys, damaged
+):
+    break_off(monkeypatch, data, tmp_path / "model")
+    file = tmp_path / "model.training" / "checkpoint-6" / damaged
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    file.write_bytes(content)
+    train(data, tmp_path / "model", resume=True)
+    said = capsys.readouterr().out
+    assert "The checkpoint of step 6 is skipped: " in said
+    assert "Resuming from checkpoint-4." in said
+    assert_equal_weights(tmp_path / "model", unbroken)
+
+
+@pytest.mark.slow
+def test_resume_alone_goes_on_and_other_choices_are_refused(data, unbroken, tmp_path, monkeypatch):
+    output = tmp_path / "model"
+    break_off(monkeypatch, data, output)
+    with pytest.raises(ValueError, match="holds an unfinished run"):
+        train(data, output, recipe(), verbose=False)
+    with pytest.raises(ValueError, match="`epochs` was 3, now 4"):
+        train(data, output, recipe(epochs=4), resume=True, verbose=False)
+    with pytest.raises(ValueError, match=r"`learning_rate` was None, now 0\.1"):
+        train(data, output, {"learning_rate": 0.1}, resume=True, verbose=False)
+    other = tmp_path / "other"
+    write_images(other)
+    (other / "train" / "dark" / "5.png").unlink()
+    with pytest.raises(ValueError, match="is not what the run was started with: splits were"):
+        train(other, output, resume=True, verbose=False)
+    train(data, output, {"epochs": 3}, resume=True, verbose=False)
+    assert_equal_weights(output, unbroken)
+    with pytest.raises(ValueError, match="exists already"):
+        train(data, output, resume=True, verbose=False)
+
+
+def _hold(output, ready, done):
+    run = RunFolder(output)
+    run.open(resume=False)
+    ready.set()
+    done.wait(60)
+    run.release()
+
+
+def test_one_output_has_one_run(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    ready, done = context.Event(), context.Event()
+    process = context.Process(target=_hold, args=(str(tmp_path / "model"), ready, done))
+    process.start()
+    assert ready.wait(120)
+    try:
+        with pytest.raises(ValueError, match="Another training works on"):
+            RunFolder(tmp_path / "model").open(resume=False)
+    finally:
+        done.set()
+        process.join()
+    run = RunFolder(tmp_path / "model")
+    run.open(resume=False)  # what a dead process leaves is no lock
+    run.discard()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_full_disk_ends_in_one_line_and_the_run_goes_on(data, unbroken, tmp_path, monkeypatch):
+    output = tmp_path / "model"
+    save, calls = torch.save, []
+
+    def full(*args, **kwargs):
+        calls.append(1)
+        if len(calls) > 9:  # in the third checkpoint
+            raise RuntimeError("[enforce fail at inline_container.cc:677] . PytorchStreamWriter failed writing file")
+        return save(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        with pytest.raises(TrainingStopped) as caught:
+            train(data, output, recipe(), verbose=False)
+    assert "\n" not in str(caught.value)
+    assert "Nothing can be written to" in str(caught.value)
+    assert "Step 4 is saved. Then go on with: polyscale train" in str(caught.value)
+    train(data, output, resume=True, verbose=False)
+    assert_equal_weights(output, unbroken)
+
+
+def test_errors_that_say_that_nothing_can_be_written(tmp_path):
+    import errno
+
+    from safetensors import SafetensorError
+
+    inside, outside = str(tmp_path / "x"), "/elsewhere"
+    assert write_failure(OSError(errno.ENOSPC, "No space left on device"), tmp_path) == "No space left on device"
+    assert write_failure(OSError(errno.EROFS, "Read-only file system", inside), tmp_path) == "Read-only file system"
+    assert write_failure(OSError(errno.EACCES, "Permission denied", outside), tmp_path) is None
+    assert "os error 28" in write_failure(SafetensorError("I/O error: No space left (os error 28)"), tmp_path)
+    assert write_failure(RuntimeError("shapes differ"), tmp_path) is None
+
+
+@pytest.mark.slow
+def test_weights_that_are_stored_under_other_names_resume(tmp_path):
+    """transformers renames the weights of a ViT when it stores them; `Trainer` alone would leave them as they are."""
+    vision = ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4)
+    config = S2VisionConfig(vision_config=vision.to_dict(), scales=[1, 2], num_labels=2)
+
+    def trainer(folder, steps):
+        torch.manual_seed(len(str(folder)))
+        pixels = np.random.default_rng(0).normal(size=(8, 3, 16, 16)).astype(np.float32)
+        rows = [{"pixel_values": torch.from_numpy(image), "labels": index % 2} for index, image in enumerate(pixels)]
+        args = TrainingArguments(
+            output_dir=str(folder),
+            max_steps=steps,
+            save_steps=2,
+            per_device_train_batch_size=4,
+            report_to=[],
+            use_cpu=True,
+        )
+        return ImageClassificationTrainer(model=S2VisionForImageClassification(config), args=args, train_dataset=rows)
+
+    first = trainer(tmp_path, 2)
+    first.train()
+    resumed = trainer(tmp_path / ".." / tmp_path.name, 2)  # other random weights
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    expected = first.model.state_dict()
+    for name, weight in resumed.model.state_dict().items():
+        assert torch.equal(weight, expected[name]), name
+
+
+def test_the_recipe_is_kept_with_the_run(tmp_path):
+    run = RunFolder(tmp_path / "model")
+    run.open(resume=False)
+    run.record(given=recipe(image_size=(8, 16)).to_json())
+    assert type(recipe()).from_json(run.read()["given"]) == recipe(image_size=(8, 16))
+    assert json.loads((run.path / "run.json").read_text())["given"]["image_size"] == [8, 16]
+    run.discard()
