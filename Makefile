@@ -14,7 +14,7 @@ LOWEST := .venv-lowest
 LOWEST_PYTHON ?= $(PYTHON)
 LOWEST_PYTEST := $(SETTINGS) $(LOWEST)/bin/python -m pytest -n 2 --dist loadgroup
 # Slow, but not the same for every version of what they use.
-LOWEST_SLOW := $(addprefix tests/matrix/test_,save_load.py export.py training.py) tests/test_llava_swap.py
+LOWEST_SLOW := $(addprefix tests/matrix/test_,save_load.py export.py training.py) tests/llava/test_swap.py
 
 # Fifteen times the cases of the normal run are more than 10,000.
 FUZZ ?= 15

@@ -172,6 +172,11 @@ class QuadtreeViTConfig(EncoderConfig):
             )
 
     @property
+    def patch_size(self) -> int:
+        """Pixels per place of the dense feature maps along a side, for heads that ask for it: `min_patch_size`."""
+        return self.min_patch_size
+
+    @property
     def num_levels(self) -> int:
         """Number of patch sizes."""
         return count_levels(self.min_patch_size, self.max_patch_size)
@@ -276,7 +281,8 @@ class QuadtreeViTConfig(EncoderConfig):
 
     def _pixel_scorer(self) -> "PatchScorer":
         """The scorer of a config with a threshold, if pixels are all it needs."""
-        from .scoring_quadtree_vit import PrecomputedPatchScorer, make_patch_scorer  # which imports this module
+        from .patch_scorers_quadtree_vit import make_patch_scorer  # which imports this module, as does the next
+        from .scoring_quadtree_vit import PrecomputedPatchScorer
 
         scorer = make_patch_scorer(self)
         needs_more = any(True for _ in scorer.parameters()) or getattr(scorer, "reads_embeddings", False)
