@@ -300,7 +300,8 @@ class QuadtreeViTConfig(EncoderConfig):
             if self.merge_layer:
                 raise ValueError(
                     f"`split_threshold` with `merge_layer={self.merge_layer}` cannot be used in a host model: it "
-                    "counts the tokens of an image before the model sees it. Use `merge_layer=0`, or a fixed `num_tokens`."
+                    "counts the tokens of an image before the model sees it. Use `merge_layer=0`, or a fixed "
+                    "`num_tokens`."
                 )
             self._pixel_scorer()
         return super().hosted()
