@@ -49,7 +49,7 @@ def test_resized_patches_under_the_kernel_are_patches_under_the_resized_kernel(k
     torch.testing.assert_close(projection(patches), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_an_image_of_one_patch_is_projected_by_a_matrix_product():
+def test_an_image_of_one_patch_is_projected_too():
     torch.manual_seed(0)
     projection, patches = PatchProjection(3, 16, 8, stride=8), torch.randn(5, 3, 8, 8)
     expected = F.conv2d(patches, projection.weight, projection.bias, stride=8)

@@ -54,12 +54,23 @@ class PatchProjection(FreezableMixin, nn.Conv2d):
         Returns:
             `torch.Tensor`: (batch, hidden, rows, columns), without an incomplete last row or column of patches.
         """
-        patch_size = patch_size or self.kernel_size
-        pixel_values = pixel_values.to(self.weight.dtype)
-        kernel = self.kernel_for(patch_size)
-        if pixel_values.shape[-2:] == patch_size:  # an image of one patch: faster as the matrix product that it is
-            return F.linear(pixel_values.flatten(1), kernel.flatten(1), self.bias)[..., None, None]
-        return F.conv2d(pixel_values, kernel, self.bias, stride=patch_size)
+        kernel = self.kernel_for(patch_size or self.kernel_size)
+        height, width = kernel.shape[-2:]
+        rows, columns = pixel_values.shape[-2] // height, pixel_values.shape[-1] // width
+        patches = cut_patches(pixel_values.to(kernel.dtype), rows, columns, height, width)
+        tokens = F.linear(patches, kernel.flatten(1), self.bias)  # (batch, rows * columns, hidden)
+        return tokens.transpose(1, 2).unflatten(2, (rows, columns))
+
+
+def cut_patches(pixel_values: torch.Tensor, rows: int, columns: int, height: int, width: int) -> torch.Tensor:
+    """(batch, channels, at least rows * height, at least columns * width) -> (batch, rows * columns, pixels)
+
+    One product with such a matrix is faster than a convolution: the kernel is new in each call, and convolutions take
+    time to bring a new one into their own order.
+    """
+    patches = pixel_values[..., : rows * height, : columns * width]
+    patches = patches.unflatten(-1, (columns, width)).unflatten(-3, (rows, height))
+    return patches.permute(0, 2, 4, 1, 3, 5).flatten(1, 2).flatten(2)
 
 
 def project_patches(

@@ -16,7 +16,7 @@ def pooled_only_suffices(model: PreTrainedModel, kwargs: dict) -> bool:
     """
     if model.config.keep_all_tokens:
         return False
-    outputs = (f"output_{name}" for name in model._can_record_outputs or ())
+    outputs = (f"output_{name}" for name in model._can_record_outputs or ("hidden_states", "attentions"))
     asked = (kwargs.get(name, getattr(model.config, name, False)) for name in outputs)
     return all(value is None or value is False for value in asked)
 

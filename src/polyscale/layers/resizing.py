@@ -247,13 +247,13 @@ def resize_patches(
     """
     if patch_size == kernel_size:
         return pixel_values
-    rows, columns = (side // patch for side, patch in zip(pixel_values.shape[-2:], patch_size, strict=True))
+    rows, columns = pixel_values.shape[-2] // patch_size[0], pixel_values.shape[-1] // patch_size[1]
     pixels = pixel_values[..., : rows * patch_size[0], : columns * patch_size[1]]
     with maybe_autocast(device_type=pixels.device.type, enabled=False):
-        row_matrix, column_matrix = (
+        row_matrix, column_matrix = [
             _matrix(resize.method, old, new, resize.interpolation, resize.antialias, pixels.device)
             for old, new in zip(kernel_size, patch_size, strict=True)
-        )  # (patch, kernel) each
+        ]  # (patch, kernel) each
         resized = pixels.float().unflatten(-1, (columns, patch_size[1])) @ column_matrix
         resized = row_matrix.T @ resized.flatten(-2).unflatten(-2, (rows, patch_size[0]))
     return resized.flatten(-3, -2).to(pixel_values.dtype)

@@ -29,7 +29,7 @@ def draw_patch_grid(
 
     Args:
         axis: where to draw.
-        image: the image, at any resolution.
+        image: at any resolution.
         image_size: (height, width) of the model's input, in pixels.
         patch_size: in pixels of the model's input.
         remainder: the `remainder` of the model's config.
@@ -68,7 +68,7 @@ def draw_flexivit(model, processor, image: Image.Image, patch_sizes: Sequence | 
     Args:
         model: a FlexiViT, with or without a head.
         processor: its image processor.
-        image: the image.
+        image: to show.
         patch_sizes: in pixels of the model's input; those of its training when None.
 
     Raises:

@@ -67,6 +67,8 @@ class S2VisionConfig(CheckedConfigMixin, S2TokenBudgetMixin, BackboneConfigMixin
             those of the last scale's square.
         initializer_range (`float`, *optional*, defaults to 0.02): standard deviation of the classifier's initial
             weights.
+        keep_all_tokens (`bool`, *optional*, defaults to `False`): whether a classifier has a wrapped model of this
+            library compute every token of its last layer, also those that the classifier does not read.
 
     Raises:
         ValueError: for both or neither of `scales` and `img_sizes`, an unknown choice or index, or a model that S2
@@ -116,6 +118,7 @@ class S2VisionConfig(CheckedConfigMixin, S2TokenBudgetMixin, BackboneConfigMixin
     dynamic: bool = False
     max_tiles: int = positive(12)
     initializer_range: float | int = non_negative(0.02)
+    keep_all_tokens: bool = False
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
     reshape_hidden_states: bool = True

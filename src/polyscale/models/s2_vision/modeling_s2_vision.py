@@ -16,7 +16,9 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
+from ...layers.backbone import feature_maps_of
 from ...layers.call_checks import CheckedModelMixin, check_words, classification_loss
+from ...layers.pooled_only import pooled_only_suffices
 from ...layers.wrapping import check_has_no_head, take_flags, wrap_in_memory
 from ...utils.validation import check_pixel_values
 from ...utils.vision_configs import base_stage_widths
@@ -165,6 +167,7 @@ class S2VisionWrapper(S2VisionPreTrainedModel):
         tile_scores: torch.Tensor | None = None,
         output_hidden_states: bool | int | list[int] | None = None,
         output_attentions: bool | None = None,
+        pooled_only: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> S2VisionOutput:
         """
@@ -185,6 +188,9 @@ class S2VisionWrapper(S2VisionPreTrainedModel):
                 and row by row; in place of the detail that a tile shows and the first scale does not.
             output_hidden_states (`bool` or `int` or `list[int]`, *optional*): `True` for all layers of the wrapped
                 model, or the index or indices of those that are wanted; only those are put together.
+            pooled_only (`bool`, *optional*, defaults to `False`): leaves out of a wrapped model of this library what
+                `pooler_output` does not need; `last_hidden_state` is then `None`. Without effect around other models,
+                with `dynamic` and with `num_tiles`.
             kwargs: passed to the wrapped model (`patch_size=` of a FlexiViT, `interpolate_pos_encoding=` of a CLIP).
 
         Returns:
@@ -201,7 +207,11 @@ class S2VisionWrapper(S2VisionPreTrainedModel):
             getattr(self.config, "output_attentions", False) if output_attentions is None else output_attentions
         )
         kwargs.pop("num_items_in_batch", None)
-        runner = TileRunner(self.vision_model, self.config, output_hidden_states, output_attentions, kwargs)
+        num_tiles = self.config.num_tiles if num_tiles is None else num_tiles
+        pooled_only = pooled_only and not self.config.dynamic and num_tiles is None
+        runner = TileRunner(
+            self.vision_model, self.config, output_hidden_states, output_attentions, kwargs, pooled_only
+        )
         if image_sizes is not None:
             return self._forward_cut(pixel_values, image_sizes, runner)
 
@@ -209,7 +219,6 @@ class S2VisionWrapper(S2VisionPreTrainedModel):
         size = tuple(side.__index__() for side in pixel_values.shape[-2:])
         plan = self.config.plan_for(size, scales, img_sizes)
         features = self._features(plan, pixel_values.shape[0])
-        num_tiles = self.config.num_tiles if num_tiles is None else num_tiles
         more = {}
         if num_tiles is not None:
             more["tile_mask"] = run_best_tiles(runner, features, pixel_values, num_tiles, tile_scores, self._antialias)
@@ -310,6 +319,7 @@ class S2VisionForImageClassification(S2VisionPreTrainedModel):
             image_sizes=image_sizes,
             num_tiles=num_tiles,
             tile_scores=tile_scores,
+            pooled_only=self.config.pooling == "pooler" and pooled_only_suffices(self, kwargs),
             **kwargs,
         )
         logits = self.classifier(self._pool(outputs))
@@ -363,15 +373,14 @@ class S2VisionBackbone(BackboneMixin, S2VisionPreTrainedModel):
         """
         check_words(self, kwargs, self.s2_vision, self.s2_vision.vision_model)
         outputs = self.s2_vision(pixel_values, scales=scales, img_sizes=img_sizes, **kwargs)
-        feature_maps = ()
-        for stage, hidden_states in zip(self.stage_names, outputs.hidden_states, strict=True):
-            if stage not in self.out_features:
-                continue
-            if hidden_states.ndim == 3 and self.config.reshape_hidden_states:
-                patches = hidden_states[:, self.config.num_prefix_tokens :]
-                grid = self._grid(patches.shape[1], pixel_values, scales, img_sizes)
-                hidden_states = patches.transpose(1, 2).unflatten(2, grid)
-            feature_maps += (hidden_states,)
+
+        def to_map(hidden_states: torch.Tensor) -> torch.Tensor:
+            if hidden_states.ndim == 4:
+                return hidden_states
+            patches = hidden_states[:, self.config.num_prefix_tokens :]
+            return patches.transpose(1, 2).unflatten(2, self._grid(patches.shape[1], pixel_values, scales, img_sizes))
+
+        feature_maps = feature_maps_of(self, outputs.hidden_states, to_map)
         return BackboneOutput(
             feature_maps=feature_maps, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
