@@ -205,6 +205,18 @@ def test_every_family_classifies_at_its_budgets(save, budgets, expected, tmp_pat
         assert (record["label"], record["score"]) == (best["label"], pytest.approx(best["score"], abs=1e-6))
 
 
+def test_dynamic_s2_counts_the_tokens_of_each_image(tmp_path):
+    save_tiny_s2(tmp_path / "model", dynamic=True, max_tiles=6, resize_output_to_idx=-1)
+    for name, size in (("square", (40, 40)), ("wide", (90, 30))):
+        Image.linear_gradient("L").resize(size).save(tmp_path / f"{name}.png")
+    loaded = load_classifier(tmp_path / "model")
+    records, errors = classify_images([tmp_path / "square.png", tmp_path / "wide.png"], loaded, batch_size=2)
+    assert errors == []
+    # 4 x 4 tokens for each tile of the last scale: 2 x 2 tiles, and 1 x 3, of which there must be 4 at least
+    grids = [loaded.image_processor.tile_grid_for(size) for size in ((40, 40), (30, 90))]
+    assert [record["tokens"] for record in records] == [16 * rows * columns for rows, columns in grids]
+
+
 def test_images_of_several_sizes_are_classified_one_size_at_a_time(tmp_path):
     save_tiny_quadtree_vit(tmp_path)
     fields = {"size": {"height": 32, "width": 32}, "max_patch_size": 16, "fit": "aspect"}

@@ -278,7 +278,7 @@ def test_its_drawings_are_used(checkpoint, image):
 
 
 def test_the_budget_of_a_llava_with_it_changes(checkpoint, image):
-    make_llava = import_module(f"{__package__}.llava_tiny").make_llava
+    make_llava = import_module(f"{__package__}.llava.llava_tiny").make_llava
     llava, processor = make_llava()
     processor = tool("llava.swap_vision_tower")(llava, AutoModel.from_pretrained(checkpoint), processor)
     assert type(processor.image_processor) is ThinViTImageProcessor
@@ -288,6 +288,9 @@ def test_the_budget_of_a_llava_with_it_changes(checkpoint, image):
         call = processor(images=Image.open(image), text="USER: <image> the cat", return_tensors="pt")
         assert (call["input_ids"] == llava.config.image_token_id).sum() == tokens
         assert llava(**call).logits.isfinite().all()
+    call = processor(images=Image.open(image), text="USER: <image> the cat", keep_share=0.75, return_tensors="pt")
+    assert (call["input_ids"] == llava.config.image_token_id).sum() == 12
+    assert llava(**call).logits.isfinite().all()
     with pytest.raises(ValueError, match=r"`num_tokens` cannot change .*it follows from `keep_share`"):
         tool("llava.set_token_budget")(llava, processor, num_tokens=4)
 

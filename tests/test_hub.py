@@ -76,11 +76,15 @@ def test_foreign_models_and_processors_are_refused(tmp_path):
     assert not (tmp_path / "model").exists()
 
 
-def test_a_model_inside_another_is_refused(tmp_path):
+def test_a_model_inside_another_travels_with_it(tmp_path):
     config = polyscale.S2VisionConfig(vision_config=tiny_model().config, scales=[1, 2])
-    with pytest.raises(ValueError, match="`model` holds a 'flexivit' in `vision_config`"):
-        hub.save_with_code(polyscale.S2VisionWrapper(config), tmp_path / "model")
-    assert not (tmp_path / "model").exists()
+    folder = hub.save_with_code(polyscale.S2VisionWrapper(config), tmp_path / "model")
+    assert (
+        json.loads((folder / "config.json").read_text())["auto_map"]["AutoModel"] == "polyscale_parts.S2VisionWrapper"
+    )
+    assert {"modeling_flexivit.py", "modeling_s2_vision.py", "polyscale_parts.py"} <= {
+        path.name for path in folder.glob("*.py")
+    }
 
 
 class RecordingApi:

@@ -1,4 +1,4 @@
-"""Vision models that let their user choose, at run time, how many visual tokens to spend on a picture.
+"""Vision models that let their user choose, at run time, how many visual tokens to spend on an image.
 
 Importing polyscale registers every family with the Auto classes of transformers:
 

@@ -14,12 +14,13 @@ import tempfile
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, HfApi
-from transformers import AutoImageProcessor, AutoVideoProcessor, PreTrainedConfig, PreTrainedModel
+from transformers import AutoImageProcessor, AutoVideoProcessor, PreTrainedModel, ProcessorMixin
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 from transformers.models.auto.video_processing_auto import VIDEO_PROCESSOR_MAPPING
-from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, VIDEO_PROCESSOR_NAME
+from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, VIDEO_PROCESSOR_NAME
 
+from .hub_parts import MODULE, Parts, inner_configs
 from .models.auto import family_of
 
 
@@ -145,15 +146,21 @@ def _processor_classes(config_class: type, processor) -> tuple[str, str, dict[st
     )
 
 
-def _check_parts(config: PreTrainedConfig) -> None:
-    """Refuses a polyscale model inside another: transformers looks for the code of the outer one only."""
-    for name in config.sub_configs:
-        part = getattr(config, name, None)
-        if isinstance(part, PreTrainedConfig) and family_of(part) is not None:
-            raise ValueError(
-                f"`model` holds a {part.model_type!r} in `{name}`: code of a model inside another cannot travel with "
-                "weights. Save it with `model.save_pretrained`; it loads where polyscale is installed."
-            )
+def _plan_parts(model: PreTrainedModel, processor) -> Parts | None:
+    """The models of registered families inside a model, and what holds them, where there are any."""
+    inside = list(inner_configs(model.config))
+    if not any(family_of(config) is not None for config in inside):
+        return None
+    inside = [config for config in inside if family_of(config) is not None or _package_of(config) == _PACKAGE]
+    is_whole = isinstance(processor, ProcessorMixin) and _package_of(processor) == _PACKAGE
+    parts = Parts.of(inside, processor if is_whole else None)
+    if family_of(model.config) is None:
+        parts.outer = type(model)
+    return parts
+
+
+def _package_of(thing: object) -> str:
+    return _package(type(thing).__module__)
 
 
 def _add_auto_map(path: Path, auto_map: dict) -> None:
@@ -186,22 +193,27 @@ def save_with_code(model: PreTrainedModel, save_directory: str | os.PathLike, pr
     other Auto classes of the family, both backends of the image processor and the pipelines. Where polyscale is
     imported, its own classes are used instead. Nothing is written before every module was found and rewritten.
 
+    A LLaVA with a tower of a registered family carries the tower's code and that of its processor; it loads with
+    `AutoModelForImageTextToText` and `AutoProcessor`.
+
     Args:
-        model: a model of any registered family, with any head.
+        model: a model of any registered family, with any head, or a LLaVA with a tower of one.
         save_directory: created if missing. Files of the same names are replaced (a link itself, not what it points
             at), weights of an earlier save removed, other files left alone.
-        processor: the image or video processor of the same family.
+        processor: the image or video processor of the same family; of a LLaVA, its processor.
         kwargs: passed to `model.save_pretrained`, e.g. `max_shard_size`.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: if `model` or `processor` is not of a registered family, or the model holds another such model.
+        ValueError: if `model` or `processor` is not of a registered family, and no such model is inside of it.
     """
     config_class = type(model.config)
+    parts = _plan_parts(model, processor)
+    if parts is not None and parts.outer is not None:
+        return _save_with_parts(model, Path(save_directory), processor, parts, **kwargs)
     packages = _packages_of(model)
-    _check_parts(model.config)
     model_classes = _model_classes(config_class)
     auto_map = {"AutoConfig": _reference(config_class)}
     auto_map.update({name: _reference(cls) for name, cls in model_classes.items()})
@@ -211,7 +223,11 @@ def save_with_code(model: PreTrainedModel, save_directory: str | os.PathLike, pr
         processor_file, auto_class, classes = _processor_classes(config_class, processor)
         needed.extend(classes.values())
         processor_map = {auto_class: {backend: _reference(cls) for backend, cls in classes.items()}}
-    sources = _flat_sources(needed, packages)
+    if parts is not None:  # the module that registers what is inside holds the outer classes too
+        parts.others += list(dict.fromkeys(needed))
+        auto_map = {name: f"{MODULE}.{reference.rpartition('.')[2]}" for name, reference in auto_map.items()}
+        needed, packages = parts.classes, packages | parts.packages
+    sources = _flat_sources(needed, packages) | ({} if parts is None else {f"{MODULE}.py": parts.source()})
 
     folder = Path(save_directory)
     folder.mkdir(parents=True, exist_ok=True)
@@ -222,6 +238,25 @@ def save_with_code(model: PreTrainedModel, save_directory: str | os.PathLike, pr
         if processor_file is not None:
             processor.save_pretrained(scratch)
             _add_auto_map(scratch / processor_file, processor_map)
+        for file_name, source in sources.items():
+            (scratch / file_name).write_text(source, encoding="utf-8")
+        _put_into(scratch, folder)
+    return folder
+
+
+def _save_with_parts(model: PreTrainedModel, folder: Path, processor, parts: Parts, **kwargs) -> Path:
+    """A model of transformers with models of polyscale inside: a LLaVA with another tower, say."""
+    sources = _flat_sources(parts.classes, parts.packages) | {f"{MODULE}.py": parts.source()}
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch_name:
+        scratch = Path(scratch_name)
+        # Under the names of the model itself: transformers knows the older names of its own classes alone.
+        model.save_pretrained(scratch, **{"save_original_format": False, **kwargs})
+        _add_auto_map(scratch / CONFIG_NAME, parts.auto_map(_model_classes(type(model.config))))
+        if processor is not None:
+            processor.save_pretrained(scratch)
+            if type(processor) in parts.others:
+                _add_auto_map(scratch / PROCESSOR_NAME, {"AutoProcessor": f"{MODULE}.{type(processor).__name__}"})
         for file_name, source in sources.items():
             (scratch / file_name).write_text(source, encoding="utf-8")
         _put_into(scratch, folder)

@@ -156,6 +156,7 @@ def load_checkpoint(
     *,
     trust_remote_code: bool = False,
     argument: str = "model",
+    unused: tuple[str, ...] = (),
     **config_options: Any,
 ) -> PreTrainedModel:
     """`auto_class.from_pretrained`, which fails where weights would be random, or left over.
@@ -166,6 +167,8 @@ def load_checkpoint(
         trust_remote_code (`bool`, *optional*, defaults to `False`): run code that the checkpoint brings; `False` never
             asks.
         argument (`str`, *optional*, defaults to `"model"`): what an error calls the checkpoint.
+        unused (`tuple[str, ...]`, *optional*): beginnings of the names of tensors that nobody reads, so that a
+            checkpoint may lack them.
         config_options: config fields to set, and other arguments of `from_pretrained`.
 
     Raises:
@@ -178,7 +181,8 @@ def load_checkpoint(
             source, output_loading_info=True, trust_remote_code=trust_remote_code, **config_options
         )
     kind = "image classifier" if auto_class is AutoModelForImageClassification else "model"
-    missing = sorted({*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])})
+    missing = {*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])}
+    missing = sorted(name for name in missing if not name.startswith(unused))
     if missing:
         raise ValueError(
             f"`{argument}` {source!r} holds no trained {kind}: {len(missing)} tensors are missing or have another "

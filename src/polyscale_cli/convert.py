@@ -12,7 +12,13 @@ from .printing import reporting
 def convert(
     source: Annotated[str, typer.Argument(help="Folder, file, hub name, timm name, or released npz name.")],
     out: Annotated[Path, typer.Argument(help="Folder to write; must not exist or be empty.")],
-    to: Annotated[str, typer.Option(help="Model type of the result; vit or timm: a plain ViT.")] = "flexivit",
+    to: Annotated[
+        str,
+        typer.Option(
+            help="Family of the result: flexivit, quadtree_vit, sparseformer, sparseformer_video, s2_vision; vit or "
+            "timm for a plain ViT."
+        ),
+    ] = "flexivit",
     architecture: Annotated[
         str | None, typer.Option(help="timm's name of the model, where SOURCE is a bare weights file.")
     ] = None,

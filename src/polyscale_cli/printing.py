@@ -2,14 +2,16 @@
 
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import typer
 
 
-INTERRUPTED = 130
+INTERRUPTED, TERMINATED = 130, 143
 
 
 def silence_torch() -> None:
@@ -36,18 +38,38 @@ def fail(command: str, error: object, code: int = 2) -> typer.Exit:
     return typer.Exit(code)
 
 
-@contextmanager
-def reporting(command: str) -> Iterator[None]:
-    """Ends a command in one line and exit code 2, whatever a user typed or a file held; Ctrl-C ends it in 130.
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a command as Ctrl-C does."""
 
-    With POLYSCALE_TRACEBACK=1 in the environment errors pass.
+    exit_code = TERMINATED
+
+
+def _terminate(signum: int, frame: object) -> None:
+    raise Terminated
+
+
+@contextmanager
+def reporting(command: str, left: str = "nothing was written") -> Iterator[None]:
+    """Ends a command in one line and exit code 2, whatever a user typed or a file held.
+
+    Ctrl-C and SIGTERM end it in one line and the exit codes that shells give them. With POLYSCALE_TRACEBACK=1 in the
+    environment errors pass.
+
+    Args:
+        command (`str`): its name.
+        left (`str`, *optional*, defaults to `"nothing was written"`): what a command leaves that is interrupted.
     """
+    before = (
+        signal.signal(signal.SIGTERM, _terminate) if threading.current_thread() is threading.main_thread() else None
+    )
     try:
         yield
-    except (typer.Exit, typer.Abort):
+    except (typer.Exit, typer.Abort, BrokenPipeError):  # nobody reads a closed pipe
         raise
     except KeyboardInterrupt as error:
-        raise fail(command, "interrupted; nothing was written.", INTERRUPTED) from error
+        signalled = "terminated" if isinstance(error, Terminated) else "interrupted"
+        told = str(error) or f"{signalled}; {left}."
+        raise fail(command, told, getattr(error, "exit_code", INTERRUPTED)) from error
     except Exception as error:
         if os.environ.get("POLYSCALE_TRACEBACK") == "1" or type(error).__module__.startswith(("click", "typer")):
             raise
@@ -56,6 +78,9 @@ def reporting(command: str) -> Iterator[None]:
             raise fail(command, error, 2 if code is None else code) from error
         told = f"unexpected {type(error).__name__}: {error} (POLYSCALE_TRACEBACK=1 shows where)"
         raise fail(command, told) from error
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

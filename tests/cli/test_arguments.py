@@ -1,3 +1,4 @@
+import signal
 import subprocess
 import sys
 
@@ -7,7 +8,10 @@ from typer.testing import CliRunner
 
 import polyscale
 from polyscale.cli import app
+from polyscale.models.auto import families
+from polyscale.training import RECIPES
 from polyscale_cli.arguments import join_lists, parse_fields, parse_numbers, parse_size, split_list
+from polyscale_cli.printing import reporting
 
 
 def test_lists_sizes_numbers_and_fields():
@@ -73,6 +77,16 @@ def test_the_version_is_the_package_s():
     assert (result.exit_code, result.output) == (0, f"polyscale {polyscale.__version__}\n")
 
 
+def test_help_names_families_and_recipes():
+    train = " ".join(CliRunner().invoke(app, ["train", "--help"], env={"COLUMNS": "400"}).output.split())
+    convert = " ".join(CliRunner().invoke(app, ["convert", "--help"], env={"COLUMNS": "400"}).output.split())
+    assert [name for name in RECIPES if name not in train] == []
+    ours = "polyscale."
+    shipped = {name: family for name, family in families().items() if family.config_class.__module__.startswith(ours)}
+    assert [name for name, family in shipped.items() if family.classifier_class and name not in train] == []
+    assert [name for name, family in shipped.items() if family.converter and name not in convert] == []
+
+
 def test_help_imports_no_model():
     code = (
         "import sys; sys.argv = ['polyscale', '--help']\n"
@@ -84,3 +98,30 @@ def test_help_imports_no_model():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "benchmark" in done.stdout
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "told"),
+    [
+        (ValueError("`budgets`\nis wrong"), 2, "polyscale x: `budgets` is wrong\n"),
+        (OSError(28, "No space left on device"), 2, "No space left on device"),
+        (ZeroDivisionError("by zero"), 2, "unexpected ZeroDivisionError: by zero (POLYSCALE_TRACEBACK=1 shows where)"),
+        (KeyboardInterrupt(), 130, "interrupted; nothing was written."),
+    ],
+)
+def test_every_error_is_one_line_and_an_exit_code(error, code, told, capsys):
+    with pytest.raises(typer.Exit) as caught, reporting("x"):
+        raise error
+    assert caught.value.exit_code == code
+    printed = capsys.readouterr().err
+    assert told in printed
+    assert printed.count("\n") == 1
+
+
+def test_a_terminated_command_says_so_and_leaves_the_handler_as_it_was(capsys):
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(typer.Exit) as caught, reporting("x"):
+        signal.raise_signal(signal.SIGTERM)
+    assert caught.value.exit_code == 143
+    assert capsys.readouterr().err == "polyscale x: terminated; nothing was written.\n"
+    assert signal.getsignal(signal.SIGTERM) is before

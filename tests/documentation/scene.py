@@ -26,8 +26,8 @@ from transformers import (
 import polyscale
 from polyscale import SparseFormerConfig, SparseFormerImageProcessor, SparseFormerModelWithProjection
 
-from ..llava_tiny import CHAT, make_text_config, make_tokenizer
-from ..test_llava_convert import WORDS, write_lora
+from ..llava.llava_tiny import CHAT, make_text_config, make_tokenizer
+from ..llava.test_convert import WORDS, write_lora
 from ..tiny_checkpoints import save_tiny_flexivit, save_tiny_sparseformer
 
 

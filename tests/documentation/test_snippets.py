@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+import polyscale
 from polyscale_cli import app
 from polyscale_cli.arguments import join_lists
 
@@ -81,6 +82,19 @@ def scene(tmp_path_factory):
 def test_snippets_are_found():
     assert len(PAGES_WITH_SNIPPETS) > 12
     assert sum(len(snippets(page)) for page in PAGES) > 60
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"])
+def test_links_of_the_repository_lead_somewhere(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    targets = re.findall(r"\]\((?!https?:)([^)#]+)", text)
+    assert [target for target in targets if not (ROOT / target).exists()] == []
+
+
+def test_the_version_is_the_same_everywhere():
+    cited = re.search(r"^version: (.+)$", (ROOT / "CITATION.cff").read_text(encoding="utf-8"), re.MULTILINE)[1]
+    newest = re.search(r"^## (.+)$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)[1]
+    assert cited == newest == polyscale.__version__
 
 
 def test_lists_of_values_are_read_as_the_command_reads_them():

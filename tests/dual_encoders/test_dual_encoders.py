@@ -29,7 +29,7 @@ from polyscale.dual_encoders import BudgetCLIPModel, BudgetSiglipModel, swap_dua
 from polyscale.models.flexivit.convert_flexivit import flexivit_from_source, load_flexivit_source
 from polyscale.models.quadtree_vit.convert_quadtree_vit import load_quadtree_vit
 
-from ..llava_tiny import make_photographs, make_tokenizer
+from ..llava.llava_tiny import make_photographs, make_tokenizer
 
 
 VISION = {

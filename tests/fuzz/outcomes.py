@@ -11,18 +11,18 @@ from hypothesis import strategies as st
 from PIL import Image
 
 
-_CASES = int(os.environ.get("POLYSCALE_FUZZ", "0"))
+_TIMES = int(os.environ.get("POLYSCALE_FUZZ", "0"))
 
 
 def cases(few: int) -> settings:
-    """The settings of a test: `few` cases, always the same; or as many as `POLYSCALE_FUZZ` says, from the seed."""
+    """The settings of a test: `few` cases, always the same; or `POLYSCALE_FUZZ` times as many, from the seed."""
     return settings(
-        max_examples=_CASES or few,
-        derandomize=_CASES == 0,
+        max_examples=few * max(_TIMES, 1),
+        derandomize=_TIMES == 0,
         deadline=None,
         database=None,
         print_blob=True,
-        phases=[Phase.explicit, Phase.generate] + [Phase.shrink] * (_CASES > 0),
+        phases=[Phase.explicit, Phase.generate] + [Phase.shrink] * (_TIMES > 0),
         suppress_health_check=list(HealthCheck),
     )
 

@@ -6,12 +6,13 @@ This is the example that the README refers to; the same lines train a real model
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from torch.utils.data import Dataset
 from transformers import AutoModelForImageTextToText, Trainer, TrainingArguments
 
-from polyscale.llava import swap_vision_tower
+from polyscale.llava import ResumableCheckpoints, swap_vision_tower
 
-from .llava_tiny import make_llava, make_photographs, make_tower
+from .llava_tiny import make_llava, make_photographs, make_tower, swapped
 
 
 QUESTION, ANSWERS = "USER: <image> what is this ? ASSISTANT:", ("the cat </s>", "a dog </s>")
@@ -110,3 +111,21 @@ def test_lora_on_the_language_model(tmp_path):
     merged = model.merge_and_unload()
     merged.save_pretrained(tmp_path / "merged")
     AutoModelForImageTextToText.from_pretrained(tmp_path / "merged")
+
+
+def test_a_resumed_training_has_all_weights(tmp_path):
+    model, processor = swapped("flexivit")
+    arguments = TrainingArguments(
+        output_dir=tmp_path, max_steps=1, per_device_train_batch_size=2, report_to=[], use_cpu=True, save_steps=1
+    )
+    arguments.remove_unused_columns = False
+    trainer = Trainer(
+        model=model, args=arguments, train_dataset=Conversations(processor), callbacks=[ResumableCheckpoints()]
+    )
+    trainer.train()
+    saved = load_file(tmp_path / "checkpoint-1" / "model.safetensors")
+    assert not any(model.load_state_dict(saved, strict=False))
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(saved[name], tensor)
+    reloaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "checkpoint-1")
+    torch.testing.assert_close(dict(reloaded.state_dict()), dict(model.state_dict()))

@@ -4,12 +4,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoImageProcessor, AutoModel, TrainerCallback, ViTConfig, ViTImageProcessor, ViTModel
+from transformers import (
+    AutoImageProcessor,
+    AutoModel,
+    TrainerCallback,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+    ViTModel,
+)
 from typer.testing import CliRunner
 
 from polyscale import FlexiViTConfig, FlexiViTForImageClassification, FlexiViTImageProcessor, SparseFormerModel
 from polyscale.cli import app
 from polyscale.training import make_recipe, train
+from polyscale.training.bootstrapping import load_teacher
 from polyscale.training.data import load_image_dataset
 from polyscale.training.transforms import AugmentedImages, TrainingTransform, collate_images
 
@@ -48,6 +57,15 @@ def small_recipe(vit: Path, **choices):
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     return AutoModel.from_pretrained(folder).state_dict()
+
+
+def test_a_teacher_saved_with_its_classifier_has_no_pooler(tmp_path):
+    config = ViTConfig(**SHAPE, image_size=16, patch_size=8)
+    classifier = ViTForImageClassification(config)
+    classifier.save_pretrained(tmp_path)
+    teacher = load_teacher(str(tmp_path))
+    for name, tensor in classifier.vit.state_dict().items():
+        assert torch.equal(teacher.state_dict()[name], tensor)
 
 
 def test_pictures_need_no_labels(unlabelled_folder, tmp_path):

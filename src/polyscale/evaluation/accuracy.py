@@ -235,7 +235,8 @@ def _score_batch(
             name: tensor.to(device=model.device, dtype=model.dtype if tensor.is_floating_point() else None)
             for name, tensor in inputs.items()
         }
-        sizes.add(tuple(inputs["pixel_values"].shape[-2:]))
+        shape = tuple(inputs["pixel_values"].shape)
+        sizes.add(shape[-2:] if len(shape) == 4 else None)  # tiles are cut by the shape of each image
         for index, call in enumerate(calls):
             if not scores[index].logits and not scores[index].seconds:
                 model(**{name: tensor[:1] for name, tensor in inputs.items()}, **call)  # one-time costs

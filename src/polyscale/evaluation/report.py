@@ -28,7 +28,7 @@ def results_table(evaluation: Evaluation) -> Table:
     versions = ", ".join(f"{name} {number}" for name, number in evaluation.versions.items())
     table = Table(
         title=plain(f"{evaluation.model}\n{_source(evaluation)}"),
-        caption=plain(f"±: Wilson's 95 % interval. {evaluation.device}, {evaluation.dtype}; {versions}"),
+        caption=plain(f"95 %: Wilson's interval of top-1. {evaluation.device}, {evaluation.dtype}; {versions}"),
     )
     with_top5 = evaluation.classes > 5
     for name in ("image", "budget", "tokens", "top-1", "95 %", *(["top-5"] if with_top5 else []), "images/s"):

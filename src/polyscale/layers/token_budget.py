@@ -1,6 +1,7 @@
 """How a token budget is asked of a model, whatever its family: a mixin of the configs, and functions on any config."""
 
 import copy
+import struct
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -151,12 +152,20 @@ class TokenBudgetMixin:
         """The budget at which this config runs images of (height, width), as ints below 2 ** 20.
 
         A host carries them from the processor to the model. There are always as many of them, whatever the budget.
+        Here: the bits of the budget argument, where that is a number.
         """
-        return ()
+        value = None if self.budget_argument is None else getattr(self, self.budget_argument)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return ()
+        return struct.unpack("<4H", struct.pack("<d", value))
 
     def budget_from_code(self, code: Sequence[int], num_tokens: int) -> dict[str, Any]:
         """Arguments of `forward` for a `budget_code` and the number of tokens that was counted for the image."""
-        return {}
+        if self.budget_argument is None or len(code) != 4:
+            return {}
+        (value,) = struct.unpack("<d", struct.pack("<4H", *code))
+        is_int = isinstance(getattr(self, self.budget_argument), int)
+        return {self.budget_argument: int(value) if is_int else value}
 
     def count_images(
         self, pixel_values: Sequence[torch.Tensor], image_sizes: Sequence[Sequence[int]] | None = None

@@ -15,7 +15,7 @@ from .processing import (
 )
 
 
-_LAZY = {"set_token_budget": ".swap", "swap_vision_tower": ".swap"}
+_LAZY = {"ResumableCheckpoints": ".resuming", "set_token_budget": ".swap", "swap_vision_tower": ".swap"}
 
 
 def __getattr__(name: str):
@@ -31,6 +31,7 @@ __all__ = [
     "BudgetVipLlavaProcessor",
     "PackedTower",
     "PackedTowerConfig",
+    "ResumableCheckpoints",
     "set_token_budget",
     "swap_vision_tower",
 ]

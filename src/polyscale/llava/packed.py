@@ -59,14 +59,16 @@ class PackedTowerConfig(PreTrainedConfig):
     """
 
     model_type = "polyscale_packed_tower"
-    sub_configs_defaults = {"vision_config": SubConfigSpec(config_class=AutoConfig, model_type="flexivit")}
+    # Has to name a model that is there wherever this class is: it may travel without the families.
+    sub_configs_defaults = {"vision_config": SubConfigSpec(config_class=AutoConfig, model_type="clip_vision_model")}
 
     vision_config: dict | PreTrainedConfig | None = None
     num_front_tokens: int = 0
 
     def __post_init__(self, **kwargs):
+        is_given = self.vision_config is not None  # transformers makes a default config to compare with
         super().__post_init__(**kwargs)
-        if not isinstance(self.vision_config, TokenBudgetMixin):
+        if is_given and not isinstance(self.vision_config, TokenBudgetMixin):
             raise ValueError(
                 f"`vision_config` must be that of a model with a token budget, got one of type "
                 f"{self.vision_config.model_type!r}."

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import AutoModel, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from ..loading import load_checkpoint
 from ..models.flexivit.convert_flexivit import load_flexivit_source
 from ..models.sparseformer.configuration_sparseformer import SparseFormerConfig, bootstrapped_operations
 from ..models.sparseformer.convert_sparseformer_vit import ViTLoadingReport, load_vit_weights
@@ -30,7 +31,14 @@ def load_teacher(name_or_path: str, recipe: TrainingRecipe | None = None) -> Pre
     Raises:
         ValueError: if it cannot be read, or lacks tensors.
     """
-    model = load_whole("bootstrap_from", name_or_path, AutoModel, recipe or TrainingRecipe())
+    model = load_checkpoint(
+        name_or_path,
+        AutoModel,
+        trust_remote_code=recipe is not None and recipe.trust_remote_code,
+        argument="bootstrap_from",
+        unused=("pooler.",),  # a ViT that was saved with its classifier has none, and `final_token` reads none
+        dtype=torch.float32,
+    )
     return getattr(model, "vision_model", model)
 
 

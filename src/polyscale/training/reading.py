@@ -1,11 +1,51 @@
-"""Checkpoints that a recipe names, read whole or refused in one line, as every tool reads them."""
+"""Checkpoints of others, read whole or refused in one line."""
+
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from safetensors import SafetensorError
+from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
+from transformers.utils import logging
 
-from ..loading import checkpoint_source, load_checkpoint, load_image_processor
+from ..checkpoints import available_checkpoints, resolve_checkpoint
 from .recipe import TrainingRecipe
+
+
+@contextmanager
+def readable(argument: str, source: str) -> Iterator[None]:
+    """Turns what goes wrong while a checkpoint is read into a `ValueError` that names it."""
+    try:
+        yield
+    except OSError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"`{argument}` {source!r} cannot be loaded: it is neither a bundled checkpoint "
+            f"({', '.join(available_checkpoints())}) nor a complete one in a folder or on the hub. {reason}"
+        ) from error
+    except (SafetensorError, RuntimeError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"`{argument}` {source!r} is damaged or of another kind: {reason}") from error
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """transformers prints a table of the tensors that do not fit; here they are looked at and spoken of."""
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+
+
+def check_place(argument: str, source: str) -> None:
+    looks_like_path = source.startswith((".", "/", "~")) or source.count("/") > 1
+    if looks_like_path and not Path(source).exists():
+        raise ValueError(f"`{argument}`: there is no folder {source!r}.")
 
 
 def load_whole(
@@ -16,7 +56,7 @@ def load_whole(
     source: str | None = None,
     config: PreTrainedConfig | None = None,
 ) -> PreTrainedModel:
-    """A model with all of its weights, in float32.
+    """A model with all of its weights.
 
     Args:
         argument: what gave the name, for errors.
@@ -29,19 +69,30 @@ def load_whole(
     Raises:
         ValueError: if it cannot be read, or lacks tensors.
     """
-    return load_checkpoint(
-        source or checkpoint_source(name, argument),
-        auto_class,
-        trust_remote_code=recipe.trust_remote_code,
-        argument=argument,
-        dtype=torch.float32,
-        **({} if config is None else {"config": config}),
-    )
+    check_place(argument, name)
+    source = source or resolve_checkpoint(name)
+    options = {} if config is None else {"config": config}
+    with readable(argument, name), quiet_loading():
+        model, info = auto_class.from_pretrained(
+            source,
+            dtype=torch.float32,
+            output_loading_info=True,
+            trust_remote_code=recipe.trust_remote_code,
+            **options,
+        )
+    if info["missing_keys"]:
+        kind = "no trained image classifier" if auto_class is AutoModelForImageClassification else "no whole model"
+        raise ValueError(
+            f"`{argument}` {name!r} holds {kind}: {len(info['missing_keys'])} tensors are missing, such as "
+            f"{sorted(info['missing_keys'])[0]!r}."
+        )
+    return model
 
 
 def load_processor(argument: str, name: str, recipe: TrainingRecipe) -> BaseImageProcessor:
     """The image processor of a checkpoint."""
-    return load_image_processor(name, trust_remote_code=recipe.trust_remote_code, argument=argument)
+    with readable(argument, name):
+        return AutoImageProcessor.from_pretrained(resolve_checkpoint(name), trust_remote_code=recipe.trust_remote_code)
 
 
-__all__ = ["load_processor", "load_whole"]
+__all__ = ["check_place", "load_processor", "load_whole", "quiet_loading", "readable"]

@@ -8,8 +8,6 @@ from pathlib import Path
 
 import torch
 from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
     AutoModel,
     AutoModelForImageClassification,
     PreTrainedConfig,
@@ -18,14 +16,14 @@ from transformers import (
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
 
-from ..checkpoints import resolve_checkpoint
 from ..conversion import convert_checkpoint
 from ..evaluation.labels import match_labels
+from ..loading import checkpoint_source, load_config, load_image_processor, quiet_loading, reading
 from ..models.auto import family_of
 from .configs import as_pair, at_image_size, check_saved_config, label_fields, make_config, unknown_family
 from .labels import listed
 from .processing import adopt_processing, default_image_size, make_image_processor
-from .reading import check_place, load_whole, quiet_loading, readable
+from .reading import load_whole
 from .recipe import TrainingRecipe
 
 
@@ -115,7 +113,7 @@ def _fresh(
         image_std=recipe.image_std or (0.5,) * channels,
     )
     config = make_config(recipe, {**options, **label_fields(label_names)})
-    with readable("family", recipe.family):
+    with reading("family", recipe.family):
         model = AutoModelForImageClassification.from_config(config)
     processor = make_image_processor(recipe, config)
     return StartingPoint(model, processor, recipe, label_names, list(range(len(label_names))))
@@ -135,23 +133,21 @@ class _Opened:
 @contextmanager
 def _opened(recipe: TrainingRecipe) -> Iterator[_Opened]:
     name = recipe.init_from
-    check_place("init_from", name)
     with tempfile.TemporaryDirectory() as folder:
-        source = resolve_checkpoint(name)
-        with readable("init_from", name):
-            config = AutoConfig.from_pretrained(source, trust_remote_code=recipe.trust_remote_code)
+        source = checkpoint_source(name, "init_from")
+        trust = {"trust_remote_code": recipe.trust_remote_code, "argument": "init_from"}
+        config = load_config(source, **trust)
         notes = []
         if recipe.family not in (None, config.model_type):
             if getattr(family_of(recipe.family), "converter", None) is None:
                 raise unknown_family(recipe.family)
             notes.append(f"{name} ({config.model_type}) is converted to {recipe.family}.")
             converted = Path(folder) / "model"
-            with readable("init_from", name), quiet_loading():
+            with reading("init_from", name), quiet_loading():
                 convert_checkpoint(source, converted, to=recipe.family)
-                source = str(converted)
-                config = AutoConfig.from_pretrained(source)
-        with readable("init_from", name):
-            processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=recipe.trust_remote_code)
+            source = str(converted)
+            config = load_config(source, **trust)
+        processor = load_image_processor(source, **trust)
         recipe = replace(recipe, family=config.model_type)
         recipe, processor = adopt_processing(recipe, processor, config)
         yield _Opened(source, at_image_size(config, recipe), processor, recipe, notes)
@@ -211,7 +207,7 @@ def _classifier_with_weights(
     source: str, name: str, config: PreTrainedConfig, recipe: TrainingRecipe, keeps_head: bool
 ) -> tuple[PreTrainedModel, bool]:
     """The classifier, all of whose weights but those of the head come from the checkpoint; whether they do too."""
-    with readable("init_from", name), quiet_loading():
+    with reading("init_from", name), quiet_loading():
         model, info = AutoModelForImageClassification.from_pretrained(
             source,
             config=config,

@@ -86,7 +86,7 @@ def make_source(
 
 
 def make_image_processor(num_channels: int = 3, **fields: Any) -> FlexiViTImageProcessor:
-    """An image processor; pictures become RGB where the model has three channels."""
+    """An image processor; images become RGB where the model has three channels."""
     return FlexiViTImageProcessor(do_convert_rgb=num_channels == 3, **fields)
 
 

@@ -181,7 +181,7 @@ def _config_fields(model: nn.Module, architecture: str) -> dict[str, Any]:
     mlp_kind = _mlp_kind(block)
     is_flexivit = "flexivit" in architecture
     eps = next(norm.eps for norm in _layer_norms(model) if not _is_absent(norm))
-    # What timm itself does when the size of the picture changes: at run time, or when it loads the weights.
+    # What timm itself does when the size of the image changes: at run time, or when it loads the weights.
     bicubic = model.dynamic_img_size or not is_flexivit
     pooling = "mean" if model.global_pool == "avg" or model.cls_token is None else "cls"
     return {

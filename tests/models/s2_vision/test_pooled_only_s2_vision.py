@@ -2,10 +2,9 @@
 
 import pytest
 import torch
+from s2_tiny import make_base
 
 from polyscale import S2VisionForImageClassification
-
-from s2_tiny import make_base
 
 
 def make_classifier(name: str, **fields) -> S2VisionForImageClassification:

@@ -7,7 +7,7 @@ from ...utils.validation import FiniteImagesMixin
 
 
 class FlexiViTImageProcessor(FiniteImagesMixin, TorchvisionBackend):
-    """Pictures -> `pixel_values` (batch, channels, height, width): resize of the short side, centre crop, normalise.
+    """Images -> `pixel_values` (batch, channels, height, width): resize of the short side, centre crop, normalise.
 
     The defaults are timm's evaluation of `flexivit_*`: short side to 252 (crop ratio 0.95), crop of 240 x 240,
     bicubic, mean and standard deviation 0.5. Any `size` and `crop_size` work: the model takes every height and width.

@@ -328,6 +328,8 @@ class FlexiViTBackbone(BackboneMixin, FlexiViTPreTrainedModel):
     """FlexiViT as a backbone: feature maps (batch, hidden, rows, columns) of the layers in `config.out_features`."""
 
     def __init__(self, config: FlexiViTConfig):
+        if config.patch_size is None:  # heads such as DPT ask for it
+            config.patch_size = config.base_patch_size
         super().__init__(config)
         self.num_features = [config.hidden_size for _ in range(config.num_hidden_layers + 1)]
         self.flexivit = FlexiViTModel(config)

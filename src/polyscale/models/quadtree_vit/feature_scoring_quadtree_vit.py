@@ -50,7 +50,7 @@ class ShuffleNetFeatures(nn.Module):
 
 
 class FeatureBasedPatchScorer(PatchScorer):
-    """Loss of meaning: how far a small network's features of the blurred picture are from those of the sharp one.
+    """Loss of meaning: how far a small network's features of the blurred image are from those of the sharp one.
 
     The network is frozen, and stays in evaluation mode when the model around it trains.
 

@@ -55,8 +55,8 @@ def gradcam_oracle(
 ) -> list[torch.Tensor]:
     """Patch scores from the label: where a classifier looks for it, by Grad-CAM (arXiv 1610.02391).
 
-    The map is scaled to a maximum of 1 in each picture, resized bilinearly to the grid of the smallest patches, and
-    averaged over each patch that can be split. A Quadtree ViT looks at the picture with every patch split.
+    The map is scaled to a maximum of 1 in each image, resized bilinearly to the grid of the smallest patches, and
+    averaged over each patch that can be split. A Quadtree ViT looks at the image with every patch split.
 
     Args:
         model: an image classifier: of this library or transformers (hidden states are used), or any module that maps
@@ -86,7 +86,7 @@ def gradcam_oracle(
     check_multiple((height, width), max_patch_size, "max_patch_size")
     batch = pixel_values.shape[0]
     if tuple(labels.shape) != (batch,):
-        raise ValueError(f"`labels` must have the shape {(batch,)}, one class a picture; got {tuple(labels.shape)}.")
+        raise ValueError(f"`labels` must have the shape {(batch,)}, one class an image; got {tuple(labels.shape)}.")
     is_quadtree = isinstance(config, QuadtreeViTConfig)
     knobs = {"num_tokens": config.num_tokens_range((height, width))[1]} if is_quadtree else {}
 
@@ -128,7 +128,7 @@ def _tokens_to_map(
     prefix = num_tokens - rows * columns
     if prefix < 0:
         raise ValueError(
-            f"The {num_tokens} tokens of `target_layer` are fewer than the {rows} x {columns} patches of the picture."
+            f"The {num_tokens} tokens of `target_layer` are fewer than the {rows} x {columns} patches of the image."
         )
     return _heat_map(features[..., prefix:], gradients[..., prefix:]).unflatten(1, (rows, columns))
 

@@ -18,7 +18,7 @@ FITS = ("squash", "aspect", "pad")
 class QuadtreeViTImageProcessorKwargs(ImagesKwargs, total=False):
     """
     fit (`str`):
-        How a picture gets its legal size: "squash", "aspect" or "pad".
+        How an image gets its legal size: "squash", "aspect" or "pad".
     max_patch_size (`int`):
         Side in pixels of the largest patches: height and width become multiples of it.
     """
@@ -32,9 +32,9 @@ def _up_to_multiple(length: int, multiple: int) -> int:
 
 
 def fitted_size(height: int, width: int, size: SizeDict, fit: str, max_patch_size: int) -> tuple[int, int]:
-    """(height, width) in pixels that a picture is resized to by "aspect" or "pad".
+    """(height, width) in pixels that an image is resized to by "aspect" or "pad".
 
-    "aspect": the multiples of `max_patch_size` nearest to the picture enlarged or reduced to the area of `size`, or to
+    "aspect": the multiples of `max_patch_size` nearest to the image enlarged or reduced to the area of `size`, or to
     its shortest edge. "pad": the largest size that fits into `size`.
 
     Raises:
@@ -53,7 +53,7 @@ def fitted_size(height: int, width: int, size: SizeDict, fit: str, max_patch_siz
 
 
 class LegalSizeMixin:
-    """Brings pictures to multiples of `max_patch_size`; goes in front of transformers' torchvision or PIL backend."""
+    """Brings images to multiples of `max_patch_size`; goes in front of transformers' torchvision or PIL backend."""
 
     valid_kwargs = QuadtreeViTImageProcessorKwargs
 
@@ -126,7 +126,7 @@ class LegalSizeMixin:
         sizes = sorted({tuple(image.shape[-2:]) for image in images})
         if return_tensors is not None and len(sizes) > 1:
             raise ValueError(
-                f"The pictures have the sizes {sizes} after `fit={fit!r}` and cannot be one batch: process them one "
+                f"The images have the sizes {sizes} after `fit={fit!r}` and cannot be one batch: process them one "
                 f"at a time, or use `fit='squash'` or `fit='pad'`."
             )
         return BatchFeature(data={"pixel_values": images}, tensor_type=return_tensors)
@@ -145,10 +145,10 @@ class LegalSizeMixin:
 
 
 class QuadtreeViTImageProcessor(FiniteImagesMixin, LegalSizeMixin, TorchvisionBackend):
-    """Pictures -> `pixel_values` (batch, channels, height, width), height and width multiples of `max_patch_size`.
+    """Images -> `pixel_values` (batch, channels, height, width), height and width multiples of `max_patch_size`.
 
     Args:
-        fit: how a picture gets its legal size: "squash" (resized to `size`, whatever its shape; with `do_center_crop`,
+        fit: how an image gets its legal size: "squash" (resized to `size`, whatever its shape; with `do_center_crop`,
             cropped to `crop_size` afterwards), "aspect" (to the legal height and width nearest to its own shape, of
             about the area of `size`, or of its shortest edge) or "pad" (its shape kept, as large as fits into `size`,
             the rest padded at the bottom and the right with the mean colour; with `do_resize=False`, padded to the
@@ -157,7 +157,7 @@ class QuadtreeViTImageProcessor(FiniteImagesMixin, LegalSizeMixin, TorchvisionBa
         size: {"height", "width"} in pixels, 256 x 256 by default.
 
     Raises:
-        ValueError: for pictures with NaN or infinite values, an unknown `fit`, or a size that is not legal; it names
+        ValueError: for images with NaN or infinite values, an unknown `fit`, or a size that is not legal; it names
             the nearest legal ones.
     """
 

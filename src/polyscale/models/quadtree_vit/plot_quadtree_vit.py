@@ -1,4 +1,4 @@
-"""Draws a quadtree over its picture, each patch at the resolution the model sees, as in arXiv 2304.00287."""
+"""Draws a quadtree over its image, each patch at the resolution the model sees, as in arXiv 2304.00287."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -27,11 +27,11 @@ def draw_quadtree(
     line_color: tuple[int, int, int] = (255, 255, 255),
     scale: int = 2,
 ) -> Image.Image:
-    """One picture, cut as the model cut it.
+    """One image, cut as the model cut it.
 
     Args:
         image: a PIL image, or (channels, height, width) with values in [0, 1].
-        patch_centers: (num_tokens, 2), (x, y) in pixels of the model's input: an output of the model, of one picture.
+        patch_centers: (num_tokens, 2), (x, y) in pixels of the model's input: an output of the model, of one image.
         patch_sizes: (num_tokens,) in pixels.
         token_mask: (num_tokens,), True where a token is real; patches of size 0 are left out in any case.
         min_patch_size: side in pixels to which every patch is reduced; the smallest of `patch_sizes` when None.
@@ -47,7 +47,7 @@ def draw_quadtree(
     """
     if patch_centers.ndim != 2 or patch_centers.shape[1] != 2 or patch_sizes.shape != patch_centers.shape[:1]:
         raise ValueError(
-            "`patch_centers` and `patch_sizes` must have the shapes (num_tokens, 2) and (num_tokens,) of one picture, "
+            "`patch_centers` and `patch_sizes` must have the shapes (num_tokens, 2) and (num_tokens,) of one image, "
             f"got {tuple(patch_centers.shape)} and {tuple(patch_sizes.shape)}."
         )
     if isinstance(image, torch.Tensor):
@@ -59,12 +59,12 @@ def draw_quadtree(
         corner = (centers + sizes[:, None] / 2).amax(dim=0)
         image_size = (int(corner[1]), int(corner[0]))
     cell = min_patch_size or int(sizes.min())
-    picture = image.convert("RGB").resize((image_size[1], image_size[0]), Image.Resampling.BICUBIC)
+    image = image.convert("RGB").resize((image_size[1], image_size[0]), Image.Resampling.BICUBIC)
     canvas = Image.new("RGB", (image_size[1] * scale, image_size[0] * scale))
     draw = ImageDraw.Draw(canvas)
     for (x, y), size in zip(centers.tolist(), sizes.tolist(), strict=True):
         left, top = round(x - size / 2), round(y - size / 2)
-        patch = picture.crop((left, top, left + size, top + size)).resize((cell, cell), Image.Resampling.BILINEAR)
+        patch = image.crop((left, top, left + size, top + size)).resize((cell, cell), Image.Resampling.BILINEAR)
         patch = patch.resize((size * scale, size * scale), Image.Resampling.NEAREST)
         canvas.paste(patch, (left * scale, top * scale))
         edge = (left * scale, top * scale, (left + size) * scale - 1, (top + size) * scale - 1)
@@ -74,12 +74,12 @@ def draw_quadtree(
 
 @torch.no_grad()
 def quadtree_picture(model, processor, image: Image.Image, num_tokens: int | None = None) -> Image.Image:
-    """A picture as a Quadtree ViT sees it at a budget: each patch at the resolution it is embedded at.
+    """An image as a Quadtree ViT sees it at a budget: each patch at the resolution it is embedded at.
 
     Args:
         model: a Quadtree ViT, with or without a head.
         processor: its image processor.
-        image: the picture.
+        image: the image.
         num_tokens: the budget; the config's when None.
     """
     pixel_values = preprocess(image, processor, model)
@@ -95,16 +95,16 @@ def quadtree_picture(model, processor, image: Image.Image, num_tokens: int | Non
 
 
 def draw_quadtrees(model, processor, image: Image.Image, budgets: Sequence | None = None) -> "Figure":
-    """A picture as a Quadtree ViT sees it at several budgets (`quadtree_picture`).
+    """An image as a Quadtree ViT sees it at several budgets (`quadtree_picture`).
 
     Args:
         model: a Quadtree ViT, with or without a head.
         processor: its image processor.
-        image: the picture.
+        image: the image.
         budgets: numbers of tokens; the config's when None.
 
     Raises:
-        ValueError: for a budget that the picture does not allow.
+        ValueError: for a budget that the image does not allow.
     """
     budgets = default_budgets_of(model.config) if budgets is None else list(budgets)
     figure, axes = make_grid(1, len(budgets), cell=(2.8, 3.0))

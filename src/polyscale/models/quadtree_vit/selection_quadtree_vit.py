@@ -2,7 +2,7 @@
 
 Vision Transformers with Mixed-Resolution Tokenization, arXiv 2304.00287; as in TomerRonen34/mixed-resolution-vit.
 
-A picture starts as a grid of its largest patches. Again and again, the live patch with the highest score is split into
+An image starts as a grid of its largest patches. Again and again, the live patch with the highest score is split into
 its four children, until the budget is used up. Done one patch at a time, that is a loop over splits; here it is one
 sort, exactly.
 
@@ -14,7 +14,7 @@ manner. A prefix sorts first. A child's key is the part of its parent's key that
 first k nodes in that order are the k splits.
 
 Nodes are numbered level by level, coarsest first, in raster order within a level: that is also the order of tokens.
-Node 0 stands above them: the whole picture, whose split into the largest patches is always the first.
+Node 0 stands above them: the whole image, whose split into the largest patches is always the first.
 """
 
 import math
@@ -31,12 +31,12 @@ from ...utils.validation import check_number
 
 # Bits of an int64 that a packed key may use; longer keys are sorted in several passes.
 KEY_BITS = 62
-# Grids of pictures whose constants are kept.
+# Grids of images whose constants are kept.
 MAX_TREES = 64
 
 
 class QuadtreeTokens(NamedTuple):
-    """Which patches a picture is cut into: each field is (batch, num_tokens); level 0 has the largest patches."""
+    """Which patches an image is cut into: each field is (batch, num_tokens); level 0 has the largest patches."""
 
     level: torch.Tensor
     row: torch.Tensor
@@ -59,7 +59,7 @@ def nearest_multiples(length: int, multiple: int) -> tuple[int, int]:
 
 
 def check_multiple(image_size: tuple[int, int], multiple: int, name: str) -> None:
-    """Refuses a picture whose height or width (pixels) is no multiple of `multiple`, the config field `name`.
+    """Refuses an image whose height or width (pixels) is no multiple of `multiple`, the config field `name`.
 
     Raises:
         ValueError: naming the nearest legal heights and widths.
@@ -72,7 +72,7 @@ def check_multiple(image_size: tuple[int, int], multiple: int, name: str) -> Non
     if wrong:
         raise ValueError(
             f"`image_size` must be a multiple of `{name}` = {multiple} pixels in height and width, got "
-            f"{' and '.join(wrong)}. Resize or pad the picture, as the image processor does, or choose another "
+            f"{' and '.join(wrong)}. Resize or pad the image, as the image processor does, or choose another "
             f"`{name}`."
         )
 
@@ -216,7 +216,7 @@ def _expansion_keys(flat_scores: torch.Tensor, levels: int, tree: _Tree) -> list
     ranks = order.new_zeros(batch, num_scores + 1).scatter_(1, order, places)
 
     parents = tree.parents[: num_scores + 1].expand_as(ranks)
-    ended = ranks[:, :1]  # 0, the rank of the whole picture: fills keys that are shorter than others
+    ended = ranks[:, :1]  # 0, the rank of the whole image: fills keys that are shorter than others
     ancestors, entries = ranks, [ranks]
     for _ in range(levels - 1):
         ancestors = ancestors.gather(1, parents)
@@ -226,7 +226,7 @@ def _expansion_keys(flat_scores: torch.Tensor, levels: int, tree: _Tree) -> list
 
 
 def _first_splits(flat_scores: torch.Tensor, count: int, levels: int, tree: _Tree) -> torch.Tensor:
-    """(batch, 1 + scores), True for the whole picture and the first `count` nodes that best-first expansion splits."""
+    """(batch, 1 + scores), True for the whole image and the first `count` nodes that best-first expansion splits."""
     *later, last = _expansion_keys(flat_scores, levels, tree)
     if not later:
         threshold = last.topk(count + 1, dim=1, largest=False, sorted=False).values.amax(dim=1, keepdim=True)
@@ -238,7 +238,7 @@ def _first_splits(flat_scores: torch.Tensor, count: int, levels: int, tree: _Tre
 
 
 def _above_threshold(flat_scores: torch.Tensor, threshold: float, levels: int, tree: _Tree) -> torch.Tensor:
-    """(batch, 1 + scores), True for the whole picture, and where a node and all its ancestors exceed `threshold`."""
+    """(batch, 1 + scores), True for the whole image, and where a node and all its ancestors exceed `threshold`."""
     above = torch.cat(
         [flat_scores.new_ones(flat_scores.shape[0], 1, dtype=torch.bool), flat_scores > threshold], dim=1
     )
@@ -260,7 +260,7 @@ def select_nodes(
     coarsest = rows * columns
     finest = coarsest << (2 * len(scores))
     if num_tokens is None and split_threshold is None:
-        raise ValueError("Give `num_tokens` (a budget), `split_threshold` (each picture its own), or both.")
+        raise ValueError("Give `num_tokens` (a budget), `split_threshold` (each image its own), or both.")
     if num_tokens is not None:
         num_tokens = check_token_budget(num_tokens, coarsest, finest, round_down)
     if split_threshold is not None:
@@ -307,14 +307,14 @@ def quadtree_tokens(
 
     The result is exactly that of splitting the patch of the highest score, one at a time.
 
-    There is no loop over splits or pictures. With `num_tokens` the shapes are fixed, so it compiles and exports. Ties:
+    There is no loop over splits or images. With `num_tokens` the shapes are fixed, so it compiles and exports. Ties:
     the coarser level first, then raster order.
 
     Args:
         scores: one (batch, rows, columns) tensor a level, coarsest first, each grid twice the one before; higher =
             split sooner. The level of the smallest patches, which cannot split, has no scores.
-        num_tokens: tokens of every picture: rows * columns of the coarsest grid + 3 k.
-        split_threshold: splits patches whose score is higher, so that each picture has its own number of tokens,
+        num_tokens: tokens of every image: rows * columns of the coarsest grid + 3 k.
+        split_threshold: splits patches whose score is higher, so that each image has its own number of tokens,
             padded to the longest. With `num_tokens` too, that is the maximum, and all are padded to it.
 
     Returns:

@@ -6,7 +6,7 @@ no position.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -181,7 +181,7 @@ class PatchTokenizer(nn.Module):
         mask: torch.Tensor | None,
         scores: Sequence[torch.Tensor],
         patch_grids: Sequence[tuple[int, int]],
-    ) -> tuple[TokenizerOutput, QuadtreeTokens, torch.Tensor]:
+    ) -> tuple[dict[str, Any], QuadtreeTokens, torch.Tensor]:
         """Where patches are, their tokens still to come.
 
         Args:
@@ -191,8 +191,8 @@ class PatchTokenizer(nn.Module):
             patch_grids: (rows, columns) of each level.
 
         Returns:
-            The output without embeddings; level, row and column of all nodes; their centres in halves of the smallest
-            patch, (batch, num_prefix_tokens + num_tokens, 2).
+            The fields of the output but `embeddings`; level, row and column of all nodes; their centres in halves of
+            the smallest patch, (batch, num_prefix_tokens + num_tokens, 2).
         """
         size, num_prefix = self.config.min_patch_size, self.config.num_prefix_tokens
         selected = decode_nodes(nodes, *patch_grids[0], len(patch_grids))
@@ -205,14 +205,13 @@ class PatchTokenizer(nn.Module):
         patch_sizes = cells[:, num_prefix:] * size
         if mask is not None:
             patch_centers, patch_sizes = patch_centers * mask[..., None], patch_sizes * mask
-        placed = TokenizerOutput(
-            embeddings=None,
-            patch_centers=patch_centers,
-            patch_sizes=patch_sizes,
-            token_mask=torch.ones_like(patch_sizes, dtype=torch.bool) if mask is None else mask,
-            is_padded=mask is not None,
-            split_scores=tuple(scores),
-        )
+        placed = {
+            "patch_centers": patch_centers,
+            "patch_sizes": patch_sizes,
+            "token_mask": torch.ones_like(patch_sizes, dtype=torch.bool) if mask is None else mask,
+            "is_padded": mask is not None,
+            "split_scores": tuple(scores),
+        }
         return placed, selected, centers
 
     def patch_grids_of(self, image_size: tuple[int, int], levels: int) -> list[tuple[int, int]]:
@@ -245,7 +244,7 @@ class PatchTokenizer(nn.Module):
             embedded = self.patch_embeddings(self.patches_of(pixel_values, selected, levels))
         else:
             embedded = take_nodes(maps, nodes)
-        return placed._replace(embeddings=self.assemble(embedded, positions))
+        return TokenizerOutput(self.assemble(embedded, positions), **placed)
 
     def check_channels(self, pixel_values: torch.Tensor) -> tuple[int, int]:
         """(height, width), after a check of the shape."""
@@ -390,7 +389,7 @@ class QuadtreeTokenizer(PatchTokenizer):
         nodes, mask = select_nodes(scores, num_tokens, split_threshold, config.round_num_tokens)
         placed, _, _ = self.place(F.pad(nodes, (num_prefix, 0)), mask, scores, grids)
         tokens = torch.cat([hidden_states[:, :num_prefix], take_nodes(maps, nodes)], dim=1)
-        return placed._replace(embeddings=tokens)
+        return TokenizerOutput(tokens, **placed)
 
 
 __all__ = ["PatchTokenizer", "QuadtreeTokenizer", "TokenizerOutput", "VanillaTokenizer"]

@@ -81,6 +81,12 @@ class S2VisionPreTrainedModel(CheckedModelMixin, PreTrainedModel):
         take_flags(self, config.vision_config)  # the flags above are what the best of models inside can do
         super().__init__(config, *args, **kwargs)
 
+    def save_pretrained(self, *args, save_original_format: bool = False, **kwargs) -> None:
+        """As in transformers, under the names of the model in memory, which a resumed `Trainer` asks for: older names
+        of the wrapped model only with `save_original_format=True`.
+        """
+        super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)
+
     @classmethod
     def from_vision_model(cls, vision_model: PreTrainedModel, **kwargs) -> "S2VisionPreTrainedModel":
         """Wraps a model in memory; its weights are shared, not copied.

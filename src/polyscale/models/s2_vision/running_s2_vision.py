@@ -84,27 +84,30 @@ class TileRunner:
             return_dict=True,
             **{**self.options, **budget},
         )
-        to_grid = getattr(self.model, "tokens_to_grid", None)
         tile = tuple(tiles.shape[-2:])
-
-        def placed(tensor: torch.Tensor | None) -> torch.Tensor | None:
-            if tensor is None or tensor.ndim != 3 or to_grid is None:
-                return tensor
-            return to_grid(tensor, outputs, tile)
-
+        tokens = None if self.pooled_only else features_of(outputs, self.config.output_shape)
         values = {
-            "last_hidden_state": None if self.pooled_only else placed(features_of(outputs, self.config.output_shape)),
+            "last_hidden_state": self._on_grid(tokens, outputs, tile),
             "pooler_output": _pooled(outputs, self.config.num_prefix_tokens),
         }
         states = outputs.get("hidden_states") or ()
         wanted = _wanted(self.output_hidden_states, len(states))
         if wanted:
             values["hidden_states"] = tuple(
-                placed(state) if layer in wanted else None for layer, state in enumerate(states)
+                self._on_grid(state, outputs, tile) if layer in wanted else None for layer, state in enumerate(states)
             )
         if self.output_attentions and outputs.get("attentions"):
             values["attentions"] = tuple(outputs["attentions"])
         return named_parts(values)
+
+    def _on_grid(
+        self, tensor: torch.Tensor | None, outputs: ModelOutput, tile: tuple[int, int]
+    ) -> torch.Tensor | None:
+        """Tokens (n, tokens, channels) of the wrapped model in row order, where it can tell where each is from."""
+        to_grid = getattr(self.model, "tokens_to_grid", None)
+        if tensor is None or tensor.ndim != 3 or to_grid is None:
+            return tensor
+        return to_grid(tensor, outputs, tile)
 
     def run_in_chunks(self, tiles: torch.Tensor, batch: int, **budget) -> dict[Part, torch.Tensor | None]:
         """`run` on any number of tiles, as many at a time as the config says for a batch of `batch` images."""

@@ -162,7 +162,7 @@ class SparseFormerPositionInjection(nn.Module):
 
     def forward(self, rois: torch.Tensor) -> torch.Tensor:
         """(batch, tokens, 2 * dimensions) -> (batch, tokens, width)"""
-        dtype = self.projection.weight.dtype
+        dtype = self.layernorm.weight.dtype  # a quantizer may leave the projection without a weight
         if self.time_projection is None:
             return self.projection(self.layernorm(encode_rois(rois, self.num_frequencies).to(dtype)))
         low, high = halves(rois)

@@ -1,0 +1,75 @@
+"""What S2 does around models of all kinds: flags, refusals, drawn budgets, attentions, antialias, names of weights."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from s2_tiny import make_base
+from safetensors.torch import load_file
+from transformers import AutoModel
+
+from polyscale.models.s2_vision import S2VisionWrapper
+from polyscale.models.s2_vision.multiscale_s2_vision import multiscale_forward
+
+
+def images(batch=2, size=96, seed=5):
+    return torch.rand(batch, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def test_sparseformer_has_no_places():
+    from polyscale.models.sparseformer import SparseFormerConfig
+
+    with pytest.raises(ValueError, match="no fixed place"):
+        S2VisionWrapper.from_vision_model(AutoModel.from_config(SparseFormerConfig()), scales=[1, 2])
+
+
+def test_flags_are_those_of_the_model_inside():
+    for name in ("clip", "convnext"):
+        base = make_base(name)
+        model = S2VisionWrapper.from_vision_model(base, scales=[1, 2])
+        for flag in ("_supports_sdpa", "_supports_flash_attn", "_supports_flex_attn", "_supports_attention_backend"):
+            assert getattr(model, flag) == getattr(base, flag), (name, flag)
+
+
+def test_a_model_that_draws_sizes_draws_once_a_call():
+    base = make_base("flexivit")
+    base.config.train_patch_sizes = [4, 8, 16]
+    model = S2VisionWrapper.from_vision_model(base, scales=[1, 2], split_forward=True).train()
+    torch.manual_seed(0)
+    for _ in range(8):
+        drawn = model(images(size=64))[0]
+        assert drawn.shape[1] in (1 + 4, 1 + 16, 1 + 64)
+
+
+def test_dynamic_keeps_attentions():
+    model = S2VisionWrapper.from_vision_model(
+        make_base("clip"), scales=[1, 2], dynamic=True, max_tiles=6, resize_output_to_idx=-1
+    )
+    model.set_attn_implementation("eager")
+    tiles = torch.rand(2, 7, 3, 32, 32)
+    outputs = model(tiles, image_sizes=torch.tensor([[64, 96], [64, 64]]), output_attentions=True)
+    own = model.vision_model(tiles[1, :5], output_attentions=True).attentions
+    assert outputs.attentions[0].shape[:2] == (2, 7)
+    torch.testing.assert_close(outputs.attentions[1][1, :5], own[1], atol=1e-5, rtol=1e-4)
+
+
+def test_antialias_is_an_option():
+    base = make_base("clip")
+    batch = images(size=64)
+    with torch.no_grad():
+        for antialias in (None, True):
+            model = S2VisionWrapper.from_vision_model(base, scales=[1, 2], antialias=antialias).eval()
+            small = F.interpolate(batch, size=32, mode="bicubic", antialias=bool(antialias))
+            first = base(small).last_hidden_state
+            torch.testing.assert_close(model(batch)[0][:, 1:, :16], first[:, 1:], atol=1e-5, rtol=1e-4)
+    published = multiscale_forward(base, batch, scales=[0.5, 1], max_split_size=32, num_prefix_token=1)
+    plain = S2VisionWrapper.from_vision_model(base, scales=[1, 2]).eval()
+    torch.testing.assert_close(plain(batch)[0], published, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["vit", "clip", "dinov2", "flexivit"])
+def test_a_checkpoint_has_the_names_of_the_model(name, tmp_path):
+    """A resumed `Trainer` loads it by `load_state_dict`, which knows no older names."""
+    model = S2VisionWrapper.from_vision_model(make_base(name), scales=[1, 2])
+    model.save_pretrained(tmp_path)
+    assert not any(model.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=False))
+    torch.testing.assert_close(AutoModel.from_pretrained(tmp_path).state_dict(), model.state_dict())
