@@ -24,14 +24,19 @@ def explore(
     with reporting("explore"):
         from importlib.util import find_spec
 
-        if find_spec("gradio") is None:
+        gradio = find_spec("gradio")
+        if gradio is None or gradio.origin is None:  # a folder of that name is found too
             raise ImportError("gradio is not installed: pip install 'polyscale[app]'.")
 
         from polyscale.explorer import Explorer
         from polyscale.explorer.page import build_page, launch_options
 
         quiet()
-        build_page(Explorer(models or [], device)).launch(**launch_options(host, port), inbrowser=browser)
+        page = build_page(Explorer(models or [], device))
+        options = launch_options(host, port) | {"inbrowser": browser, "prevent_thread_lock": True, "quiet": True}
+        _, url, _ = page.launch(**options)
+        typer.echo(f"The explorer is at {url} - Ctrl-C ends it.")
+        page.block_thread()
 
 
 __all__ = ["explore"]

@@ -3,9 +3,11 @@
 import shutil
 
 import pytest
+from typer.testing import CliRunner
 
 from polyscale import sample_photographs
 from polyscale.explorer import Explorer
+from polyscale_cli import app
 
 from ..tiny_checkpoints import save_tiny_flexivit, save_tiny_quadtree_vit, save_tiny_s2, save_tiny_sparseformer
 
@@ -80,6 +82,15 @@ def test_a_bad_file_gets_a_sentence(explorer, tmp_path):
     bad.write_text("no image")
     with pytest.raises(ValueError, match=r"notes\.png cannot be used: not a readable image"):
         explorer.view("flexivit (flexivit)", bad, 8)
+
+
+def test_the_command_says_what_is_not_installed(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    result = CliRunner().invoke(app, ["explore"])
+    assert (result.exit_code, result.output) == (
+        2,
+        "polyscale explore: gradio is not installed: pip install 'polyscale[app]'.\n",
+    )
 
 
 @pytest.fixture
