@@ -52,6 +52,8 @@ COLUMNS: dict[str, str | None] = {
 _COUNTED = "Hugging Face's common test-suite"
 # Words in the reason of a skip that say that a machine lacks something, not that the test makes no sense here.
 _LACKING = ("gpu", "cuda", "accelerator", "deepspeed", "kernel", "flash", "mps", "xpu", "slow", "bitsandbytes")
+# How the reason of a skip begins where a whole row lacks a library, or a version of one.
+_NEEDS = "needs "
 
 
 class MatrixTable:
@@ -113,6 +115,8 @@ class MatrixTable:
                     lacking = len(self.lacking[column, family.name])
                     counts = f"{outcomes.count('passed')} / {lacking} / {outcomes.count('skipped') - lacking}"
                     cells.append(f"✓ {counts}" if column == _COUNTED else "✓")
+                elif self.reasons.get((column, family.name), "").startswith(_NEEDS):
+                    cells.append(f"not run here: {self.reasons[column, family.name]}")
                 elif outcomes:
                     cells.append("n/a" + note(self.reasons.get((column, family.name), "skipped")))
                 else:

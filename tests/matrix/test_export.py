@@ -29,7 +29,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),
     pytest.mark.skipif(
         Version(torch.__version__) < Version(_TORCH),
-        reason=f"transformers' exporters need torch {_TORCH}; test_onnx_dynamo asks torch's own",
+        reason=f"needs torch {_TORCH}, as transformers' exporters do; test_onnx_dynamo asks torch's own",
     ),
 ]
 
@@ -91,7 +91,7 @@ def test_openvino(family):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("executorch") is None, reason="executorch is not installed")
+@pytest.mark.skipif(importlib.util.find_spec("executorch") is None, reason="needs executorch")
 @each_family(_EXECUTORCH)
 def test_executorch(family):
     _expect_gap(_EXECUTORCH, ExecutorchExporter, ExecutorchConfig, family)

@@ -124,7 +124,7 @@ class QuadtreeViTConfig(EncoderConfig):
         "split_scores",
     ]
     budget_argument = "num_tokens"
-    changeable_fields = ("num_tokens", "split_threshold", "image_size", "merge_tokens_to")
+    changeable_fields = ("num_tokens", "split_threshold", "image_size")
     sub_configs_defaults = {
         "scorer_backbone_config": SubConfigSpec(config_class=AutoConfig, model_type="resnet", optional=True)
     }
@@ -297,6 +297,12 @@ class QuadtreeViTConfig(EncoderConfig):
     def hosted(self) -> tuple["QuadtreeViTConfig", list[str]]:
         """Raises ValueError for a threshold and a scorer whose scores a processor cannot compute."""
         if self.tokens_vary:
+            if self.merge_layer:
+                raise ValueError(
+                    f"`split_threshold` with `merge_layer={self.merge_layer}` cannot be used in a host model: it "
+                    "counts the tokens of an image before the model sees it. Use `merge_layer=0`, or a fixed "
+                    "`num_tokens`."
+                )
             self._pixel_scorer()
         return super().hosted()
 
