@@ -143,10 +143,11 @@ def _readable(source: Any) -> Iterator[None]:
     except _PARSER_ERRORS as error:
         if isinstance(error, ValueError | OSError):
             raise
-        if not isinstance(source, str | os.PathLike):
+        if not isinstance(source, str | os.PathLike | dict):
             raise
         reason = str(error).strip().split("\n")[0] or "no reason given"
-        raise ValueError(f"`{source}` cannot be converted ({type(error).__name__}: {reason}).") from error
+        name = "source" if isinstance(source, dict) else source
+        raise ValueError(f"`{name}` cannot be converted ({type(error).__name__}: {reason}).") from error
 
 
 def convert_checkpoint(

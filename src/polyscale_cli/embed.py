@@ -27,7 +27,7 @@ def embed(
 
     On several processes: accelerate launch -m polyscale embed ...
     """
-    with reporting("embed"):
+    with reporting("embed", left="the same command goes on where it stopped"):
         from rich.console import Console
         from rich.progress import Progress
 

@@ -45,15 +45,19 @@ class Terminated(KeyboardInterrupt):
 
 
 def _terminate(signum: int, frame: object) -> None:
-    raise Terminated("terminated; nothing was written.")
+    raise Terminated
 
 
 @contextmanager
-def reporting(command: str) -> Iterator[None]:
+def reporting(command: str, left: str = "nothing was written") -> Iterator[None]:
     """Ends a command in one line and exit code 2, whatever a user typed or a file held.
 
     Ctrl-C and SIGTERM end it in one line and the exit codes that shells give them. With POLYSCALE_TRACEBACK=1 in the
     environment errors pass.
+
+    Args:
+        command (`str`): its name.
+        left (`str`, *optional*, defaults to `"nothing was written"`): what a command leaves that is interrupted.
     """
     before = (
         signal.signal(signal.SIGTERM, _terminate) if threading.current_thread() is threading.main_thread() else None
@@ -63,7 +67,8 @@ def reporting(command: str) -> Iterator[None]:
     except (typer.Exit, typer.Abort, BrokenPipeError):  # nobody reads a closed pipe
         raise
     except KeyboardInterrupt as error:
-        told = str(error) or "interrupted; nothing was written."
+        signalled = "terminated" if isinstance(error, Terminated) else "interrupted"
+        told = str(error) or f"{signalled}; {left}."
         raise fail(command, told, getattr(error, "exit_code", INTERRUPTED)) from error
     except Exception as error:
         if os.environ.get("POLYSCALE_TRACEBACK") == "1" or type(error).__module__.startswith(("click", "typer")):

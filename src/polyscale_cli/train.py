@@ -1,5 +1,6 @@
 """`polyscale train`."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -165,6 +166,8 @@ def train(
         choices["label_map"] = read_label_map(label_map) or None
         make = given_choices if resume else make_recipe
         metrics = run(dataset, output_dir, make(recipe, options, **choices) or None, resume=resume)
+        if os.environ.get("RANK", "0") != "0":  # of several processes, one speaks
+            return
         seconds = metrics["train_seconds"]
         typer.echo(f"Wrote {output_dir} after {seconds:.0f} s of training; its README.md is a model card.")
 

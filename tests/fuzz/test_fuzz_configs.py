@@ -1,5 +1,7 @@
 """Configs from random fields, assignments, and records of files."""
 
+import dataclasses
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,7 +12,7 @@ from .outcomes import anything, cases, clear_error_at_most
 
 def _names(family):
     config_class, _ = tiny_fields(family)
-    fields = [name for name in config_class.__dataclass_fields__ if not name.startswith("_")]
+    fields = [field.name for field in dataclasses.fields(config_class) if not field.name.startswith("_")]
     return st.one_of(st.sampled_from([*fields, "num_labels", *config_class.attribute_map]), st.text(max_size=8))
 
 

@@ -11,8 +11,8 @@ from ..tiny_models import FAMILIES, pixels_shape, tiny_classifier
 
 
 OWN_WORDS = {
-    "flexivit": {"patch_size", "merge_tokens_to"},
-    "quadtree_vit": {"num_tokens", "split_threshold", "merge_tokens_to"},
+    "flexivit": {"patch_size"},
+    "quadtree_vit": {"num_tokens", "split_threshold"},
     "sparseformer": set(),
     "sparseformer_video": set(),
     "s2_vision": {"scales", "img_sizes", "num_tiles"},

@@ -40,11 +40,11 @@ def make_classifier(family: str) -> torch.nn.Module:
 def test_resized_patches_under_the_kernel_are_patches_under_the_resized_kernel(kernel_size, patch_size, resize):
     torch.manual_seed(0)
     projection, images = (
-        PatchProjection(3, 16, kernel_size, stride=kernel_size, resize=resize),
+        PatchProjection(3, 16, kernel_size, stride=kernel_size),
         torch.randn(2, 3, 50, 37),
     )
     expected = F.conv2d(images, resize(projection.weight, patch_size), projection.bias, stride=patch_size)
-    torch.testing.assert_close(projection(images, patch_size), expected)
+    torch.testing.assert_close(projection(images, patch_size, resize), expected)
     patches = resize_patches(images, patch_size, kernel_size, resize)
     torch.testing.assert_close(projection(patches), expected, rtol=1e-4, atol=1e-5)
 

@@ -6,7 +6,13 @@ import multiprocessing
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForImageClassification, TrainerCallback, TrainingArguments, ViTConfig
+from transformers import (
+    AutoModelForImageClassification,
+    TrainerCallback,
+    TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from polyscale import S2VisionConfig, S2VisionForImageClassification
 from polyscale.training import (
@@ -183,10 +189,17 @@ def test_errors_that_say_that_nothing_can_be_written(tmp_path):
 
 
 @pytest.mark.slow
-def test_weights_that_are_stored_under_other_names_resume(tmp_path):
+@pytest.mark.parametrize("around", ["nothing", "s2"])
+def test_weights_that_are_stored_under_other_names_resume(tmp_path, around):
     """transformers renames the weights of a ViT when it stores them; `Trainer` alone would leave them as they are."""
-    vision = ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4)
-    config = S2VisionConfig(vision_config=vision.to_dict(), scales=[1, 2], num_labels=2)
+    vision = ViTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=16, patch_size=8
+    )
+    s2 = S2VisionConfig(vision_config={**vision.to_dict(), "image_size": 8}, scales=[1, 2], num_labels=2)
+    make = {
+        "nothing": lambda: ViTForImageClassification(vision),
+        "s2": lambda: S2VisionForImageClassification(s2),
+    }[around]
 
     def trainer(folder, steps):
         torch.manual_seed(len(str(folder)))
@@ -200,7 +213,7 @@ def test_weights_that_are_stored_under_other_names_resume(tmp_path):
             report_to=[],
             use_cpu=True,
         )
-        return ImageClassificationTrainer(model=S2VisionForImageClassification(config), args=args, train_dataset=rows)
+        return ImageClassificationTrainer(model=make(), args=args, train_dataset=rows)
 
     first = trainer(tmp_path, 2)
     first.train()

@@ -7,6 +7,7 @@ saved, our models when they are made. They do not run on assignment: two fields 
 
 import math
 from collections.abc import Collection
+from dataclasses import fields
 from functools import wraps
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
@@ -31,7 +32,7 @@ logger = logging.get_logger(__name__)
 
 # What transformers and its tools write on a config, whatever model it is of.
 _NAMES_OF_TRANSFORMERS = {
-    *PreTrainedConfig.__dataclass_fields__,
+    *(field.name for field in fields(PreTrainedConfig)),
     *(name for name, value in vars(PreTrainedConfig).items() if isinstance(value, property) and value.fset),
     *GenerationConfig().to_dict(),
     *("attn_implementation", "experts_implementation", "per_layer_config", "model_type", "_auto_class"),
@@ -43,11 +44,15 @@ _NAMES_OF_TRANSFORMERS = {
 # What transformers' common test suite and its tools also assign, to any config, whether it has such a field or not.
 _ASSIGNED_NAMES = {
     *("batch_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon", "post_norm_eps", "rms_norm_eps"),
-    *("sliding_window", "vocab_size", "base_model_name_or_path"),
+    *("attention_dropout", "dropout_rate", "ffn_hidden_size", "first_k_dense_replace", "head_dim", "layer_types"),
+    *("mlp_only_layers", "moe_intermediate_size", "moe_layer_start_index", "num_dense_layers", "num_key_value_heads"),
+    *("sliding_window", "use_sliding_window", "vocab_size", "vocab_size_per_layer_input", "base_model_name_or_path"),
 }
 # These (and the field `transformers_version`) are in dictionaries that `to_dict` writes, not in what a user types.
 _MARKS_OF_A_FILE = ("model_type", "_name_or_path")
 _MOST = 1 << 20  # of anything that is counted: more is a slip, or an attempt to fill the memory
+# What a field may hold; transformers does not check the fields that it declares itself.
+_PLAIN = (type(None), bool, int, float, str, list, tuple, dict, PreTrainedConfig, torch.dtype)
 _WORDS = {int: "an int", float: "a number", bool: "True or False", str: "a string", type(None): "None"}
 
 
@@ -90,7 +95,8 @@ def checked_config(cls: type) -> type:
     @wraps(strict_setattr)
     def __setattr__(self, name: str, value: Any) -> None:
         name = type(self).attribute_map.get(name, name)
-        if isinstance(value, np.ndarray | torch.Tensor):
+        is_field = any(name == entry.name for entry in fields(self))
+        if isinstance(value, bytes | np.ndarray | torch.Tensor) or (is_field and not isinstance(value, _PLAIN)):
             raise ConfigError(f"`{name}` must be a plain value, which JSON can hold, got a {type(value).__name__}.")
         try:
             strict_setattr(self, name, value)
@@ -185,17 +191,21 @@ class CheckedConfigMixin:
 
     @classmethod
     def _is_known(cls, name: str) -> bool:
-        if name in cls.__dataclass_fields__ or name in cls.attribute_map or name in _NAMES_OF_TRANSFORMERS:
-            return True
         attribute = getattr(cls, name, None)
-        return name.startswith("_") or (isinstance(attribute, property) and attribute.fset is not None)
+        if isinstance(attribute, property):
+            return attribute.fset is not None
+        is_own = name in cls.attribute_map or any(name == field.name for field in fields(cls))
+        is_private = name.startswith("_") and not name.startswith("__")
+        return is_own or name in _NAMES_OF_TRANSFORMERS or is_private
 
     def _takes(self, name: str) -> bool:
         return self._is_known(name) or name in self.__dict__
 
     @classmethod
     def _nearest_field(cls, name: str) -> str | None:
-        return closest_name(name, [field for field in cls.__dataclass_fields__ if not field.startswith("_")])
+        return closest_name(
+            name, [field for field in (entry.name for entry in fields(cls)) if not field.startswith("_")]
+        )
 
     def _name_error(self, name: str) -> ConfigError:
         if hasattr(type(self), name):

@@ -187,6 +187,19 @@ class EncoderConfig(CheckedConfigMixin, TokenBudgetMixin, BackboneConfigMixin, P
             return int(self.use_cls_token) + int(self.use_distillation_token)
         return 0
 
+    def hosted(self) -> tuple["EncoderConfig", list[str]]:
+        """See `TokenBudgetMixin.hosted`.
+
+        Raises:
+            ValueError: where tokens are merged: a host may read an earlier layer, which has more of them.
+        """
+        if self.merge_tokens_to is not None:
+            raise ValueError(
+                f"`merge_tokens_to` must be None in a host model, got {self.merge_tokens_to}: a host reads the tokens "
+                "of a layer before the last, where fewer are merged. Use another budget."
+            )
+        return super().hosted()
+
     @property
     def num_pooled_tokens(self) -> int | None:
         """How many tokens, the first ones, pooling and head read; `None` where pooling reads all."""

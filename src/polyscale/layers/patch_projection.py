@@ -16,45 +16,44 @@ from .resizing import KernelResize, resize_patches
 class PatchProjection(FreezableMixin, nn.Conv2d):
     """Cuts images into patches and embeds them, at any patch size.
 
-    The arguments are those of `nn.Conv2d`, which adapters make more of by the class of what they wrap.
-
-    Args:
-        args, kwargs: of `nn.Conv2d`, the stride equal to the kernel size.
-        resize (`KernelResize`, *optional*): how the kernel is resized to another patch size.
+    The arguments are those of `nn.Conv2d`, which adapters make more of by the class of what they wrap; the stride is
+    the kernel size.
     """
 
     frozen_tensors = ("frozen_kernel",)
 
-    def __init__(self, *args, resize: KernelResize | None = None, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.resize = resize or KernelResize()
-
-    def kernel_for(self, patch_size: tuple[int, int]) -> torch.Tensor:
+    def kernel_for(self, patch_size: tuple[int, int], resize: KernelResize) -> torch.Tensor:
         """(hidden, channels, *patch_size), always made from the stored kernel: chained resizes lose information."""
         if patch_size == self.kernel_size:
             return self.weight
         frozen = self.frozen_kernel
         if frozen is not None and frozen.shape[-2:] == patch_size and not takes_gradients(self.weight):
             return frozen
-        return self.resize(self.weight, patch_size)
+        return resize(self.weight, patch_size)
 
     @torch.no_grad()
-    def freeze(self, patch_size: tuple[int, int]) -> None:
+    def freeze(self, patch_size: tuple[int, int], resize: KernelResize) -> None:
         """Keeps the kernel of a patch size; a frozen budget asks for it."""
         self.frozen_kernel = None
         if patch_size != self.kernel_size:
-            self.frozen_kernel = self.kernel_for(patch_size).clone()
+            self.frozen_kernel = self.kernel_for(patch_size, resize).clone()
 
-    def forward(self, pixel_values: torch.Tensor, patch_size: tuple[int, int] | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        patch_size: tuple[int, int] | None = None,
+        resize: KernelResize | None = None,
+    ) -> torch.Tensor:
         """
         Args:
             pixel_values (`torch.Tensor`): (batch, channels, height, width).
             patch_size (`tuple[int, int]`, *optional*): (height, width) in pixels; the kernel's own when `None`.
+            resize (`KernelResize`, *optional*): how the kernel is resized to another size.
 
         Returns:
             `torch.Tensor`: (batch, hidden, rows, columns), without an incomplete last row or column of patches.
         """
-        kernel = self.kernel_for(patch_size or self.kernel_size)
+        kernel = self.kernel_for(patch_size or self.kernel_size, resize or KernelResize())
         height, width = kernel.shape[-2:]
         rows, columns = pixel_values.shape[-2] // height, pixel_values.shape[-1] // width
         patches = cut_patches(pixel_values.to(kernel.dtype), rows, columns, height, width)
@@ -97,7 +96,7 @@ def project_patches(
         `torch.Tensor`: (batch, hidden, rows, columns).
     """
     if isinstance(projection, PatchProjection):
-        return projection(pixel_values, patch_size)
+        return projection(pixel_values, patch_size, resize)
     return projection(resize_patches(pixel_values, patch_size, tuple(kernel_size), resize))
 
 

@@ -37,7 +37,13 @@ class TrainingInterrupted(KeyboardInterrupt):
 
 
 class TrainingStopped(RuntimeError):
-    """The run cannot go on as it is; the message says why, and how to go on."""
+    """The run cannot go on as it is; the message says why, and how to go on.
+
+    Attributes:
+        exit_code: what a command ends with.
+    """
+
+    exit_code = 2
 
 
 class Interruption(TrainerCallback):

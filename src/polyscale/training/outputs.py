@@ -9,6 +9,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ..evaluation.metrics import wilson_interval
 from ..layers.token_budget import budget_argument_of
 from .report import describe_budget, duration, forward_arguments
 from .resume import write_json
@@ -175,10 +176,14 @@ def _results_table(facts: Mapping[str, Any], argument: str | None) -> str:
         shown = "x".join(map(str, budget)) if isinstance(budget, list) else budget
         is_share = {metric: metric in ("top1", "agreement") for metric in metrics}
         values = [f"{100 * result[name]:.2f} %" if is_share[name] else f"{result[name]:.4f}" for name in metrics]
+        if is_share.get(metrics[0]):
+            low, high = (100 * bound for bound in wilson_interval(result[metrics[0]], result["images"]))
+            values[0] += f" ({low:.1f} to {high:.1f})"
         rows.append(["default" if budget is None else shown, result["tokens"] or "vary", *values])
     table = "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows)
     where = f"{facts['results'][0]['images']:,} images of the split `{facts['data']['evaluated']}`"
-    return f"## By budget\n\nOn {where}, {facts['precision']}.\n\n{table}"
+    intervals = " In brackets: Wilson's 95 % interval." if metrics[0] in ("top1", "agreement") else ""
+    return f"## By budget\n\nOn {where}, {facts['precision']}.{intervals}\n\n{table}"
 
 
 __all__ = ["draw_curve", "versions", "write_card", "write_record"]

@@ -138,8 +138,11 @@ def _explained(error: BaseException, run: RunFolder, again: str) -> BaseExceptio
     if not run.has_run():
         if isinstance(error, TrainingInterrupted):
             return TrainingInterrupted("Interrupted before training began: start it again.", error.exit_code)
-        reason = write_failure(error, run.path)
-        return TrainingStopped(f"Nothing can be written to {run.path}: {reason}.") if reason else error
+        if reason := write_failure(error, run.path):
+            return TrainingStopped(f"Nothing can be written to {run.path}: {reason}.")
+        if is_out_of_memory(error):
+            return TrainingStopped("There is not enough memory for a step: take a smaller `batch_size` or model.")
+        return error
     step = run.last_whole_step()
     done = "There is no whole checkpoint yet: the run starts anew." if step is None else f"Step {step} is saved."
     if isinstance(error, KeyboardInterrupt):

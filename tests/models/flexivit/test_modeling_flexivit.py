@@ -49,7 +49,17 @@ def test_interpolated_kernels_are_another_choice(make_model, images):
     model = make_model(resize_method="interpolate")
     kernel = model.embeddings.patch_embeddings.projection.weight
     expected = F.interpolate(kernel, (4, 4), mode="bilinear")
-    torch.testing.assert_close(model.get_input_embeddings().kernel_for((4, 4)), expected, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(model.embeddings.patch_embeddings.kernel_for((4, 4)), expected, atol=1e-6, rtol=1e-5)
+
+
+def test_a_changed_config_is_followed(make_model, images):
+    model = make_model()
+    model.config.kernel_interpolation, model.config.kernel_antialias = "bicubic", True
+    model.config.remainder = "pad"
+    other = make_model(kernel_interpolation="bicubic", kernel_antialias=True, remainder="pad")
+    tokens = model(images, patch_size=5).last_hidden_state
+    assert tokens.shape[1] == 1 + 49
+    assert torch.equal(tokens, other(images, patch_size=5).last_hidden_state)
 
 
 def test_token_count_is_what_was_promised(make_model):
@@ -160,7 +170,7 @@ def test_autocast_resizes_in_float32(make_model, images):
         actual = model(images, patch_size=4).last_hidden_state
         expected = prepared_model(model, 4)(images).last_hidden_state
     torch.testing.assert_close(actual, expected, atol=2e-2, rtol=2e-2)
-    assert model.get_input_embeddings().kernel_for((4, 4)).dtype == torch.float32
+    assert model.embeddings.patch_embeddings.kernel_for((4, 4)).dtype == torch.float32
 
 
 def test_gradients_reach_the_stored_kernel_and_positions(make_model, images):

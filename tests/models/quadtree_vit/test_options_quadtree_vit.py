@@ -13,6 +13,7 @@ from polyscale import (
     QuadtreeViTModel,
     quadtree_tokens,
 )
+from polyscale.layers.key_bias import with_key_bias
 from polyscale.models.quadtree_vit import (
     EmbeddingPatchScorer,
     EntropyPatchScorer,
@@ -322,3 +323,25 @@ def test_a_scorer_of_your_own_is_registered_saved_and_reloaded(images, tmp_path)
         torch.testing.assert_close(reloaded(images, num_tokens=16).logits, outputs.logits)
     finally:
         del PATCH_SCORERS["centre"]
+
+
+def test_a_host_that_counts_beforehand_refuses_what_it_cannot_count():
+    with pytest.raises(ValueError, match="`merge_tokens_to` must be None in a host model, got 10"):
+        QuadtreeViTConfig(**SHAPE, num_tokens=31, merge_tokens_to=10).hosted()
+    with pytest.raises(ValueError, match="`split_threshold` with `merge_layer=1`"):
+        QuadtreeViTConfig(**SHAPE, split_threshold=1.0, merge_layer=1).hosted()
+
+
+@torch.no_grad()
+def test_the_extra_channel_of_kernels_without_bias_is_the_bias():
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 2, 4, 9, 8)
+    bias = torch.randn(2, 9)
+    scaling = 8**-0.5
+    expected = F.scaled_dot_product_attention(query, key, value, attn_mask=bias[:, None, None, :], scale=scaling)
+    inputs = with_key_bias(query, key, value, None, bias, scaling, "flash_attention_2")
+    assert [tensor.shape[-1] for tensor in inputs[:3]] == [16, 16, 16]
+    assert inputs[3] is None
+    actual = F.scaled_dot_product_attention(*inputs[:3], scale=scaling)
+    torch.testing.assert_close(actual[..., :8], expected, atol=1e-6, rtol=1e-5)
+    assert not actual[..., 8:].any()

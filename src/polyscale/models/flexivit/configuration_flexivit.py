@@ -63,7 +63,7 @@ class FlexiViTConfig(EncoderConfig):
     model_type = "flexivit"
     keys_to_ignore_at_inference = ["hidden_states", "attentions"]
     budget_argument = "patch_size"
-    changeable_fields = ("patch_size", "num_tokens", "image_size", "merge_tokens_to")
+    changeable_fields = ("patch_size", "num_tokens", "image_size")
 
     attribute_map = {**EncoderConfig.attribute_map, "uneven": "remainder"}
 

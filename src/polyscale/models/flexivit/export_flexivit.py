@@ -100,7 +100,7 @@ def plain_vit(source: Source, image_size: int | Sequence[int] | None, patch_size
         for part in (f"{model.base_model_prefix}.", "embeddings.", "prefix_tokens."):
             name = name.removeprefix(part)
         tensors[name] = tensor
-    tensors["patch_embeddings.projection.weight"] = embeddings.patch_embeddings.projection.kernel_for(patch_size)
+    tensors["patch_embeddings.projection.weight"] = embeddings.patch_embeddings.kernel_for(patch_size)
     positions = embeddings.position_embeddings_for(patch_grid)
     place = 0
     for name in ("cls_token", "distillation_token", "register_tokens"):

@@ -40,21 +40,24 @@ class FlexiViTPatchEmbeddings(FreezableMixin, nn.Module):
 
     def __init__(self, config: FlexiViTConfig):
         super().__init__()
-        self.pads = config.remainder == "pad"
+        self.config = config
         self.kernel_size = to_pair(config.base_patch_size, "base_patch_size")
-        self.resize = KernelResize(config.resize_method, config.kernel_interpolation, config.kernel_antialias)
         self.projection = PatchProjection(
-            config.num_channels,
-            config.hidden_size,
-            self.kernel_size,
-            stride=self.kernel_size,
-            bias=config.patch_bias,
-            resize=self.resize,
+            config.num_channels, config.hidden_size, self.kernel_size, stride=self.kernel_size, bias=config.patch_bias
         )
+
+    @property
+    def resize(self) -> KernelResize:
+        """How the config says that the kernel is resized."""
+        return KernelResize(self.config.resize_method, self.config.kernel_interpolation, self.config.kernel_antialias)
+
+    def kernel_for(self, patch_size: tuple[int, int]) -> torch.Tensor:
+        """The kernel of a patch size: (hidden, channels, *patch_size)."""
+        return self.projection.kernel_for(patch_size, self.resize)
 
     def forward(self, pixel_values: torch.Tensor, patch_size: tuple[int, int]) -> torch.Tensor:
         """(batch, channels, height, width) -> (batch, rows * columns, hidden)"""
-        if self.pads:
+        if self.config.remainder == "pad":
             height, width = pixel_values.shape[-2:]
             pixel_values = F.pad(pixel_values, (0, -width % patch_size[1], 0, -height % patch_size[0]))
         patches = project_patches(self.projection, pixel_values, patch_size, self.kernel_size, self.resize)
@@ -114,7 +117,7 @@ class FlexiViTEmbeddings(FreezableMixin, nn.Module):
     @torch.no_grad()
     def freeze(self, patch_size: tuple[int, int], patch_grid: tuple[int, int]) -> None:
         """Keeps the kernel of a patch size and the positions of a grid; a frozen budget asks for it."""
-        self.patch_embeddings.projection.freeze(patch_size)
+        self.patch_embeddings.projection.freeze(patch_size, self.patch_embeddings.resize)
         self.frozen_positions = None
         self.frozen_positions = self.position_embeddings_for(patch_grid).clone()
         self.frozen_grid = patch_grid
@@ -325,6 +328,8 @@ class FlexiViTBackbone(BackboneMixin, FlexiViTPreTrainedModel):
     """FlexiViT as a backbone: feature maps (batch, hidden, rows, columns) of the layers in `config.out_features`."""
 
     def __init__(self, config: FlexiViTConfig):
+        if config.patch_size is None:  # heads such as DPT ask for it
+            config.patch_size = config.base_patch_size
         super().__init__(config)
         self.num_features = [config.hidden_size for _ in range(config.num_hidden_layers + 1)]
         self.flexivit = FlexiViTModel(config)

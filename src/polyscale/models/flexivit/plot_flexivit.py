@@ -107,11 +107,11 @@ def draw_kernels(model, patch_sizes: Sequence, count: int = 8) -> "Figure":
         patch_sizes: in pixels.
         count: how many filters.
     """
-    projection = model.get_input_embeddings()
-    strongest = projection.weight.flatten(1).norm(dim=1).argsort(descending=True)[:count]
+    patch_embeddings = model.base_model.embeddings.patch_embeddings
+    strongest = patch_embeddings.projection.weight.flatten(1).norm(dim=1).argsort(descending=True)[:count]
     figure, axes = make_grid(len(patch_sizes), len(strongest), cell=(1.1, 1.1))
     for row, patch_size in zip(axes, patch_sizes, strict=True):
-        kernel = projection.kernel_for(to_pair(patch_size, "patch_size"))[strongest]
+        kernel = patch_embeddings.kernel_for(to_pair(patch_size, "patch_size"))[strongest]
         for axis, pixels in zip(row, kernel.permute(0, 2, 3, 1).float().cpu().numpy(), strict=True):
             low, high = pixels.min(), pixels.max()  # of (height, width, channels)
             axis.imshow((pixels - low) / max(high - low, 1e-12), cmap="gray", interpolation="nearest")

@@ -124,7 +124,7 @@ class QuadtreeViTConfig(EncoderConfig):
         "split_scores",
     ]
     budget_argument = "num_tokens"
-    changeable_fields = ("num_tokens", "split_threshold", "image_size", "merge_tokens_to")
+    changeable_fields = ("num_tokens", "split_threshold", "image_size")
     sub_configs_defaults = {
         "scorer_backbone_config": SubConfigSpec(config_class=AutoConfig, model_type="resnet", optional=True)
     }
@@ -170,6 +170,11 @@ class QuadtreeViTConfig(EncoderConfig):
                 f"`hidden_size` must be a multiple of 4 and at least 8 for sinusoidal positions, got "
                 f"{self.hidden_size}."
             )
+
+    @property
+    def patch_size(self) -> int:
+        """Pixels per place of the dense feature maps along a side, for heads that ask for it: `min_patch_size`."""
+        return self.min_patch_size
 
     @property
     def num_levels(self) -> int:
@@ -276,7 +281,8 @@ class QuadtreeViTConfig(EncoderConfig):
 
     def _pixel_scorer(self) -> "PatchScorer":
         """The scorer of a config with a threshold, if pixels are all it needs."""
-        from .scoring_quadtree_vit import PrecomputedPatchScorer, make_patch_scorer  # which imports this module
+        from .patch_scorers_quadtree_vit import make_patch_scorer  # which imports this module, as does the next
+        from .scoring_quadtree_vit import PrecomputedPatchScorer
 
         scorer = make_patch_scorer(self)
         needs_more = any(True for _ in scorer.parameters()) or getattr(scorer, "reads_embeddings", False)
@@ -291,6 +297,12 @@ class QuadtreeViTConfig(EncoderConfig):
     def hosted(self) -> tuple["QuadtreeViTConfig", list[str]]:
         """Raises ValueError for a threshold and a scorer whose scores a processor cannot compute."""
         if self.tokens_vary:
+            if self.merge_layer:
+                raise ValueError(
+                    f"`split_threshold` with `merge_layer={self.merge_layer}` cannot be used in a host model: it "
+                    "counts the tokens of an image before the model sees it. Use `merge_layer=0`, or a fixed "
+                    "`num_tokens`."
+                )
             self._pixel_scorer()
         return super().hosted()
 

@@ -27,7 +27,7 @@ _SCORER = "embeddings.patch_scorer."
 _LABEL_FIELDS = ("id2label", "label2id", "problem_type")
 # What loses least of a converted model's answers at a smaller budget (`benchmarks/better_tokens.py`).
 _BEST = {"reduction": "antialias", "patch_scorer": "embedding"}
-_BEST_FOR_MEAN = {"area_attention": 1.0, "area_pooling": True}
+_BEST_FOR_MEAN = {"merge_layer": 2, "area_attention": 1.0, "area_pooling": True}
 
 logger = logging.get_logger(__name__)
 _SOURCE_OPTIONS = ("architecture", "model_args", "pretrained")
@@ -63,6 +63,8 @@ def _quadtree_config(source: FlexiViTConfig, has_head: bool, options: dict[str, 
 def _best_tokens(pooling: str, options: dict[str, Any]) -> dict[str, Any]:
     """The measured best way to choose and weigh patches for a pooling, as far as `options` leave it open."""
     best = {**_BEST, **(_BEST_FOR_MEAN if pooling == "mean" else {})}
+    if options.get("split_threshold") is not None:
+        best.pop("merge_layer", None)  # features have no threshold that is known
     chosen = {name: value for name, value in best.items() if name not in options}
     if chosen:
         words = ", ".join(f"{name}={value!r}" for name, value in chosen.items())
@@ -92,7 +94,8 @@ def load_quadtree_vit(
 
     With every patch split, the tokens are those of the source; with fewer, it works before any training. The way to
     choose patches is the measured best for the pooling of the source, not the published one: `reduction="antialias"`
-    and `patch_scorer="embedding"`, and for a mean over the tokens `area_attention=1.0` and `area_pooling=True`.
+    and `patch_scorer="embedding"`; for a mean over the tokens large patches take over after the second layer, by their
+    features (`merge_layer=2`), and tokens count by their area (`area_attention=1.0`, `area_pooling=True`).
 
     Args:
         source: as in `polyscale.models.flexivit.convert_flexivit.load_flexivit_source`.

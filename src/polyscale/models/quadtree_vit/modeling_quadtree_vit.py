@@ -359,7 +359,8 @@ class QuadtreeViTBackbone(BackboneMixin, QuadtreeViTPreTrainedModel):
 
         Returns:
             `feature_maps`: one (batch, hidden, height / min_patch_size, width / min_patch_size) a stage; with
-            `config.reshape_hidden_states=False` (batch, tokens, hidden), prefix tokens included.
+            `config.reshape_hidden_states=False` one token for each of these places in raster order, behind the prefix
+            tokens: (batch, num_prefix_tokens + places, hidden).
         """
         check_words(self, kwargs)
         check_nothing_merges(self.config)
@@ -369,12 +370,16 @@ class QuadtreeViTBackbone(BackboneMixin, QuadtreeViTPreTrainedModel):
 
         image_size = tuple(pixel_values.shape[-2:])
 
+        dense = tuple(
+            self.quadtree_vit.tokens_to_grid(states, outputs, image_size) if stage in self.out_features else states
+            for stage, states in zip(self.stage_names, outputs.hidden_states, strict=True)
+        )
+
         def to_map(hidden_states: torch.Tensor) -> torch.Tensor:
-            dense = self.quadtree_vit.tokens_to_grid(hidden_states, outputs, image_size)
-            patches = dense[:, self.config.num_prefix_tokens :]
+            patches = hidden_states[:, self.config.num_prefix_tokens :]
             return patches.transpose(1, 2).unflatten(2, self.config.feature_grid_for(image_size))
 
-        feature_maps = feature_maps_of(self, outputs.hidden_states, to_map, self.quadtree_vit.layernorm)
+        feature_maps = feature_maps_of(self, dense, to_map, self.quadtree_vit.layernorm)
         return BackboneOutput(
             feature_maps=feature_maps, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )

@@ -88,4 +88,13 @@ def only_real_tiles(pixel_values: torch.Tensor, counts: Sequence[int], tile: tup
     return pixel_values
 
 
-__all__ = ["block_sizes", "dynamic_tile_grid", "only_real_tiles", "plans_for_blocks"]
+def padded(images: list[torch.Tensor | tuple | None]) -> torch.Tensor | tuple | None:
+    """The same part of the output of each image (1, ...) as one batch, zeros after what is shorter; layer by layer."""
+    if images[0] is None:
+        return None
+    if isinstance(images[0], tuple):
+        return tuple(padded(list(layer)) for layer in zip(*images, strict=True))
+    return torch.nn.utils.rnn.pad_sequence([image[0] for image in images], batch_first=True)
+
+
+__all__ = ["block_sizes", "dynamic_tile_grid", "only_real_tiles", "padded", "plans_for_blocks"]

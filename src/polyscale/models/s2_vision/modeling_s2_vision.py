@@ -23,7 +23,7 @@ from ...layers.wrapping import check_has_no_head, take_flags, wrap_in_memory
 from ...utils.validation import check_pixel_values
 from ...utils.vision_configs import base_stage_widths
 from .configuration_s2_vision import S2VisionConfig
-from .dynamic_tiling_s2_vision import block_sizes, only_real_tiles, plans_for_blocks
+from .dynamic_tiling_s2_vision import block_sizes, only_real_tiles, padded, plans_for_blocks
 from .multiscale_s2_vision import TileFeatures
 from .running_s2_vision import TileRunner
 from .tile_budget_s2_vision import run_best_tiles
@@ -54,15 +54,6 @@ class S2VisionOutput(BaseModelOutputWithPooling):
     num_tokens: torch.Tensor | None = None
     block_sizes: torch.Tensor | None = None
     tile_mask: torch.Tensor | None = None
-
-
-def _padded(images: list[torch.Tensor | tuple | None]) -> torch.Tensor | tuple | None:
-    """The same part of the output of each image (1, ...) as one batch, zeros after what is shorter; layer by layer."""
-    if images[0] is None:
-        return None
-    if isinstance(images[0], tuple):
-        return tuple(_padded(list(layer)) for layer in zip(*images, strict=True))
-    return nn.utils.rnn.pad_sequence([image[0] for image in images], batch_first=True)
 
 
 class S2VisionPreTrainedModel(CheckedModelMixin, PreTrainedModel):
@@ -273,7 +264,7 @@ class S2VisionWrapper(S2VisionPreTrainedModel):
             [image["last_hidden_state"].shape[1] - config.num_prefix_tokens for image in images], device=tiles.device
         )
         return S2VisionOutput(
-            **{name: _padded([image[name] for image in images]) for name in _OUTPUTS},
+            **{name: padded([image[name] for image in images]) for name in _OUTPUTS},
             num_tokens=num_tokens,
             block_sizes=torch.tensor(blocks, device=tiles.device),
             token_mask=torch.arange(int(num_tokens.max()), device=tiles.device) < num_tokens[:, None],
