@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-DEMO_PICTURE := outputs/demo.png
+DEMO_IMAGE := outputs/demo.png
 RUFF := $(shell sed -n 's/.*"\(ruff==[^"]*\)".*/\1/p' pyproject.toml)
 DOCS := $(shell sed -n 's/^docs = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d ,)
 SETTINGS := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
@@ -35,7 +35,7 @@ endif
 
 # Classify the sample photographs with the bundled checkpoint at each patch size.
 demo: $(VENV)/.installed
-	$(BIN)/polyscale classify --output $(DEMO_PICTURE)
+	$(BIN)/polyscale classify --output $(DEMO_IMAGE)
 
 # All tests.
 test: $(VENV)/.installed-dev

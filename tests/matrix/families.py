@@ -1,6 +1,6 @@
 """One row a family. Adding a family to the matrix means adding its row here, and nothing else.
 
-Every configuration is tiny (two layers, width 32), every picture 32 x 32, so that a whole row takes about two minutes.
+Every configuration is tiny (two layers, width 32), every image 32 x 32, so that a whole row takes about two minutes.
 """
 
 from collections.abc import Callable
@@ -69,7 +69,7 @@ class Family:
     budgets: tuple[Budget, ...]  # the config's own first; at least two where the family has a knob
     llava: LlavaRecipe | None
     llava_budgets: tuple[Budget, ...]  # two, set in the tower's config
-    input_shape: tuple[int, ...] = (3, 32, 32)  # of one picture, or of one video (frames first)
+    input_shape: tuple[int, ...] = (3, 32, 32)  # of one image, or of one video (frames first)
     # Overrides of the config for Hugging Face's common suite, where it counts layers otherwise.
     common_overrides: dict[str, Any] = field(default_factory=dict)
     # What a training run sets in the config and adds to the Trainer, for families that draw the knob at every step.
@@ -115,7 +115,7 @@ _ENCODER = {
     "num_attention_heads": 2,
     "intermediate_size": 64,
     "image_size": 32,
-    # Large weights, so that a random model answers different pictures differently.
+    # Large weights, so that a random model answers different images differently.
     "initializer_range": 0.2,
     **_LABELS,
 }
@@ -256,7 +256,7 @@ SPARSEFORMER_VIDEO = Family(
         'pipeline("image-classification")': 'Not for videos: `pipeline("video-classification")` has its own test.',
         'pipeline("image-feature-extraction")': "transformers has no pipeline for features of videos.",
         **dict.fromkeys(_CONVERTED_ROWS, "Made from a SparseFormer for images: no layout of its own."),
-        **dict.fromkeys(_LLAVA_ROWS, "LLaVA takes pictures, not videos."),
+        **dict.fromkeys(_LLAVA_ROWS, "LLaVA takes images, not videos."),
     },
     dropout_overrides={"drop_path_rate": 0.2},
     deeper_overrides=_SPARSEFORMER_DEEPER,

@@ -39,7 +39,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_llava(family: Family, budget: Budget, layer: int | list[int] = -1):
-    """(model, processor) whose sides agree on the number of tokens that a picture costs."""
+    """(model, processor) whose sides agree on the number of tokens that a image costs."""
     vision_config = family.make_config(**budget.knobs)
     text_config = LlamaConfig(
         vocab_size=len(_WORDS),
@@ -82,7 +82,7 @@ def make_inputs(processor: LlavaProcessor) -> dict[str, torch.Tensor]:
 
 @each_family(_COLUMN)
 def test_forward_at_two_budgets(family):
-    """Both sides count alike, the picture matters, and the loss is that of the logits."""
+    """Both sides count alike, the image matters, and the loss is that of the logits."""
     for budget in family.llava_budgets:
         model, processor = make_llava(family, budget)
         assert type(model.model.vision_tower) is family.model
