@@ -172,16 +172,29 @@ def test_upload_slide_and_compare_in_a_browser(url, browser_page, tmp_path):
     right.get_by_text("64 tokens").wait_for()
 
     drawing = browser_page.locator("#left-drawing img")
-    before = drawing.get_attribute("src")
-    browser_page.set_input_files("input[type=file]", str(CAT))
-    browser_page.wait_for_function(
-        "before => document.querySelector('#left-drawing img')?.getAttribute('src') !== before", arg=before
-    )
+
+    def changed(action) -> None:
+        before = drawing.get_attribute("src")
+        action()
+        browser_page.wait_for_function(
+            "before => document.querySelector('#left-drawing img')?.getAttribute('src') !== before", arg=before
+        )
+
+    changed(lambda: browser_page.set_input_files("input[type=file]", str(CAT)))
     bad = tmp_path / "notes.png"
     bad.write_text("no image")
     browser_page.get_by_label("Remove this file").or_(browser_page.get_by_label("Clear")).first.click()
     browser_page.set_input_files("input[type=file]", str(bad))
     browser_page.get_by_role("alert").get_by_text("notes.png cannot be used").wait_for()
     left.get_by_text("16 tokens").wait_for()
+    changed(lambda: browser_page.locator(".samples button").nth(3).click())
+    browser_page.get_by_role("alert").wait_for(state="detached")
+    browser_page.get_by_label("Checkpoint").click()
+    changed(lambda: browser_page.get_by_role("option", name="quadtree (quadtree_vit)").click())
+    left.get_by_text("4 tokens").wait_for()
+    browser_page.locator("#left-budget input[type=range]").focus()
+    browser_page.keyboard.press("ArrowRight")
+    left.get_by_text("10 tokens").wait_for()
+
     outside = [request for request in requests if not request.startswith((url, "data:", "blob:"))]
     assert outside == []
