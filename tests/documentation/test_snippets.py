@@ -1,4 +1,4 @@
-"""Every snippet of the README and of the site runs as it stands there, page by page, from top to bottom.
+"""Every snippet of the README, the site and the model cards runs as it stands there, page by page, from top to bottom.
 
 What would be downloaded lies in local folders of the same names and layouts, with tiny models (`scene.py`).
 """
@@ -20,7 +20,7 @@ from .scene import copy_scene, write_scene
 
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("model_cards/*.md"))]
 SNIPPET = re.compile(r"^```(python|sh)\n(.*?)^```$", flags=re.DOTALL | re.MULTILINE)
 # Folders of the scene that a page's own snippets make.
 MADE = {
