@@ -146,7 +146,7 @@ def url(explorer, monkeypatch):
 
 @pytest.fixture
 def browser_page():
-    chromium = shutil.which("chromium")
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
     api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     if chromium is None:
         pytest.skip("there is no Chromium on this machine")
