@@ -49,6 +49,8 @@ COLUMNS: dict[str, str | None] = {
     "without polyscale, by the code in the checkpoint": None,
     "Hugging Face's common test-suite": "Passed / need a GPU, deepspeed or kernels / do not apply.",
 }
+# Where a page holds the table.
+START, END = "<!-- matrix -->", "<!-- end of matrix -->"
 _COUNTED = "Hugging Face's common test-suite"
 # Words in the reason of a skip that say that a machine lacks something, not that the test makes no sense here.
 _LACKING = ("gpu", "cuda", "accelerator", "deepspeed", "kernel", "flash", "mps", "xpu", "slow", "bitsandbytes")
@@ -84,7 +86,14 @@ class MatrixTable:
 
     def pytest_sessionfinish(self) -> None:
         if self.outcomes:
-            self.path.write_text(self.render())
+            self.path.write_text(self._placed(self.render()), encoding="utf-8")
+
+    def _placed(self, table: str) -> str:
+        """The table, or a page that is there already with the table between its marks."""
+        page = self.path.read_text(encoding="utf-8") if self.path.is_file() else ""
+        before, start, rest = page.partition(START)
+        _, end, after = rest.partition(END)
+        return f"{before}{start}\n\n{table}\n{end}{after}" if start and end else table
 
     def render(self) -> str:
         from .families import FAMILIES
@@ -123,7 +132,10 @@ class MatrixTable:
                     cells.append("not run")
             lines.append("| " + " | ".join(cells) + " |")
         versions = f"transformers {transformers.__version__}, torch {torch.__version__.partition('+')[0]}, CPU"
-        lines += ["", f"Each ✓ is a test that ran with {versions}: `pytest tests/matrix --matrix-table matrix.md`."]
+        lines += [
+            "",
+            f"Each ✓ is a test that ran with {versions}: `pytest tests/matrix --matrix-table docs/tested.md`.",
+        ]
         lines += ["", *(f"{index}. {text}" for index, text in enumerate(notes, start=1))]
         return "\n".join(lines) + "\n"
 
