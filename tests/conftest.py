@@ -1,4 +1,4 @@
-"""Settings of the whole test run, and the README's matrix as a table (`--matrix-table FILE`)."""
+"""Settings of the whole test run, and the documentation's matrix as a table (`--matrix-table FILE`)."""
 
 import os
 from pathlib import Path
@@ -26,7 +26,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--matrix-table",
         metavar="FILE",
         type=Path,
-        help="write the README's table of what works for which family to FILE, from the results of this run",
+        help="write docs/tested.md's table of what works for which family to FILE, from the results of this run",
     )
 
 
@@ -34,7 +34,7 @@ def pytest_configure(config: pytest.Config) -> None:
     for mark in _SUITE_MARKS:
         config.addinivalue_line("markers", f"{mark}: of Hugging Face's common test-suite")
     config.addinivalue_line(
-        "markers", "matrix_cell(column, family): the cell of the README's matrix that a test fills"
+        "markers", "matrix_cell(column, family): the cell of the documentation's matrix that a test fills"
     )
     is_worker = hasattr(config, "workerinput")  # of pytest-xdist: only the process that gathers reports writes
     path = config.getoption("--matrix-table")

@@ -1,4 +1,4 @@
-"""The README's table of what works for which family, made from the results of the tests."""
+"""The documentation's table of what works for which family, made from the results of the tests."""
 
 from collections import defaultdict
 from pathlib import Path
@@ -7,7 +7,7 @@ import torch
 import transformers
 
 
-# The rows, in the order of the README -> a remark on how they are tested, or None.
+# The rows, in the order of the page -> a remark on how they are tested, or None.
 COLUMNS: dict[str, str | None] = {
     "save and load in a fresh process": None,
     "Auto classes": (

@@ -1,6 +1,6 @@
 """What people really have: checkpoints converted from other models, and S2 around several models.
 
-Each variant belongs to a family, in whose column of the README's table its results go.
+Each variant belongs to a family, in whose column of the documentation's table its results go.
 """
 
 from collections.abc import Callable

@@ -319,7 +319,7 @@ def test_bad_configs_are_refused(options, message):
 
 def test_bad_calls_are_refused(clip, images):
     model = S2VisionWrapper.from_vision_model(clip, scales=[1, 2])
-    with pytest.raises(ValueError, match="Give 2 scales or sizes, as configured"):
+    with pytest.raises(ValueError, match="Give 2 `scales`, as many as configured"):
         model(images, scales=[1, 2, 3])
     with pytest.raises(ValueError, match="not both"):
         model(images, scales=[1, 2], img_sizes=[32, 64])
