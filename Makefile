@@ -14,15 +14,15 @@ LOWEST := .venv-lowest
 LOWEST_PYTHON ?= $(PYTHON)
 LOWEST_PYTEST := $(SETTINGS) $(LOWEST)/bin/python -m pytest -n 2 --dist loadgroup
 # What depends on the versions of other libraries: goldens, checkpoints in a fresh process, compilation, export,
-# pipelines, Trainer, processors, LLaVA, dual encoders, converters, files. Left out, because these ask about this
-# library's own code or take long and are run with the newest versions: Hugging Face's common suite (it belongs to one
-# version of transformers), several processes, commands, evaluation, figures, notebooks, documentation, fuzzing, the
-# explorer (the extra `app`), long training runs. transformers' exporters skip: they need torch 2.11.
+# pipelines, Trainer, processors, LLaVA, dual encoders, converters, image and parquet files. Left out, because they ask
+# about this library's own code or take long, and run with the newest versions: Hugging Face's common suite (it belongs
+# to one version of transformers), several processes, commands, evaluation, figures, notebooks, documentation, fuzzing,
+# the explorer (the extra `app`), long training runs. transformers' exporters skip: they need torch 2.11.
 LOWEST_TESTS := \
 	$(addprefix tests/matrix/test_,compile.py export.py llava_tower.py precision.py quantization_lora.py) \
 	$(addprefix tests/matrix/test_,save_load.py training.py variants.py) \
-	$(addprefix tests/,dual_encoders llava models training/test_trainer.py utils vit_sources) \
-	$(addprefix tests/test_,checkpoints.py conversion.py hub.py lowest.py quiet.py)
+	$(addprefix tests/,dual_encoders llava models training/test_data.py training/test_trainer.py utils vit_sources) \
+	$(addprefix tests/test_,checkpoints.py conversion.py embedding.py hub.py lowest.py quiet.py)
 LOWEST_SLOW := $(addprefix tests/matrix/test_,compile.py export.py save_load.py training.py variants.py)
 
 # Fifteen times the cases of the normal run are more than 10,000.

@@ -3,9 +3,16 @@
 import logging
 
 
+# Parts of messages that nobody who uses this library needs.
+_OF_NO_USE = (
+    "register_constant() on Enum",  # torchao registers its enums in a way that newer versions of torch do not need
+    "Skipping import of cpp extensions",  # torchao has kernels for a newer torch only; int8 weights need none of them
+)
+
+
 def _is_of_use(record: logging.LogRecord) -> bool:
-    # torchao registers its enums in a way that newer versions of torch no longer need.
-    return "register_constant() on Enum" not in record.getMessage()
+    return not any(text in record.getMessage() for text in _OF_NO_USE)
 
 
-logging.getLogger("torch.utils._pytree").addFilter(_is_of_use)
+for _name in ("torch.utils._pytree", "torchao"):
+    logging.getLogger(_name).addFilter(_is_of_use)
