@@ -43,10 +43,11 @@ _NAMES_OF_TRANSFORMERS = {
 }
 # What transformers' common test suite and its tools also assign, to any config, whether it has such a field or not.
 _ASSIGNED_NAMES = {
-    *("batch_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon", "post_norm_eps", "rms_norm_eps"),
-    *("attention_dropout", "dropout_rate", "ffn_hidden_size", "first_k_dense_replace", "head_dim", "layer_types"),
-    *("mlp_only_layers", "moe_intermediate_size", "moe_layer_start_index", "num_dense_layers", "num_key_value_heads"),
-    *("sliding_window", "use_sliding_window", "vocab_size", "vocab_size_per_layer_input", "base_model_name_or_path"),
+    *("batch_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon", "post_norm_eps"),
+    *("rms_norm_eps", "attention_dropout", "dropout_rate", "ffn_hidden_size", "first_k_dense_replace", "head_dim"),
+    *("layer_types", "mlp_only_layers", "moe_intermediate_size", "moe_layer_start_index", "num_dense_layers"),
+    *("num_key_value_heads", "sliding_window", "use_sliding_window", "vocab_size", "vocab_size_per_layer_input"),
+    "base_model_name_or_path",
 }
 # These (and the field `transformers_version`) are in dictionaries that `to_dict` writes, not in what a user types.
 _MARKS_OF_A_FILE = ("model_type", "_name_or_path")
