@@ -17,7 +17,7 @@ LOWEST_PYTEST := $(SETTINGS) $(LOWEST)/bin/python -m pytest -n 2 --dist loadgrou
 # pipelines, Trainer, processors, LLaVA, dual encoders, converters, image and parquet files. Left out, because they ask
 # about this library's own code or take long, and run with the newest versions: Hugging Face's common suite (it belongs
 # to one version of transformers), several processes, commands, evaluation, figures, notebooks, documentation, fuzzing,
-# the explorer (the extra `app`), long training runs. transformers' exporters skip: they need torch 2.11.
+# the explorer (the extra `app`), long training runs. Exporters skip: they need torch 2.11.
 LOWEST_TESTS := \
 	$(addprefix tests/matrix/test_,compile.py export.py llava_tower.py precision.py quantization_lora.py) \
 	$(addprefix tests/matrix/test_,save_load.py training.py variants.py) \

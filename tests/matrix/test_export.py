@@ -29,7 +29,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),
     pytest.mark.skipif(
         Version(torch.__version__) < Version(_TORCH),
-        reason=f"needs torch {_TORCH}, as transformers' exporters do; test_onnx_dynamo asks torch's own",
+        reason=f"needs torch {_TORCH}, as transformers' exporters do",
     ),
 ]
 

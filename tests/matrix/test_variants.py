@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from packaging.version import Version
 from torch import nn
 from torch.export import Dim
 from torch.testing import assert_close
@@ -110,6 +111,10 @@ class _Logits(nn.Module):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    Version(torch.__version__) < Version("2.11"),
+    reason="needs torch 2.11: the exporter of torch 2.8 fails with the onnx_ir that is installed with it today",
+)
 @pytest.mark.filterwarnings("ignore")  # of the exporter's own code
 @each_family(_ONNX)
 def test_onnx_dynamo(family, tmp_path):
