@@ -77,6 +77,16 @@ def test_a_step_that_ends_with_an_exception_leaves_no_size_behind():
     assert model.flexivit.embeddings.step_patch_size is None
 
 
+def test_a_resumed_trainer_sets_the_mode_after_the_step_has_begun():
+    model = tiny_model().eval()
+    callback = PatchSizeCallback()
+    callback.on_step_begin(SimpleNamespace(seed=0), SimpleNamespace(global_step=0), None, model=model)
+    size = model.flexivit.embeddings.step_patch_size
+    assert size is not None
+    model.train()
+    assert model.flexivit.embeddings.step_patch_size == size
+
+
 def test_a_model_without_train_sizes_is_left_alone():
     model = tiny_model(train_patch_sizes=None).train()
     assert sizes_of_a_run(model, range(3)) == [(4, 4)] * 3

@@ -82,8 +82,10 @@ class FlexiViTEmbeddings(FreezableMixin, nn.Module):
         self.step_patch_size: int | Sequence[int] | None = None
 
     def train(self, mode: bool = True) -> "FlexiViTEmbeddings":
-        """A change between training and evaluation ends the size of a step that never ended, one with an exception."""
-        if mode != self.training:
+        """Evaluation ends the size of a step that never ended, one with an exception. Training does not: a `Trainer`
+        that resumes begins a step before it sets the mode.
+        """
+        if not mode:
             self.step_patch_size = None
         return super().train(mode)
 
