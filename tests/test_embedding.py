@@ -1,6 +1,8 @@
 """Embeddings of many images: the same as one by one, sharded, resumable, damaged images listed."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -123,3 +125,18 @@ def test_the_command(checkpoint, folder, tmp_path):
         assert result.exit_code == 2
         assert message in result.output
         assert "Traceback" not in result.output
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_images(checkpoint, folder, tmp_path):
+    embed_images(folder, tmp_path / "alone", checkpoint, shard_size=2)
+    command = ["-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "polyscale", "embed", str(folder)]
+    options = [str(tmp_path / "shared"), "--model", str(checkpoint), "--shard-size", "2"]
+    result = subprocess.run([sys.executable, *command, *options], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    counts = sorted(int(line.split()[1]) for line in result.stdout.splitlines() if line.startswith("Embedded"))
+    assert counts == [3, 4]  # four shards of 2, 2, 2 and 1 images
+    names, rows = read(tmp_path / "alone")
+    shared_names, shared_rows = read(tmp_path / "shared")
+    assert shared_names == names
+    np.testing.assert_allclose(shared_rows, rows, atol=1e-6, rtol=1e-5)

@@ -201,7 +201,7 @@ def embed_images(
     else:
         loaded, model_name = load_base_model(model, device, trust_remote_code=trust_remote_code), os.fspath(model)
     call = budget_kwargs(loaded.model.config, budget)
-    state = PartialState()
+    state = PartialState(cpu=not torch.accelerator.is_available())
     record = {
         "source": os.fspath(source),
         "images": len(items),

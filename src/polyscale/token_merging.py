@@ -14,6 +14,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .layers.attention import eager_attention_forward
 from .layers.token_merging import merge_schedule, merge_tokens, size_bias
 from .utils.vision_configs import base_num_prefix_tokens
 
@@ -34,15 +35,6 @@ class _Merging:
     keys: torch.Tensor | None = None  # of the layer that ran last, averaged over the heads
 
 
-def _eager_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
-    weights = query @ key.transpose(2, 3) * scaling
-    if attention_mask is not None:
-        weights = weights + attention_mask
-    weights = nn.functional.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
-    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
-    return (weights @ value).transpose(1, 2).contiguous(), weights
-
-
 def _recording_keys(attention: Callable) -> Callable:
     """An attention function of transformers that remembers its keys where its module merges tokens."""
 
@@ -56,7 +48,7 @@ def _recording_keys(attention: Callable) -> Callable:
 def _register() -> None:
     """Makes the attention functions known to transformers, in the way it offers for it."""
     for name in _IMPLEMENTATIONS:
-        attention = _eager_attention if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
+        attention = eager_attention_forward if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
         AttentionInterface.register(_PREFIX + name, _recording_keys(attention))
         AttentionMaskInterface.register(_PREFIX + name, ALL_MASK_ATTENTION_FUNCTIONS[name])
 
