@@ -19,11 +19,11 @@ LOWEST_PYTEST := $(SETTINGS) $(LOWEST)/bin/python -m pytest -n 2 --dist loadgrou
 # to one version of transformers), several processes, commands, evaluation, figures, notebooks, documentation, fuzzing,
 # the explorer (the extra `app`), long training runs. Exporters skip: they need torch 2.11.
 LOWEST_TESTS := \
-	$(addprefix tests/matrix/test_,compile.py export.py llava_tower.py precision.py quantization_lora.py) \
-	$(addprefix tests/matrix/test_,save_load.py training.py variants.py) \
+	$(addprefix tests/matrix/test_,compile.py export.py llava_swapped.py llava_tower.py precision.py) \
+	$(addprefix tests/matrix/test_,quantization_lora.py save_load.py training.py variants.py) \
 	$(addprefix tests/,dual_encoders llava models training/test_data.py training/test_trainer.py utils vit_sources) \
 	$(addprefix tests/test_,checkpoints.py conversion.py embedding.py hub.py lowest.py quiet.py)
-LOWEST_SLOW := $(addprefix tests/matrix/test_,compile.py export.py save_load.py training.py variants.py)
+LOWEST_SLOW := $(addprefix tests/matrix/test_,compile.py export.py llava_swapped.py save_load.py training.py variants.py)
 
 # Fifteen times the cases of the normal run are more than 10,000.
 FUZZ ?= 15
