@@ -121,21 +121,27 @@ class QuadtreeViTModel(QuadtreeViTPreTrainedModel):
         self.post_init()
 
     def tokens_to_grid(
-        self, tokens: torch.Tensor, outputs: QuadtreeViTModelOutput, image_size: tuple[int, int]
+        self,
+        tokens: torch.Tensor,
+        outputs: QuadtreeViTModelOutput,
+        image_size: tuple[int, int],
+        layer: int | None = None,
     ) -> torch.Tensor:
         """Tokens of patches of several sizes as one token for each smallest patch, in raster order.
 
         Args:
-            tokens (`torch.Tensor`): (batch, num_prefix_tokens + num_tokens, hidden), of any layer.
+            tokens (`torch.Tensor`): (batch, num_prefix_tokens + num_tokens, hidden).
             outputs (`QuadtreeViTModelOutput`): what the model said about the patches.
             image_size (`(height, width)`): of the images, in pixels.
+            layer (`int`, *optional*): whose tokens these are, as counted in `hidden_states`; those of the last when
+                `None`.
 
         Returns:
             `torch.Tensor`: (batch, num_prefix_tokens + smallest patches, hidden).
         """
-        rows, columns = (side // self.config.min_patch_size for side in image_size)
-        if tokens.shape[1] == self.config.num_prefix_tokens + rows * columns:
-            return tokens  # all smallest patches, as before `merge_layer`
+        is_merged = self.config.merge_layer > 0 and self.config.num_levels > 1
+        if is_merged and layer is not None and layer <= self.config.merge_layer:
+            return tokens  # all smallest patches
         prefix, patches = tokens[:, : self.config.num_prefix_tokens], tokens[:, self.config.num_prefix_tokens :]
         maps = reverse_quadtree(
             patches,
@@ -360,8 +366,10 @@ class QuadtreeViTBackbone(BackboneMixin, QuadtreeViTPreTrainedModel):
         image_size = tuple(pixel_values.shape[-2:])
 
         dense = tuple(
-            self.quadtree_vit.tokens_to_grid(states, outputs, image_size) if stage in self.out_features else states
-            for stage, states in zip(self.stage_names, outputs.hidden_states, strict=True)
+            self.quadtree_vit.tokens_to_grid(states, outputs, image_size, layer)
+            if stage in self.out_features
+            else states
+            for layer, (stage, states) in enumerate(zip(self.stage_names, outputs.hidden_states, strict=True))
         )
 
         def to_map(hidden_states: torch.Tensor) -> torch.Tensor:
