@@ -24,6 +24,7 @@ from polyscale.checkpoints import resolve_checkpoint
 from polyscale.layers.token_merging import merge_schedule
 from polyscale.models.flexivit.convert_flexivit import flexivit_from_source, load_flexivit_source
 from polyscale.models.quadtree_vit.convert_quadtree_vit import load_quadtree_vit
+from polyscale.utils.validation import to_pair
 
 
 _BEST = {"reduction": "antialias", "patch_scorer": "embedding"}
@@ -40,13 +41,12 @@ QUADTREES = {
     "antialias": {"reduction": "antialias"},
     "embedding": {"patch_scorer": "embedding"},
     "antialias, entropy": {"reduction": "antialias", "patch_scorer": "entropy"},
-    "antialias, embedding, area attention 0.5": {**_BEST, "area_attention": 0.5},
-    "antialias, embedding, area attention": {**_BEST, "area_attention": 1.0},
     "merge_layer=2": {**_BEST, "merge_layer": 2},
-    "merge_layer=2, area attention": {**_BEST, "merge_layer": 2, "area_attention": 1.0},
 }
+TOKEN_POOLED = {"antialias, embedding, area attention 0.5": {**_BEST, "area_attention": 0.5}}
 # A mean over the tokens can be weighted too.
 MEAN_POOLED = {
+    "antialias, embedding, area attention": {**_BEST, "area_attention": 1.0},
     "antialias, embedding, area pooling": {**_BEST, "area_pooling": True},
     "antialias, embedding, both areas": {**_BEST, "area_attention": 1.0, "area_pooling": True},
     "merge_layer=2, both areas": {**_BEST, "merge_layer": 2, "area_attention": 1.0, "area_pooling": True},
@@ -95,8 +95,8 @@ class Variants:
         self.source = resolve_checkpoint(arguments.model)
         self.flexivit = flexivit_from_source(load_flexivit_source(self.source))
         config = self.flexivit.config
-        self.side = arguments.image_size or config.image_size
-        self.smallest = arguments.min_patch_size or config.base_patch_size
+        self.side = arguments.image_size or to_pair(config.image_size)[0]
+        self.smallest = arguments.min_patch_size or to_pair(config.base_patch_size)[0]
         self.largest = arguments.max_patch_size or 2 * self.smallest
         self.num_layers = config.num_hidden_layers
         self.projection = _projection(self.source)
@@ -114,7 +114,7 @@ class Variants:
         """The published quadtree first."""
         coarsest = (self.side // self.largest) ** 2
         tokens = coarsest + 3 * round((share * self.all_tokens - coarsest) / 3)
-        named = {**QUADTREES, **(MEAN_POOLED if self.pooling == "mean" else {})}
+        named = {**QUADTREES, **(MEAN_POOLED if self.pooling == "mean" else TOKEN_POOLED)}
         for name, options in named.items():
             model = self.quadtree(**options)
             run = self.runner(model, num_tokens=tokens)
