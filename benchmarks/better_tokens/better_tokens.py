@@ -78,6 +78,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--min-patch-size", type=int, help="the model's own by default")
     parser.add_argument("--max-patch-size", type=int, help="twice the smallest by default")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.4, 0.5, 0.65, 0.8], help="of all tokens")
+    parser.add_argument("--variants", nargs="+", help="names of some, beside the published quadtree; all by default")
     parser.add_argument("--limit", type=int, default=1000, help="number of images, drawn with seed 0")
     parser.add_argument("--chunk", type=int, default=100, help="images that all variants run on before the next ones")
     parser.add_argument("--batch-size", type=int, default=10)
@@ -105,6 +106,7 @@ class Variants:
         self.published, self.processor = load_quadtree_vit(self.source, **self.sizes, **PUBLISHED)
         self.all_tokens = (self.side // self.smallest) ** 2
         self.pooling = config.pooling
+        self.chosen = arguments.variants
 
     def full(self) -> Variant:
         run = self.runner(self.published, num_tokens=self.all_tokens)
@@ -115,17 +117,21 @@ class Variants:
         coarsest = (self.side // self.largest) ** 2
         tokens = coarsest + 3 * round((share * self.all_tokens - coarsest) / 3)
         named = {**QUADTREES, **(MEAN_POOLED if self.pooling == "mean" else TOKEN_POOLED)}
+        if self.chosen is not None:
+            named = {name: options for name, options in named.items() if name in ("published quadtree", *self.chosen)}
         for name, options in named.items():
             model = self.quadtree(**options)
             run = self.runner(model, num_tokens=tokens)
             yield Variant(name, share, tokens, self.mean_tokens(tokens, options.get("merge_layer", 0)), run)
             if name == "published quadtree":
-                yield self.smaller_image(share)
-                yield self.larger_patch(share, tokens)
-                yield self.token_merging("token merging", share, tokens)
-                counts = range(1, tokens)
-                same = min(counts, key=lambda count: abs(self.mean_of_merging(count) - tokens))
-                yield self.token_merging("token merging, mean of the layers", share, same)
+                same = min(range(1, tokens), key=lambda count: abs(self.mean_of_merging(count) - tokens))
+                others = (
+                    self.smaller_image(share),
+                    self.larger_patch(share, tokens),
+                    self.token_merging("token merging", share, tokens),
+                    self.token_merging("token merging, mean of the layers", share, same),
+                )
+                yield from (other for other in others if self.chosen is None or other.name in self.chosen)
 
     def quadtree(self, **options):
         model, _ = load_quadtree_vit(self.source, **self.sizes, **{**PUBLISHED, **options})
