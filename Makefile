@@ -31,11 +31,17 @@ ifndef FUZZ_SEED
 FUZZ_SEED := $(shell $(PYTHON) -c 'import random; print(random.randrange(2**32))')
 endif
 
-.PHONY: demo test test-fast test-lowest soak fuzz quality benchmark docs
+.PHONY: demo frontier test test-fast test-lowest soak fuzz quality benchmark docs
 
 # Classify the sample photographs with the bundled checkpoint at each patch size.
 demo: $(VENV)/.installed
 	$(BIN)/polyscale classify --output $(DEMO_IMAGE)
+
+# Top-1 accuracy of every bundled checkpoint by tokens, operations and milliseconds, on a data set of its classes.
+frontier: $(VENV)/.installed
+	@test -n "$(DATA)" || { echo "make frontier DATA=FOLDER: name a data set with the checkpoints' classes" >&2; exit 2; }
+	$(BIN)/polyscale evaluate $$($(BIN)/python -c 'from polyscale.checkpoints import available_checkpoints; print(*available_checkpoints())') \
+		$(DATA) --speed --output $(or $(OUTPUT),outputs/frontier)
 
 # All tests.
 test: $(VENV)/.installed-dev
