@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 from transformers import AutoImageProcessor
 
 from ...llava.projector import PROJECTOR_FILE
-from .convert_llava_s2_vision import iterate_tensors, load_llava_s2, read_json, s2_config
+from ...utils.weight_files import iterate_tensors, read_json
+from .convert_llava_s2_vision import load_llava_s2, s2_config
 from .image_processing_s2_vision import S2ImageProcessor
 from .modeling_s2_vision import S2VisionWrapper
 
