@@ -9,24 +9,10 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from .downsampled import space_to_depth
+
 
 PROJECTOR_FILE = "mm_projector.safetensors"
-
-
-def space_to_depth(tokens: torch.Tensor) -> torch.Tensor:
-    """A square grid of tokens (batch, rows * columns, width) -> each 2 x 2 of them as one, (batch, ..., 4 *
-    width); odd grids get zeros after them.
-    """
-    batch, count, width = tokens.shape
-    side = int(count**0.5)
-    if side * side != count:
-        raise ValueError(f"`tokens` must be a square grid, got {count} tokens.")
-    grid = tokens.reshape(batch, side, side, width)
-    if side % 2:
-        grid = nn.functional.pad(grid, (0, 0, 0, 1, 0, 1))
-    half = (side + 1) // 2
-    grid = grid.reshape(batch, half, 2, half, 2, width).permute(0, 1, 3, 2, 4, 5)
-    return grid.reshape(batch, half * half, 4 * width)
 
 
 class DownsampleProjector(nn.Module):
@@ -153,5 +139,4 @@ __all__ = [
     "fitted_projector",
     "num_feature_layers",
     "share_weights",
-    "space_to_depth",
 ]

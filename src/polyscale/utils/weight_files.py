@@ -2,12 +2,13 @@
 
 import json
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import nn
 
 from .checkpoint_files import check_index, load_torch_file
 
@@ -83,4 +84,40 @@ def fill_parameter(parameter: torch.Tensor, tensor: torch.Tensor, name: str) -> 
         raise ValueError(f"{name!r} has the shape {tuple(tensor.shape)}, the model wants {tuple(parameter.shape)}.")
 
 
-__all__ = ["fill_parameter", "iterate_tensors", "read_json"]
+def fill_model(
+    model: nn.Module,
+    weights: Iterable[tuple[str, torch.Tensor]],
+    new_name: Callable[[str], str | None],
+    filled: str,
+    tied: tuple[str, ...] = (),
+    hint: str = "",
+) -> None:
+    """Copies tensors into the parameters of a model, one at a time.
+
+    Args:
+        model (`nn.Module`): with memory for its parameters.
+        weights (`Iterable[tuple[str, torch.Tensor]]`): names and tensors; of a name that comes twice the later counts.
+        new_name (`Callable`): gives the name in `model` of a tensor's name; `None` for what is no weight.
+        filled (`str`): beginning of the names of parameters that hold their values already.
+        tied (`tuple[str, ...]`, *optional*): names of parameters that are others of the model.
+        hint (`str`, *optional*): what an error about a tensor that does not belong ends with.
+
+    Raises:
+        ValueError: for a tensor that does not belong, one of another shape, or parameters that were not filled.
+    """
+    parameters = dict(model.named_parameters())
+    wanted = {name for name in parameters if not name.startswith(filled) and name not in tied}
+    with torch.no_grad():
+        for old, tensor in weights:
+            name = new_name(old)
+            if name is None or name in tied:
+                continue
+            if name not in parameters:
+                raise ValueError(f"The checkpoint holds {old!r}, which this model does not have{hint or '.'}")
+            fill_parameter(parameters[name], tensor, name)
+            wanted.discard(name)
+    if wanted:
+        raise ValueError(f"The checkpoint lacks {len(wanted)} weights of the model, {sorted(wanted)[0]!r} among them.")
+
+
+__all__ = ["fill_model", "fill_parameter", "iterate_tensors", "read_json"]

@@ -32,7 +32,7 @@ from transformers import (
 from transformers.initialization import no_init_weights
 
 from ...utils.checkpoint_files import load_torch_file
-from ...utils.weight_files import fill_parameter, iterate_tensors, read_json
+from ...utils.weight_files import fill_model, iterate_tensors, read_json
 from .configuration_s2_vision import S2VisionConfig
 from .image_processing_s2_vision import S2ImageProcessor
 
@@ -233,26 +233,6 @@ def _base_folder(source: Path, base: str | None, record: dict[str, Any]) -> Path
     return Path(base)
 
 
-def _fill_model(model: LlavaForConditionalGeneration, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
-    parameters = dict(model.named_parameters())
-    wanted = {name for name in parameters if not name.startswith("model.vision_tower.")}
-    if model.config.text_config.tie_word_embeddings:
-        wanted.discard("lm_head.weight")
-    with torch.no_grad():
-        for old, tensor in weights:
-            name = new_name(old)
-            if name is None or (name == "lm_head.weight" and name not in parameters):
-                continue
-            if name not in parameters:
-                raise ValueError(
-                    f"The checkpoint holds {old!r}, which this model does not have: is `vision_tower` the right one?"
-                )
-            fill_parameter(parameters[name], tensor, name)
-            wanted.discard(name)
-    if wanted:
-        raise ValueError(f"The checkpoint lacks {len(wanted)} weights of the model, {sorted(wanted)[0]!r} among them.")
-
-
 def load_llava_s2(
     source: str | Path,
     base: str | Path | None = None,
@@ -306,7 +286,9 @@ def load_llava_s2(
     clip = AutoModel.from_pretrained(vision_name, config=vision_config, dtype=dtype)
     model.model.vision_tower.vision_model.load_state_dict(clip.state_dict())
     del clip
-    _fill_model(model, _weights(source, base))
+    tied = ("lm_head.weight",) if text_config.tie_word_embeddings else ()
+    hint = ": is `vision_tower` the right one?"
+    fill_model(model, _weights(source, base), new_name, "model.vision_tower.", tied, hint)
     model.tie_weights()
     generation = base or source
     if (generation / "generation_config.json").is_file():
