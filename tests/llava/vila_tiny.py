@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
     CLIPImageProcessor,
     CLIPVisionConfig,
@@ -15,6 +16,7 @@ from transformers import (
     LlamaForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2Tokenizer,
     SiglipImageProcessor,
     SiglipVisionConfig,
     SiglipVisionModel,
@@ -82,6 +84,13 @@ NVILA = {
 }
 
 
+def make_qwen2_tokenizer() -> Qwen2Tokenizer:
+    """Bytes, as Qwen2 has them, without merges; and the special tokens of NVILA."""
+    vocabulary = {character: index for index, character in enumerate(sorted(ByteLevel.alphabet()))}
+    special = ["<|im_start|>", "<|im_end|>", "<vila/sentinel>", "<image>", "<vila/video>"]
+    return Qwen2Tokenizer(vocab=vocabulary, eos_token="<|im_end|>", additional_special_tokens=special)
+
+
 def projector_tensors(kind: str, width: int, text_width: int) -> dict[str, torch.Tensor]:
     """The weights of a projector under the names of the official code, `nn.Sequential` with gaps."""
     if kind == "mlp2x_gelu":
@@ -132,7 +141,10 @@ def write_vila(
     record = {**VILA_15, **(record or {})}
     for part in ("llm", "vision_tower", "mm_projector"):
         (folder / part).mkdir(parents=True)
-    fields = {**TEXT, "vocab_size": len(words), **text_fields}
+    tokenizer = make_tokenizer(words) if text == "llama" else make_qwen2_tokenizer()
+    tokenizer.save_pretrained(folder / "llm")
+    size = len(words) if text == "llama" else 256  # the published Qwen2 has no rows for <image> and its like
+    fields = {**TEXT, "vocab_size": size, **text_fields}
     if text == "llama":
         llm = LlamaForCausalLM(LlamaConfig(**fields)).eval()
     else:
@@ -145,7 +157,6 @@ def write_vila(
     (folder / "llm" / "config.json").write_text(json.dumps({**settings, "tokenizer_padding_side": "right"}))
     old = {"bos_token_id": 1, "eos_token_id": 2, "max_length": 4096, "temperature": 0.9, "top_p": 0.6}
     (folder / "llm" / "generation_config.json").write_text(json.dumps(old))
-    make_tokenizer(words).save_pretrained(folder / "llm")
     weights = dict(llm.named_parameters())
     if shards is None:
         save_file({name: value.detach() for name, value in weights.items()}, folder / "llm" / "model.safetensors")
@@ -160,6 +171,11 @@ def write_vila(
         crop = {"height": 24, "width": 24}
         CLIPImageProcessor(size={"shortest_edge": 24}, crop_size=crop).save_pretrained(folder / "vision_tower")
     tower.eval().save_pretrained(folder / "vision_tower")
+    published = {
+        f"vision_model.{name.removeprefix('vision_model.')}": value.detach().clone()
+        for name, value in tower.named_parameters()
+    }
+    save_file(published, folder / "vision_tower" / "model.safetensors", {"format": "pt"})
 
     tensors = projector_tensors(projector, record["mm_hidden_size"], fields["hidden_size"])
     save_file(tensors, folder / "mm_projector" / "model.safetensors")

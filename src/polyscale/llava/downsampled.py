@@ -116,6 +116,13 @@ class DownsampledTowerConfig(TokenBudgetMixin, PreTrainedConfig):
         """The config inside, if it has budgets."""
         return self.vision_config if isinstance(self.vision_config, TokenBudgetMixin) else None
 
+    def __getattr__(self, name: str) -> Any:
+        """Budget fields of the tower inside."""
+        inner = self.__dict__.get("vision_config")
+        if isinstance(inner, TokenBudgetMixin) and name in inner.changeable_fields:
+            return getattr(inner, name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
     def _inside(self, name: str, otherwise: Any) -> Any:
         return otherwise if self._budgets is None else getattr(self._budgets, name)
 
