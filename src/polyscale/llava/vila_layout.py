@@ -44,6 +44,24 @@ def is_vila(folder: Path) -> bool:
     return named or all((folder / part).is_dir() for part in ("vision_tower", "mm_projector"))
 
 
+def _is_new(record: dict[str, Any]) -> bool:
+    """Whether the code of NVILA (December 2024) wrote a config.json; VILA-1.5 is older."""
+    return "image_encoder" in record
+
+
+def token_order_of(record: dict[str, Any], projector: str) -> str:
+    """The order in which the language model learnt to read the tokens: by "rows" or by "columns".
+
+    The code that VILA-1.5 was trained with leaves the grid transposed after it has brought tokens together; that of
+    NVILA turns it back.
+
+    Args:
+        record: config.json of the checkpoint.
+        projector: the kind of its projector.
+    """
+    return "columns" if projector == "mlp_downsample" and not _is_new(record) else "rows"
+
+
 def _check_parts(folder: Path) -> None:
     files = ["config.json", *(f"{part}/config.json" for part in PARTS), "vision_tower/preprocessor_config.json"]
     missing = [name for name in files if not (folder / name).is_file()]
@@ -108,7 +126,7 @@ class VilaLayout:
                 vision_config=tower,
                 vision_feature_layer=self.feature_layer,
                 downsample=factor,
-                token_order=self._order(),
+                token_order=self.token_order or token_order_of(self.record, self.projector),
                 stage_widths=stages(width),
             )
             self.feature_layer = -1
@@ -126,8 +144,8 @@ class VilaLayout:
 
     @property
     def is_new(self) -> bool:
-        """Whether the code of NVILA (December 2024) wrote it; VILA-1.5 is older."""
-        return "image_encoder" in self.record
+        """Whether it is of the age of NVILA."""
+        return _is_new(self.record)
 
     @property
     def around_image(self) -> tuple[str, str]:
@@ -139,16 +157,6 @@ class VilaLayout:
             raise ValueError(f"`image_encoder` in config.json is {target!r}: only {_ENCODER!r} is converted.")
         end = settings.get("end_tokens", "\n")
         return settings.get("start_tokens") or "", "" if end is None else end
-
-    def _order(self) -> str:
-        """The order in which the language model learnt to read the tokens.
-
-        The code that VILA-1.5 was trained with leaves the grid transposed after it has brought tokens together; that
-        of NVILA turns it back.
-        """
-        if self.token_order is not None:
-            return self.token_order
-        return "columns" if self.projector == "mlp_downsample" and not self.is_new else "rows"
 
     def _part_config(self, part: str, known: Sequence[str], what: str) -> PreTrainedConfig:
         record = read_json(self.folder / part / "config.json")
@@ -248,4 +256,4 @@ def projector_names(factor: int, num_stages: int) -> dict[str, str]:
     return {**names, f"layers.{4 + 3 * num_stages}": "linear_2"}
 
 
-__all__ = ["PARTS", "VilaLayout", "is_vila", "projector_names"]
+__all__ = ["PARTS", "VilaLayout", "is_vila", "projector_names", "token_order_of"]
