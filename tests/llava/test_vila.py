@@ -1,6 +1,7 @@
 """VILA-1.5 and NVILA in their published layout, written tiny, converted, and computed by hand."""
 
 import json
+import os
 import pickle
 import shutil
 import subprocess
@@ -12,14 +13,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import gelu, interpolate, layer_norm
 from transformers import AutoModelForImageTextToText, AutoProcessor
+from typer.testing import CliRunner
 
 import polyscale
+from polyscale import loading
+from polyscale.hub import save_with_code
 from polyscale.llava import DownsampledTower, convert_vila, load_vila
 from polyscale.llava.downsampled import space_to_depth
 from polyscale.models.s2_vision import multiscale_forward
 from polyscale.serving import check_servable
+from polyscale_cli import app
 
 from .llava_tiny import make_photographs, make_tokenizer
+from .test_code import LOAD
 from .vila_tiny import NVILA, S2, WORDS, shard, write_vila
 
 
@@ -354,6 +360,7 @@ def test_chat_templates(words, record, name, tmp_path):
     processor.save_pretrained(tmp_path / "out")
     for one in (processor, AutoProcessor.from_pretrained(tmp_path / "out")):
         assert one.apply_chat_template(MESSAGES, add_generation_prompt=True) == PROMPTS[name]
+        assert one.tokenizer.padding_side == "left"
     own = [{"role": "system", "content": "a cat ?"}, *MESSAGES[:1]]
     assert "a cat ?" in processor.apply_chat_template(own)
     assert "helpful" not in processor.apply_chat_template(own)
@@ -528,3 +535,63 @@ def test_the_options_of_the_command(tmp_path):
         polyscale.convert_checkpoint("nobody/nothing", tmp_path / "out", to="llava")
     out = polyscale.convert_checkpoint(tmp_path / "vila", tmp_path / "out", dtype="bfloat16")
     assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("record", "words"), [({}, {}), (S2, {"num_tiles": 2})])
+def test_it_loads_without_polyscale(record, words, tmp_path):
+    write_vila(tmp_path / "vila", record)
+    model, processor = load_vila(tmp_path / "vila")
+    save_with_code(model, tmp_path / "model", processor)
+    for index, image in enumerate(make_photographs()):
+        image.save(tmp_path / f"{index}.png")
+    prompts = [TEXT.format("<image>"), "a cat <image> ?"]
+    code = f"PROMPTS, WORDS = {prompts!r}, {words!r}\n{LOAD}"
+    subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "model"), str(tmp_path), "model", "processor"],
+        env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"},
+        cwd=tmp_path,
+        check=True,
+        capture_output=True,
+    )
+    inputs = processor(images=make_photographs(), text=prompts, padding=True, return_tensors="pt", **words)
+    with torch.no_grad():
+        expected = model(**inputs).logits
+    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_name_on_the_hub_is_downloaded_without_code(tmp_path, monkeypatch):
+    write_vila(tmp_path / "snapshot")
+    asked = {}
+
+    def download(name, allow_patterns):
+        asked.update(name=name, patterns=allow_patterns)
+        return str(tmp_path / "snapshot")
+
+    monkeypatch.setattr(loading, "is_offline", lambda: False)
+    monkeypatch.setattr(loading, "snapshot_download", download)
+    out = polyscale.convert_checkpoint("somebody/vila-3b", tmp_path / "out", to="llava")
+    assert json.loads((out / "config.json").read_text())["model_type"] == "llava"
+    assert asked["name"] == "somebody/vila-3b"
+    assert "*.py" not in asked["patterns"]
+
+
+def test_the_command_knows_the_layout(tmp_path):
+    write_vila(tmp_path / "vila", S2)
+    arguments = ["convert", str(tmp_path / "vila"), str(tmp_path / "out"), "--set", "token_order=rows"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
+    assert model.model.vision_tower.tower.config.token_order == "rows"
+    assert model.model.vision_tower.tower.config.vision_config.img_sizes == [24, 48]
+
+
+def test_training_reaches_the_norm_in_the_tower(tmp_path):
+    write_vila(tmp_path / "vila", S2)
+    model, processor = load_vila(tmp_path / "vila")
+    inputs = processor(images=make_photographs()[0], text=TEXT.format("<image>"), return_tensors="pt")
+    model.train()
+    model(**inputs, labels=inputs["input_ids"].masked_fill(inputs["input_ids"] >= len(WORDS), -100)).loss.backward()
+    tower = model.model.vision_tower.tower
+    assert tower.norms[0].weight.grad.abs().sum() > 0
+    assert tower.tower.vision_model.get_input_embeddings().weight.grad.abs().sum() > 0

@@ -51,11 +51,10 @@ FILES = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja"]
 
 
 def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", trust_remote_code=False)
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]}, replace_extra_special_tokens=False)
     if tokenizer.pad_token is None:
         tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
-    tokenizer.padding_side = "left"
     return tokenizer
 
 
@@ -102,7 +101,9 @@ def _load_vision(model: PreTrainedModel, config: PreTrainedConfig, folder: Path,
     )
     check_index(folder)
     with quiet_loading():
-        loaded, info = AutoModel.from_pretrained(folder, config=old.config, dtype=dtype, output_loading_info=True)
+        loaded, info = AutoModel.from_pretrained(
+            folder, config=old.config, dtype=dtype, output_loading_info=True, trust_remote_code=False
+        )
     problems = {*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])}
     if problems:
         raise ValueError(
