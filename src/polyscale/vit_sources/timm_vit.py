@@ -281,6 +281,29 @@ def _labels(pretrained_cfg: dict[str, Any], num_labels: int) -> list[str] | None
     return imagenet_labels(num_labels)
 
 
+def _is_projection(model: nn.Module, architecture: str, pretrained_cfg: dict[str, Any]) -> bool:
+    """Whether the "head" of a model is CLIP's projection to the space of its texts: as wide as that of published
+    weights of the architecture, which are no list of classes.
+    """
+    if "_clip_" not in architecture or pretrained_cfg.get("label_names"):
+        return False
+    from timm.models import get_arch_pretrained_cfgs
+
+    published = {cfg.num_classes for cfg in get_arch_pretrained_cfgs(architecture.partition(".")[0]).values()}
+    width = model.head.out_features
+    return width in published and imagenet_labels(width) is None
+
+
+def _as_projection(state_dict: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The classifier of a state dict as CLIP's projection, and the config's fields; timm gives it a bias of zeros."""
+    weight, bias = state_dict.pop("head.classifier.weight"), state_dict.pop("head.classifier.bias", None)
+    has_bias = bias is not None and bool(bias.any())
+    state_dict["projection.weight"] = weight
+    if has_bias:
+        state_dict["projection.bias"] = bias
+    return state_dict, {"projection_dim": weight.shape[0], "projection_bias": has_bias}
+
+
 def source_from_timm_model(
     model: nn.Module, pretrained_cfg: dict[str, Any] | None = None, **overrides: Any
 ) -> FlexiViTSource:
@@ -304,7 +327,10 @@ def source_from_timm_model(
     if mlp_kind != "mlp":
         state_dict = _name_swiglu(state_dict)
     state_dict = rename_keys(state_dict, _RULES, source)
-    if not _is_absent(model.head):
+    if not _is_absent(model.head) and _is_projection(model, architecture, pretrained_cfg):
+        state_dict, projection = _as_projection(state_dict)
+        fields |= projection
+    elif not _is_absent(model.head):
         num_labels = model.head.out_features
         fields |= label_maps(_labels(pretrained_cfg, num_labels), num_labels)
     processor = timm_image_processor(pretrained_cfg, tuple(model.patch_embed.img_size), fields["num_channels"])

@@ -114,7 +114,7 @@ def test_a_model_without_a_classifier_gives_equal_tokens(make_model, tmp_path, t
         ("timm", {"pooling": "cls_mean"}, 32, "cls_mean"),
         ("timm", {"pooling": "pooler"}, 32, r"pooling='pooler'"),
         ("timm", {"hidden_act": "gelu_10"}, 32, "gelu_10"),
-        ("timm", {"layer_norm_eps": 1e-5}, 32, "layer_norm_eps=1e-05"),
+        ("timm", {"layer_norm_eps": 1e-4}, 32, "layer_norm_eps=0.0001"),
         ("timm", {"fc_norm": True}, 32, "before and after pooling"),
     ],
 )

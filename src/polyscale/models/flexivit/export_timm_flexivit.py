@@ -34,6 +34,7 @@ _RULES = [
     (r"pre_layernorm" + _AFFINE, r"norm_pre.\1"),
     (r"layernorm" + _AFFINE, r"norm.\1"),
     (r"pooler\.layernorm" + _AFFINE, r"fc_norm.\1"),
+    (r"projection" + _AFFINE, r"head.\1"),
     (r"head\.classifier" + _AFFINE, r"head.\1"),
     (r"head\.distillation_classifier" + _AFFINE, r"head_dist.\1"),
     (r"layers\.(\d+)\.layernorm_before" + _AFFINE, r"blocks.\1.norm1.\2"),
@@ -61,6 +62,8 @@ def _join(tensors: dict[str, torch.Tensor], num_layers: int) -> None:
 
 def _architecture(vit: PlainViT) -> str:
     """An architecture of timm that has the kinds of modules; the sizes are arguments."""
+    if vit.is_timm_clip:
+        return "vit_base_patch16_clip_224"
     if vit.config.use_distillation_head and vit.has_head:
         return "deit_base_distilled_patch16_224"
     return "vit_giant_patch14_dinov2" if vit.config.mlp_type == "swiglu" else "vit_base_patch16_224"
@@ -73,7 +76,7 @@ def _model_args(vit: PlainViT, num_registers: int) -> dict[str, Any]:
         "img_size": list(vit.image_size),
         "patch_size": list(vit.patch_size),
         "in_chans": config.num_channels,
-        "num_classes": config.num_labels if vit.has_head else 0,
+        "num_classes": config.projection_dim if vit.has_projection else config.num_labels if vit.has_head else 0,
         "embed_dim": config.hidden_size,
         "depth": config.num_hidden_layers,
         "num_heads": config.num_attention_heads,
@@ -154,6 +157,9 @@ def export_timm(
         )
     elif not vit.config.pre_norm and bias is None:
         tensors["patch_embeddings.projection.bias"] = kernel.new_zeros(kernel.shape[0])
+    if vit.has_projection and not vit.config.projection_bias:  # timm's has one
+        projection = tensors["projection.weight"]
+        tensors["projection.bias"] = projection.new_zeros(len(projection))
     _join(tensors, vit.config.num_hidden_layers)
     state_dict = rename_keys(tensors, _RULES, "the FlexiViT")
 

@@ -4,6 +4,7 @@ from .feature_scoring_quadtree_vit import FeatureBasedPatchScorer
 from .gradcam_quadtree_vit import gradcam_oracle
 from .image_processing_pil_quadtree_vit import QuadtreeViTImageProcessorPil
 from .image_processing_quadtree_vit import QuadtreeViTImageProcessor
+from .modeling_projection_quadtree_vit import QuadtreeViTModelWithProjection
 from .modeling_quadtree_vit import (
     QuadtreeViTBackbone,
     QuadtreeViTForImageClassification,
@@ -49,6 +50,7 @@ __all__ = [
     "QuadtreeViTImageProcessor",
     "QuadtreeViTImageProcessorPil",
     "QuadtreeViTModel",
+    "QuadtreeViTModelWithProjection",
     "QuadtreeViTPreTrainedModel",
     "RandomPatchScorer",
     "VanillaTokenizer",
