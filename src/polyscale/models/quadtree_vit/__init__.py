@@ -30,6 +30,7 @@ register_family(
     backbone=QuadtreeViTBackbone,
     image_processors={"torchvision": QuadtreeViTImageProcessor, "pil": QuadtreeViTImageProcessorPil},
     converter=f"{__name__}.convert_quadtree_vit:convert_quadtree_vit",
+    exporters={"flexivit": f"{__name__}.export_quadtree_vit:export_flexivit"},
     drawing=f"{__name__}.plot_quadtree_vit:draw_quadtrees",
     budget_drawing=f"{__name__}.plot_quadtree_vit:draw_patches",
     training_config=f"{__name__}.training_quadtree_vit:training_config",
