@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from polyscale import interpolate_resize_patch_embed, pi_resize_patch_embed, resize_abs_pos_embed
-from polyscale.layers.resizing import interpolation_matrix, pseudo_inverse_matrix
+from polyscale.layers.resizing import _block_weights, interpolation_matrix, pseudo_inverse_matrix
 from tests.golden import assert_golden
 
 
@@ -72,6 +72,32 @@ def test_pseudo_inverse_matrix_fulfils_its_definition(old, new):
     np.testing.assert_allclose(resize @ inverse @ resize, resize, atol=1e-10)
     np.testing.assert_allclose(inverse @ resize @ inverse, inverse, atol=1e-10)
     np.testing.assert_allclose((resize @ inverse).T, resize @ inverse, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("interpolation", "old", "new", "weights"),
+    [
+        ("bilinear", 32, 16, (1, 1)),
+        ("bilinear", 32, 8, (0, 1, 1, 0)),
+        ("bicubic", 32, 16, ()),
+        ("bilinear", 32, 12, ()),
+        ("bilinear", 16, 16, ()),
+    ],
+)
+def test_sums_of_blocks_stand_for_the_matrices_that_are_no_more(interpolation, old, new, weights):
+    assert _block_weights("pi", old, new, interpolation, False) == weights
+    kernel = torch.randn(3, 2, old, 24, requires_grad=True)
+    rows, columns = (
+        torch.tensor(pseudo_inverse_matrix(size, target, interpolation, False), dtype=torch.float32)
+        for size, target in ((old, new), (24, 12))
+    )
+    expected = rows @ kernel @ columns.T
+    resized = pi_resize_patch_embed(kernel, (new, 12), interpolation, antialias=False)
+    torch.testing.assert_close(resized, expected)
+    gradient = torch.randn_like(resized)
+    torch.testing.assert_close(
+        torch.autograd.grad(resized, kernel, gradient), torch.autograd.grad(expected, kernel, gradient)
+    )
 
 
 @pytest.mark.parametrize(("interpolation", "antialias"), MODES)

@@ -96,8 +96,27 @@ def _matrix_data(method: str, old: int, new: int, interpolation: str, antialias:
     return _matrix_makers[method](old, new, interpolation, antialias).tolist()
 
 
-# A plain list is a constant for every tracer: the values are made while tracing and never traced themselves.
+@lru_cache(maxsize=1024)
+def _block_weights(method: str, old: int, new: int, interpolation: str, antialias: bool) -> tuple[float, ...]:
+    """The weights with which each new value is the sum of its own `old / new` values, or nothing where the matrix is
+    not of that kind. The PI-resize by bilinear interpolation to a half or a quarter is, FlexiViT's 32 to 16 for one.
+    """
+    if old % new or old == new:
+        return ()
+    matrix = _matrix_makers[method](old, new, interpolation, antialias)
+    weights = matrix[0, : old // new]
+    if not np.allclose(matrix, np.kron(np.eye(new), weights), rtol=0, atol=1e-12):
+        return ()
+    return tuple(weights.round(12).tolist())  # exact zeros and ones cost nothing
+
+
+def _block_weight_data(method: str, old: int, new: int, interpolation: str, antialias: bool) -> tuple[float, ...]:
+    return _block_weights(method, old, new, interpolation, antialias)
+
+
+# Plain lists and tuples are constants for every tracer: the values are made while tracing and never traced themselves.
 _constant_matrix_data = torch.compiler.assume_constant_result(_matrix_data)
+_constant_block_weights = torch.compiler.assume_constant_result(_block_weight_data)
 
 
 def _matrix(
@@ -122,16 +141,34 @@ def _matrix(
     return matrix
 
 
+def _sum_blocks(grid: torch.Tensor, dim: int, new: int, weights: tuple[float, ...]) -> torch.Tensor:
+    """Weighted sums of every `len(weights)` neighbours along a dimension: (..., new * len(weights)) -> (..., new)."""
+    parts = grid.unflatten(dim, (new, len(weights))).unbind(dim)
+    (part, weight), *others = [pair for pair in zip(parts, weights, strict=True) if pair[1]]
+    total = part if weight == 1 else part * weight
+    for part, weight in others:
+        total = torch.add(total, part, alpha=weight)
+    return total
+
+
 def _resize_separable(
     grid: torch.Tensor, new_size: tuple[int, int], method: str, interpolation: str, antialias: bool
 ) -> torch.Tensor:
-    """(..., rows, columns) -> (..., *new_size): two matrix products in float32, outside of autocast."""
+    """(..., rows, columns) -> (..., *new_size) in float32, outside of autocast: two matrix products, or sums of blocks
+    where the matrices are no more than that, at a third of the time.
+    """
     rows, columns = grid.shape[-2:]
+    row_weights = _constant_block_weights(method, rows, new_size[0], interpolation, antialias)
+    column_weights = _constant_block_weights(method, columns, new_size[1], interpolation, antialias)
     with maybe_autocast(device_type=grid.device.type, enabled=False):
         resized = grid.float()
-        if columns != new_size[1]:
+        if row_weights:  # first, as rows of neighbouring values are added whole
+            resized = _sum_blocks(resized, -2, new_size[0], row_weights)
+        if column_weights:
+            resized = _sum_blocks(resized, -1, new_size[1], column_weights)
+        elif columns != new_size[1]:
             resized = resized @ _matrix(method, columns, new_size[1], interpolation, antialias, grid.device).T
-        if rows != new_size[0]:
+        if rows != new_size[0] and not row_weights:
             resized = _matrix(method, rows, new_size[0], interpolation, antialias, grid.device) @ resized
     return resized.to(grid.dtype)
 
