@@ -48,6 +48,12 @@ MODELS = {
     "SwiGLU": ("vit_tiny_patch16_224", {"mlp_layer": "SwiGLU", "act_layer": "silu"}),
     "gap with registers": ("vit_medium_patch16_reg4_gap_256", {}),
     "flexivit": ("flexivit_small", {}),
+    "siglip": ("vit_base_patch16_siglip_224", {}),
+    "siglip headless": ("vit_base_patch16_siglip_224", {"num_classes": 0}),
+    "siglip 2": ("vit_giantopt_patch16_siglip_256", {}),
+    "siglip, another MLP": ("vit_so400m_patch14_siglip_224", {"img_size": 56, "num_heads": 2}),
+    "siglip gap": ("vit_base_patch16_siglip_gap_224", {}),
+    "map over CLS too": ("vit_tiny_patch16_224", {"global_pool": "map", "pool_include_prefix": True}),
 }
 
 
@@ -153,7 +159,8 @@ def test_padding_equals_timms_dynamic_img_pad(randomise):
         ("vit_tiny_patch16_224", {"scale_attn_norm": True}, "scale_attn_norm"),
         ("vit_tiny_patch16_224", {"scale_mlp_norm": True}, "scale_mlp_norm"),
         ("vit_tiny_patch16_224", {"proj_bias": False}, "proj_bias"),
-        ("vit_tiny_patch16_224", {"global_pool": "map"}, "attention pooling"),
+        ("vit_tiny_patch16_224", {"global_pool": "map"}, "attention pooling that leaves prefix tokens out"),
+        ("vit_tiny_patch16_224", {"global_pool": "prr"}, "AttentionPoolPrr"),
         ("vit_tiny_patch16_224", {"global_pool": "max"}, "global_pool='max'"),
         ("vit_tiny_patch16_224", {"global_pool": "avg", "pool_include_prefix": True}, "pool_include_prefix"),
         ("vit_tiny_patch16_224", {"global_pool": ""}, "global_pool=''"),

@@ -148,6 +148,11 @@ def _lacks(vit: PlainViT) -> dict[str, str]:
         "both_norms": (config.fc_norm and config.final_norm, "LayerNorms before and after pooling (fc_norm)"),
         "pooler": (config.pooling == "pooler", "a pooler between CLS and classifier (pooling='pooler')"),
         "pooling": (vit.has_head and config.pooling != "cls", f"pooling {config.pooling!r}"),
+        "attention": (config.pooling == "attention", "attention pooling (pooling='attention')"),
+        "gated_attention": (
+            config.pooling == "attention" and config.mlp_type == "swiglu",
+            "attention pooling among gated MLPs (mlp_type='swiglu')",
+        ),
         "cls_mean": (vit.has_head and config.pooling == "cls_mean", "pooling 'cls_mean'"),
         "oblong": (
             vit.image_size[0] != vit.image_size[1] or vit.patch_grid[0] != vit.patch_grid[1],
@@ -169,10 +174,10 @@ def _lacks(vit: PlainViT) -> dict[str, str]:
     return {name: text for name, (is_there, text) in parts.items() if is_there}
 
 
-_UNKNOWN_TO_BOTH = ("projection", "pad", "cls", "distilled", "pre_norm", "final_norm", "fc_norm")
+_UNKNOWN_TO_BOTH = ("projection", "pad", "cls", "distilled", "pre_norm", "final_norm", "fc_norm", "attention")
 _UNKNOWN_TO_VIT = (*_UNKNOWN_TO_BOTH, "registers", "scale", "swiglu")
 _UNKNOWN_TO_DINOV2 = (*_UNKNOWN_TO_BOTH, "pooler", "oblong", "mlp_width")
-UNKNOWN_TO_TIMM = ("pad", "both_norms", "pooler", "cls_mean", "activation", "epsilon")
+UNKNOWN_TO_TIMM = ("pad", "both_norms", "pooler", "gated_attention", "cls_mean", "activation", "epsilon")
 
 
 def missing_parts(vit: PlainViT, unknown: Sequence[str]) -> list[str]:

@@ -34,6 +34,12 @@ _RULES = [
     (r"pre_layernorm" + _AFFINE, r"norm_pre.\1"),
     (r"layernorm" + _AFFINE, r"norm.\1"),
     (r"pooler\.layernorm" + _AFFINE, r"fc_norm.\1"),
+    (r"pooler\.attention\.probe", "attn_pool.latent"),
+    (r"pooler\.attention\.q_proj" + _AFFINE, r"attn_pool.q.\1"),
+    (r"pooler\.attention\.kv" + _AFFINE, r"attn_pool.kv.\1"),
+    (r"pooler\.attention\.o_proj" + _AFFINE, r"attn_pool.proj.\1"),
+    (r"pooler\.attention\.layernorm" + _AFFINE, r"attn_pool.norm.\1"),
+    (r"pooler\.attention\.(fc[12])" + _AFFINE, r"attn_pool.mlp.\1.\2"),
     (r"projection" + _AFFINE, r"head.\1"),
     (r"head\.classifier" + _AFFINE, r"head.\1"),
     (r"head\.distillation_classifier" + _AFFINE, r"head_dist.\1"),
@@ -49,7 +55,8 @@ _RULES = [
 
 
 def _join(tensors: dict[str, torch.Tensor], num_layers: int) -> None:
-    """Puts what timm keeps as one matrix together: queries, keys and values; gate and value of a gated MLP."""
+    """Puts what timm keeps as one matrix together: queries, keys and values; gate and value of a gated MLP; keys and
+    values of attention pooling."""
     joined = {"attention.qkv": ["attention.q_proj", "attention.k_proj", "attention.v_proj"]}
     joined["mlp.fc1"] = ["mlp.gate_proj", "mlp.up_proj"]
     for layer in range(num_layers):
@@ -58,6 +65,10 @@ def _join(tensors: dict[str, torch.Tensor], num_layers: int) -> None:
                 names = [f"layers.{layer}.{part}.{leaf}" for part in parts]
                 if names[0] in tensors:
                     tensors[f"layers.{layer}.{name}.{leaf}"] = torch.cat([tensors.pop(part) for part in names])
+    for leaf in ("weight", "bias"):
+        names = [f"pooler.attention.{name}_proj.{leaf}" for name in "kv"]
+        if names[0] in tensors:
+            tensors[f"pooler.attention.kv.{leaf}"] = torch.cat([tensors.pop(part) for part in names])
 
 
 def _architecture(vit: PlainViT) -> str:
@@ -89,7 +100,8 @@ def _model_args(vit: PlainViT, num_registers: int) -> dict[str, Any]:
         "pre_norm": config.pre_norm,
         "final_norm": config.final_norm or config.fc_norm,
         "fc_norm": config.fc_norm,
-        "global_pool": "token" if config.pooling == "cls" else "avg",
+        "global_pool": {"cls": "token", "attention": "map"}.get(config.pooling, "avg"),
+        "pool_include_prefix": config.pooling == "attention",  # whose query reads them too
         "dynamic_img_size": False,
     }
     if not is_gated:
