@@ -72,6 +72,9 @@ __version__ = "0.2.0"
 
 # Imported at first use: what they need is not needed by a model.
 _LAZY = {
+    "BudgetPolicy": ".budget_policy",
+    "calibrate_policy": ".budget_policy",
+    "classify_with_policy": ".budget_policy",
     "PatchSizeCallback": ".models.flexivit.callbacks_flexivit",
     "bundled_checkpoint": ".checkpoints",
     "convert_checkpoint": ".conversion",
@@ -95,6 +98,7 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
+    "BudgetPolicy",
     "FeatureBasedPatchScorer",
     "FlexiViTBackbone",
     "FlexiViTConfig",
@@ -135,6 +139,8 @@ __all__ = [
     "VanillaTokenizer",
     "apply_token_merging",
     "bundled_checkpoint",
+    "calibrate_policy",
+    "classify_with_policy",
     "convert_checkpoint",
     "convert_patch_embed",
     "gradcam_oracle",

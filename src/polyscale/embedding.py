@@ -19,7 +19,7 @@ from transformers.utils import ModelOutput
 
 from .layers.token_budget import budget_kwargs
 from .loading import LoadedModel, load_base_model
-from .utils.images import UnreadableImageError, find_images, open_image
+from .utils.images import UnreadableImageError, find_images, open_pixels
 from .utils.outputs import check_output, write_text, written_beside
 from .utils.processors import process_images
 
@@ -51,9 +51,9 @@ def _items(source: str | os.PathLike) -> list[_Item]:
     """The images of a folder, or the rows of parquet files and data sets of a hub."""
     path = Path(source)
     if path.is_dir() and not any(path.glob("*.parquet")):
-        return [_Item(str(file), lambda file=file: open_image(file)) for file in find_images(path)]
+        return [_Item(str(file), lambda file=file: open_pixels(file)) for file in find_images(path)]
     if path.is_file() and path.suffix != ".parquet":
-        return [_Item(str(path), lambda: open_image(path))]
+        return [_Item(str(path), lambda: open_pixels(path))]
     from .training.data import load_image_dataset
 
     items = []
@@ -78,7 +78,14 @@ def _opened(items: Sequence[_Item]) -> tuple[list[str], list[Image.Image], list[
 def _prepared(items: Sequence[_Item], loaded: LoadedModel) -> tuple[list[str], list, list[dict]]:
     names, images, damaged = _opened(items)
     channels = getattr(loaded.model.config, "num_channels", 3)
-    return names, list(process_images(loaded.image_processor, images, channels)) if images else [], damaged
+    try:
+        return names, list(process_images(loaded.image_processor, images, channels)) if images else [], damaged
+    except ValueError as error:  # at one of them, which is nothing for this model
+        if len(images) == 1:
+            return [], [], [*damaged, {"file": names[0], "error": f"{names[0]}: {error}"}]
+    alone = [_prepared([item], loaded) for item in items]
+    names, groups, _ = _prepared([item for item, (names, _, _) in zip(items, alone, strict=True) if names], loaded)
+    return names, groups, [entry for _, _, entries in alone for entry in entries]
 
 
 def _ahead(

@@ -11,6 +11,7 @@ from .config_checks import (
     above_zero,
     activation,
     checked_config,
+    choice,
     non_negative,
     pixel_size,
     positive,
@@ -80,6 +81,10 @@ class EncoderConfig(CheckedConfigMixin, TokenBudgetMixin, BackboneConfigMixin, P
         keep_all_tokens (`bool`, *optional*, defaults to `False`): whether a classifier computes every token of the
             last layer, also those that its head does not read. Without it they are computed where
             `output_hidden_states` or `output_attentions` asks for them.
+        pack_tokens (`bool` or `str`, *optional*, defaults to `"auto"`): whether images with token counts of their own
+            run as one packed sequence instead of padded to the longest: `True`, `False`, or `"auto"`, where that is
+            faster. What comes out has the same layout and values either way; what stands at padding means nothing.
+            `torch.compile` and `torch.export` see padding.
         apply_layernorm (`bool`, *optional*, defaults to `True`): whether a backbone normalises its feature maps.
         reshape_hidden_states (`bool`, *optional*, defaults to `True`): whether a backbone gives maps, not tokens.
 
@@ -118,6 +123,7 @@ class EncoderConfig(CheckedConfigMixin, TokenBudgetMixin, BackboneConfigMixin, P
     num_channels: int = positive(3)
     image_size: int | list[int] | tuple[int, int] = pixel_size(224)
     keep_all_tokens: bool = False
+    pack_tokens: bool | str = choice(("auto", True, False), "auto")
     merge_tokens_to: int | None = positive(None)
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None

@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoImageProcessor
 
-from ...llava.projector import PROJECTOR_FILE
 from .convert_llava_s2_vision import iterate_tensors, load_llava_s2, read_json, s2_config
 from .image_processing_s2_vision import S2ImageProcessor
 from .modeling_s2_vision import S2VisionWrapper
+from .projector_s2_vision import PROJECTOR_FILE
 
 
 def _convert_vila(source: Path, out: Path) -> None:
