@@ -1,6 +1,6 @@
 """Packed against padded batches, side by side: images with token counts of their own in one batch.
 
-    python benchmarks/packed.py [--rounds 9] [--threads 1] [--processor-time] [--csv docs/results/packed.csv]
+    python benchmarks/packed.py [--rounds 9] [--threads 1] [--processor-time] [--csv FILE]
 
 An encoder of 6 layers of 384 channels, 16 images; the share of real tokens is that of the batch padded to the longest.
 "packed" and "padded" are `pack_tokens=True` and `False`, "auto" is the default.
