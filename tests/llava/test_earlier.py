@@ -56,5 +56,5 @@ def test_a_processor_without_its_model_says_what_to_do(tmp_path):
     processor.save_pretrained(tmp_path)
     as_version_0_1(tmp_path, 8, None)
     (tmp_path / "config.json").unlink()
-    with pytest.raises(ValueError, match="has to lie beside the config.json of its model"):
+    with pytest.raises(ValueError, match=r"has to lie beside the config\.json of its model"):
         AutoProcessor.from_pretrained(tmp_path)
