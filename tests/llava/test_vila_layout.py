@@ -128,6 +128,13 @@ REFUSED = [
     ({**NVILA, "s2_resize_output_to_scale_idx": 0}, {}, "`s2_resize_output_to_scale_idx` is 0 with `dynamic_s2`"),
     ({**NVILA, "image_aspect_ratio": "resize"}, {}, "Dynamic-S2 needs 'dynamic_s2'"),
     ({**NVILA, "image_encoder": '{"_target_": "llava.x.TSPEncoder"}'}, {}, "`image_encoder` in config.json is"),
+    ({**NVILA, "image_encoder": "{"}, {}, "`image_encoder` in config.json is"),
+    ({**S2, "s2_scales": "24,,48"}, {}, "`s2_scales` in config.json"),
+    (
+        {"mm_vision_select_layer": -9},
+        {},
+        "`mm_vision_select_layer` in config.json is -9: the vision tower has 3 layers",
+    ),
     ({**NVILA, "chat_template": "mistral"}, {}, "`conversation` must be one of .*'mistral'"),
     ({}, {"token_order": "diagonal"}, "`token_order` must be one of 'rows', 'columns'"),
     ({}, {"dtype": "int8"}, "`dtype` must be a floating-point type"),

@@ -33,8 +33,7 @@ class PerPictureLlavaProcessor(BudgetLlavaProcessor):
         if not isinstance(tower, PackedTowerConfig):
             raise ValueError(
                 f"`{pretrained_model_name_or_path}` holds a processor that version 0.1 saved, which has to lie beside "
-                "the config.json of its model: put it there, or make a new one with "
-                "`polyscale.set_token_budget(model, processor, ...)`."
+                "the config.json of its model: put it there."
             )
         old = LlavaProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs)
         shared = {
