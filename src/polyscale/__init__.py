@@ -24,6 +24,7 @@ from .models.flexivit import (
     FlexiViTImageProcessor,
     FlexiViTImageProcessorPil,
     FlexiViTModel,
+    FlexiViTModelWithProjection,
 )
 from .models.quadtree_vit import (
     FeatureBasedPatchScorer,
@@ -36,6 +37,7 @@ from .models.quadtree_vit import (
     QuadtreeViTImageProcessor,
     QuadtreeViTImageProcessorPil,
     QuadtreeViTModel,
+    QuadtreeViTModelWithProjection,
     RandomPatchScorer,
     VanillaTokenizer,
     gradcam_oracle,
@@ -70,6 +72,9 @@ __version__ = "0.2.0"
 
 # Imported at first use: what they need is not needed by a model.
 _LAZY = {
+    "BudgetPolicy": ".budget_policy",
+    "calibrate_policy": ".budget_policy",
+    "classify_with_policy": ".budget_policy",
     "PatchSizeCallback": ".models.flexivit.callbacks_flexivit",
     "bundled_checkpoint": ".checkpoints",
     "convert_checkpoint": ".conversion",
@@ -93,6 +98,7 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
+    "BudgetPolicy",
     "FeatureBasedPatchScorer",
     "FlexiViTBackbone",
     "FlexiViTConfig",
@@ -100,6 +106,7 @@ __all__ = [
     "FlexiViTImageProcessor",
     "FlexiViTImageProcessorPil",
     "FlexiViTModel",
+    "FlexiViTModelWithProjection",
     "PatchSizeCallback",
     "PixelBlurPatchScorer",
     "PrecomputedPatchScorer",
@@ -110,6 +117,7 @@ __all__ = [
     "QuadtreeViTImageProcessor",
     "QuadtreeViTImageProcessorPil",
     "QuadtreeViTModel",
+    "QuadtreeViTModelWithProjection",
     "RandomPatchScorer",
     "S2ImageProcessor",
     "S2ImageProcessorPil",
@@ -131,6 +139,8 @@ __all__ = [
     "VanillaTokenizer",
     "apply_token_merging",
     "bundled_checkpoint",
+    "calibrate_policy",
+    "classify_with_policy",
     "convert_checkpoint",
     "convert_patch_embed",
     "gradcam_oracle",

@@ -13,7 +13,7 @@ from transformers.utils import ModelOutput
 
 from .layers.token_budget import budget_kwargs, default_budgets_of, plain_size, tokens_per_image
 from .loading import LoadedModel, load_classifier
-from .utils.images import UnreadableImageError, find_images, open_image
+from .utils.images import UnreadableImageError, find_images, open_pixels
 from .utils.processors import process_images
 from .utils.timing import device_wait, timed
 
@@ -100,6 +100,33 @@ def classify_images(
     if not budgets:
         raise ValueError("`budgets` is empty: give at least one, or None for the model's own.")
 
+    def ask(inputs: dict[str, torch.Tensor]) -> list[list[dict]]:
+        by_budget = [answer_batch(classifier, inputs, budget, repeats) for budget in budgets]
+        return [list(records) for records in zip(*by_budget, strict=True)]
+
+    return classify_files(files, classifier, budgets, ask, batch_size, progress)
+
+
+def classify_files(
+    files: Iterable[str | os.PathLike],
+    classifier: ImageClassificationPipeline,
+    budgets: Sequence,
+    ask: Callable[[dict[str, torch.Tensor]], list[list[dict]]],
+    batch_size: int = 1,
+    progress: Callable[[int, int], object] | None = None,
+) -> Classification:
+    """Reads and processes image files, and gathers what is said of each.
+
+    Args:
+        files (`Iterable[str or os.PathLike]`): image files, and folders that are searched for them.
+        classifier (`ImageClassificationPipeline`): see `as_pipeline`.
+        budgets (`Sequence`): called once each on the first image, so that illegal ones are refused before any work,
+            and one-time costs are paid.
+        ask (`Callable`): what the processor made of a batch, on the model's device -> the records of each image,
+            without "file".
+        batch_size (`int`, *optional*, defaults to 1): images per batch.
+        progress (`Callable`, *optional*): called with the images done and their number, after each batch.
+    """
     result = Classification([], [])
     paths, warm = _find(files, result.errors), False
     for done in range(0, len(paths), batch_size):
@@ -107,7 +134,7 @@ def classify_images(
         if images and not warm:
             _try_budgets(classifier, images[0][1], budgets)
             warm = True
-        for records, error in _classify_batch(classifier, images, budgets, repeats):
+        for records, error in _classify_batch(classifier, images, ask):
             result.records.extend(records)
             result.errors.extend([error] if error else [])
         if progress is not None:
@@ -129,14 +156,14 @@ def _open(files: Sequence[Path], errors: list[dict]) -> Iterator[tuple[Path, Ima
     """Each readable image; what cannot be read goes to `errors`."""
     for file in files:
         try:
-            yield file, open_image(file)
+            yield file, open_pixels(file)
         except UnreadableImageError as error:
             errors.append({"file": str(file), "error": error.reason})
 
 
 @torch.no_grad()
 def _try_budgets(classifier: ImageClassificationPipeline, image: Image.Image, budgets: Sequence) -> None:
-    """One call per budget, so that illegal ones are refused before any work, and one-time costs are paid."""
+    """One call per budget."""
     _, inputs = next(process_images(classifier.image_processor, [image], _channels(classifier)))
     inputs = _on_device(inputs, classifier.model)
     for budget in budgets:
@@ -157,10 +184,9 @@ def _on_device(inputs: Mapping[str, torch.Tensor], model: torch.nn.Module) -> di
 def _classify_batch(
     classifier: ImageClassificationPipeline,
     images: Sequence[tuple[Path, Image.Image]],
-    budgets: Sequence,
-    repeats: int,
+    ask: Callable[[dict[str, torch.Tensor]], list[list[dict]]],
 ) -> Iterator[tuple[list[dict], dict | None]]:
-    """For each image its records, in the order of `budgets`, and an error where there is one."""
+    """For each image its records, and an error where there is one."""
     found: dict[int, list[dict]] = {index: [] for index in range(len(images))}
     errors: dict[int, dict] = {}
     try:
@@ -171,27 +197,41 @@ def _classify_batch(
             yield [], {"file": str(images[0][0]), "error": str(error)}
         else:
             for image in images:
-                yield from _classify_batch(classifier, [image], budgets, repeats)
+                yield from _classify_batch(classifier, [image], ask)
         return
     for indices, inputs in groups:
         inputs = _on_device(inputs, classifier.model)
-        for budget in budgets:
-            try:
-                answers = _answers(classifier, inputs, budget, repeats)
-            except ValueError as error:  # a budget that images of this size do not allow
-                errors |= {index: {"file": str(images[index][0]), "error": str(error)} for index in indices}
-                break
-            for index, answer in zip(indices, answers, strict=True):
-                found[index].append({"file": str(images[index][0]), **answer})
+        try:
+            answers = ask(inputs)
+        except ValueError as error:  # a budget that images of this size do not allow
+            errors |= {index: {"file": str(images[index][0]), "error": str(error)} for index in indices}
+            continue
+        for index, records in zip(indices, answers, strict=True):
+            found[index] = [{"file": str(images[index][0]), **record} for record in records]
     for index, records in found.items():
         yield ([] if index in errors else records), errors.get(index)
 
 
 @torch.no_grad()
-def _answers(
-    classifier: ImageClassificationPipeline, inputs: dict[str, torch.Tensor], budget: Any, repeats: int
+def answer_batch(
+    classifier: ImageClassificationPipeline,
+    inputs: dict[str, torch.Tensor],
+    budget: Any,
+    repeats: int = 1,
+    margins: list[float] | None = None,
 ) -> list[dict]:
-    """What a model says of each image of a batch at a budget."""
+    """What a model says of each image of a batch at a budget: a record without "file".
+
+    Args:
+        classifier (`ImageClassificationPipeline`): see `as_pipeline`.
+        inputs (`dict[str, torch.Tensor]`): what its processor made of the images, on the model's device.
+        budget: a value of the model's budget argument, or `None`.
+        repeats (`int`, *optional*, defaults to 1): calls whose median time is reported.
+        margins (`list[float]`, *optional*): gets how far the best score of each image is above the next.
+
+    Raises:
+        ValueError: for a budget that images of this size do not allow, or scores that are not finite.
+    """
     model = classifier.model
     chosen = budget_kwargs(model.config, budget)
     count = len(inputs["pixel_values"])
@@ -205,7 +245,9 @@ def _answers(
     tokens = tokens_per_image(model, inputs, outputs, **chosen)
     answers = []
     for row in range(count):
-        best = classifier.postprocess(ModelOutput(logits=logits[row : row + 1]), top_k=1)[0]
+        best, *others = classifier.postprocess(ModelOutput(logits=logits[row : row + 1]), top_k=2)
+        if margins is not None:
+            margins.append(best["score"] - others[0]["score"] if others else 1.0)
         answers.append(
             {
                 "budget": plain_size(budget) if isinstance(budget, tuple) else budget,
@@ -218,4 +260,4 @@ def _answers(
     return answers
 
 
-__all__ = ["Classification", "as_pipeline", "classify_images", "load_classifier"]
+__all__ = ["Classification", "answer_batch", "as_pipeline", "classify_files", "classify_images", "load_classifier"]

@@ -12,6 +12,7 @@ import typer
 
 from .arguments import ListGroup
 from .benchmark import benchmark
+from .calibrate import calibrate
 from .classify import classify
 from .convert import convert, convert_patch_embed
 from .embed import embed
@@ -51,7 +52,7 @@ def polyscale(
     """Vision models with an adjustable number of visual tokens."""
 
 
-for command in (train, evaluate, classify, show, explore, benchmark, embed, convert, convert_patch_embed):
+for command in (train, evaluate, classify, calibrate, show, explore, benchmark, embed, convert, convert_patch_embed):
     app.command()(command)
 
 

@@ -22,6 +22,10 @@ def classify(
     budgets: Budgets = None,
     patch_sizes: PatchSizes = None,
     num_tokens: NumTokens = None,
+    policy: Annotated[
+        Path | None,
+        typer.Option(help="Give each image the budget it needs: the file that `polyscale calibrate` wrote."),
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="Draw the images and their patches to this image file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list and nothing else.")] = False,
     repeats: Annotated[
@@ -40,6 +44,7 @@ def classify(
     """
     with reporting("classify"):
         from polyscale.assets import sample_photographs
+        from polyscale.budget_policy import classify_with_policy
         from polyscale.classification import classify_images
         from polyscale.figures import check_image_output, draw_classification
         from polyscale.layers.token_budget import choose_budgets
@@ -49,22 +54,29 @@ def classify(
         quiet()
         if output is not None:
             check_image_output(output)
+        chosen = budget_words(budgets, patch_sizes, num_tokens)
+        excluded = [name for name, value in {**chosen, "repeats": repeats}.items() if value is not None]
+        if policy is not None and excluded:
+            raise ValueError(f"`policy` chooses the budgets and runs each once: leave `{excluded[0]}` out.")
         loaded = load_classifier(model, device, trust_remote_code=trust_remote_code)
         files = files or sample_photographs()
         few = len(files) <= LONG_TABLE and not any(file.is_dir() for file in files)
         with progress_bar("Classifying") as progress:
-            records, errors = classify_images(
-                files,
-                loaded,
-                choose_budgets(loaded.model.config, budget_words(budgets, patch_sizes, num_tokens)),
-                repeats=repeats or (5 if few else 1),
-                batch_size=batch_size,
-                progress=progress,
-            )
+            if policy is not None:
+                records, errors = classify_with_policy(files, policy, loaded, batch_size=batch_size, progress=progress)
+            else:
+                records, errors = classify_images(
+                    files,
+                    loaded,
+                    choose_budgets(loaded.model.config, chosen),
+                    repeats=repeats or (5 if few else 1),
+                    batch_size=batch_size,
+                    progress=progress,
+                )
         if as_json:
             typer.echo(json.dumps(records, indent=2, allow_nan=False))
         elif records:
-            _print_tables(records, loaded.model.config)
+            _print_tables(records, loaded.model.config, policy is not None)
         for error in errors:
             note("classify", f"{error['file']}: {error['error']}")
         if output is not None and records:
@@ -75,7 +87,7 @@ def classify(
             raise typer.Exit(1)
 
 
-def _print_tables(records: Sequence[dict], config) -> None:
+def _print_tables(records: Sequence[dict], config, has_policy: bool) -> None:
     from rich.console import Console
 
     from polyscale.layers.token_budget import budget_argument_of
@@ -83,8 +95,12 @@ def _print_tables(records: Sequence[dict], config) -> None:
     argument = (budget_argument_of(config) or "").replace("_", " ")
     num_images = len({record["file"] for record in records})
     console = Console()
-    console.print((_long_table if num_images <= LONG_TABLE else _wide_table)(records, config, argument))
-    if num_images > 1:
+    is_long = num_images <= LONG_TABLE or has_policy
+    console.print((_long_table if is_long else _wide_table)(records, config, argument))
+    if has_policy:
+        tokens = sum(record["tokens"] for record in records) / len(records)
+        console.print(f"{tokens:.1f} tokens per image, all tries together", highlight=False)
+    elif num_images > 1:
         console.print(_summary(records, config, argument))
 
 

@@ -42,6 +42,10 @@ def train(
             help="Teach the model of --init-from smaller budgets, without labels: shares of its full one.",
         ),
     ] = None,
+    tune_by: Annotated[
+        str | None,
+        typer.Option(help="What they are shares of: budget, the family's (default), or merging, of tokens."),
+    ] = None,
     num_blocks: Annotated[int | None, typer.Option(help="Blocks of VIT to take over; two thirds by default.")] = None,
     frozen_share: Annotated[
         float | None, typer.Option(help="Share of VIT's blocks, from the end, that stays as it is; 1/3 by default.")
@@ -123,6 +127,7 @@ def train(
         "init_from": init_from,
         "bootstrap_from": bootstrap_from,
         "tune_budgets": tune_budgets and tuple(parse_numbers(tune_budgets)),
+        "tune_by": tune_by,
         "num_blocks": num_blocks,
         "frozen_share": frozen_share,
         "image_size": image_size and parse_size(image_size),

@@ -48,7 +48,16 @@ def test_bad_arguments_end_with_a_message_and_no_traceback():
 def test_help_lists_every_command():
     result = CliRunner().invoke(app, ["--help"])
     assert result.exit_code == 0
-    for command in ("classify", "show", "convert", "convert-patch-embed", "train", "evaluate", "benchmark"):
+    for command in (
+        "classify",
+        "calibrate",
+        "show",
+        "convert",
+        "convert-patch-embed",
+        "train",
+        "evaluate",
+        "benchmark",
+    ):
         assert command in result.output
 
 

@@ -20,11 +20,10 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from polyscale.llava.downsampled import space_to_depth
-from polyscale.llava.projector import DownsampleProjector
 from polyscale.models.s2_vision import S2VisionWrapper, multiscale_forward
 from polyscale.models.s2_vision.convert_llava_s2_vision import load_llava_s2
 from polyscale.models.s2_vision.convert_s2_vision import convert_s2_vision
+from polyscale.models.s2_vision.projector_s2_vision import DownsampleProjector, space_to_depth
 
 from .llava_tiny import CLIP, make_photographs, make_text_config, make_tokenizer
 

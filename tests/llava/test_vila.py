@@ -14,8 +14,8 @@ from transformers import AutoModelForImageTextToText
 import polyscale
 from polyscale.hub import save_with_code
 from polyscale.llava import DownsampledTower, convert_vila, load_vila
-from polyscale.llava.downsampled import space_to_depth
 from polyscale.models.s2_vision import multiscale_forward
+from polyscale.models.s2_vision.projector_s2_vision import space_to_depth
 from polyscale.serving import check_servable
 
 from .llava_tiny import make_photographs

@@ -38,6 +38,9 @@ COLUMNS: dict[str, str | None] = {
     "LoRA (peft), saved and reloaded": None,
     "LLaVA tower at two budgets: forward, loss, generate, save, reload": None,
     "LLaVA tower: projector-only and full training": None,
+    "LLaVA with its tower swapped: fresh process, generation, hidden states, bfloat16, compile": (
+        "`torch.compile` of the tower: transformers' code around it breaks the graph of every LLaVA."
+    ),
     "converted and wrapped: reload, hidden states, compile": (
         "Checkpoints with learned positions (ViT), a pre-norm (CLIP), registers and SwiGLU (DINOv2), a bootstrapped "
         "SparseFormer; S2 around CLIP, ViT, DINOv2 and SigLIP."

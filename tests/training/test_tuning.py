@@ -94,6 +94,45 @@ def test_features_are_what_a_head_reads():
     torch.testing.assert_close(features_of(outputs, pooled.config), outputs.hidden_states[-1].mean(dim=1))
 
 
+def test_merging_is_tuned_at_the_full_budget_of_the_family(tmp_path):
+    trainer = make_trainer(tmp_path, quadtree(), merging=True, shares=(0.5, 1.0))
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    assert trainer.budget_argument == "merge_tokens_to"
+    assert trainer.budgets() == [32, 43, 53, 64]
+    assert [trainer.tokens_of((16, 16), budget) for budget in (32, 64)] == [32, 64]
+    assert trainer.call_of(40) == {"num_tokens": 64, "merge_tokens_to": 40}
+    drawn = {trainer.budget_at(step) for step in range(300)}
+    assert drawn == set(range(32, 65))
+
+    pixels = torch.randn(2, 3, 16, 16)
+    budget = trainer.budget_at(0)
+    full = trainer.teacher(pixels, num_tokens=64, output_hidden_states=True)
+    part = trainer.model(pixels, num_tokens=64, merge_tokens_to=budget, output_hidden_states=True)
+    target, student = full.logits.softmax(-1), part.logits.softmax(-1)
+    divergence = (target * (target.log() - student.log())).sum(-1)
+    features = [outputs.hidden_states[-1][:, 0] for outputs in (full, part)]
+    expected = (divergence + 1 - F.cosine_similarity(*features, dim=-1)).mean()
+    torch.testing.assert_close(trainer.compute_loss(trainer.model, {"pixel_values": pixels}), expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "merging"),
+    [({}, True), ({"area_pooling": True}, False)],
+    ids=["merging", "area pooling"],
+)
+def test_a_mean_whose_weights_are_not_known_is_left_out_of_the_loss(options, merging, tmp_path):
+    model = quadtree(use_cls_token=False, pooling="mean", **options)
+    trainer = make_trainer(tmp_path, model, merging=merging, shares=(0.5, 0.6))
+    pixels = torch.randn(2, 3, 16, 16)
+    full = model(pixels, num_tokens=64).logits
+    part = model(pixels, **trainer.call_of(trainer.budget_at(0))).logits
+    expected = F.kl_div(part.log_softmax(-1), full.log_softmax(-1), reduction="batchmean", log_target=True)
+    assert expected > 0
+    torch.testing.assert_close(trainer.compute_loss(model, {"pixel_values": pixels}), expected)
+
+
 @pytest.fixture(scope="module")
 def unlabelled(tmp_path_factory):
     folder = tmp_path_factory.mktemp("images")
@@ -130,6 +169,32 @@ def test_tuning_brings_small_budgets_nearer_to_the_full_one(family, unlabelled, 
     record = json.loads((tmp_path / "after" / "training.json").read_text())
     assert record["results"][0].keys() == {"budget", "tokens", "images", "agreement", "loss"}
     assert "agreement with the full budget" in (tmp_path / "after" / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_merging_is_tuned_and_the_card_says_how_to_call(unlabelled, tmp_path):
+    torch.manual_seed(0)
+    shape = {**SHAPE, "initializer_range": 0.5, "num_hidden_layers": 3}
+    config = QuadtreeViTConfig(**shape, min_patch_size=2, max_patch_size=8, num_labels=4)
+    QuadtreeViTForImageClassification(config).save_pretrained(tmp_path / "source")
+    QuadtreeViTImageProcessor(size=SIZE, max_patch_size=8).save_pretrained(tmp_path / "source")
+    choices = {"tune_by": "merging", "tune_budgets": (0.15, 0.6)}
+    before = tune(unlabelled, tmp_path / "before", tmp_path / "source", learning_rate=1e-12, epochs=1, **choices)
+    after = tune(unlabelled, tmp_path / "after", tmp_path / "source", learning_rate=2e-4, **choices)
+    assert [result["budget"] for result in after["budgets"]] == [10, 19, 29, 38]
+    assert after["budgets"][0]["loss"] < 0.7 * before["budgets"][0]["loss"]
+    card = (tmp_path / "after" / "README.md").read_text()
+    assert "num_tokens=64, merge_tokens_to=10" in card
+    assert "| merge_tokens_to | tokens |" in card
+    with pytest.raises(ValueError, match="`merge_tokens_to` must be at least 8 for 64 tokens and 3 layers"):
+        tune(unlabelled, tmp_path / "few", tmp_path / "source", tune_by="merging", tune_budgets=(0.05, 1.0))
+
+
+def test_merging_needs_budgets_to_tune():
+    with pytest.raises(ValueError, match="`tune_by` 'merging' goes with `tune_budgets`"):
+        make_recipe(None, tune_by="merging")
+    with pytest.raises(ValueError, match="`tune_by` must be one of"):
+        make_recipe(None, tune_by="heads", tune_budgets=(0.3, 1.0), init_from="x")
 
 
 @pytest.mark.slow

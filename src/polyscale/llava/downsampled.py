@@ -20,38 +20,8 @@ from transformers.utils.generic import can_return_tuple
 
 from ..layers.token_budget import TokenBudgetMixin
 from ..layers.wrapping import take_flags
+from ..models.s2_vision.projector_s2_vision import space_to_depth
 from ..utils.vision_configs import base_feature_grid, base_image_size, base_num_prefix_tokens, base_width
-
-
-def space_to_depth(
-    tokens: torch.Tensor, grid: tuple[int, int] | None = None, factor: int = 2, order: str = "rows"
-) -> torch.Tensor:
-    """A grid of tokens, each factor x factor of them as one; a grid that does not divide gets zeros after it.
-
-    Args:
-        tokens (`torch.Tensor`): (batch, rows * columns, width).
-        grid (`(rows, columns)`, *optional*): of the tokens; a square when `None`.
-        factor (`int`, *optional*, defaults to 2): of each side.
-        order (`str`, *optional*, defaults to `"rows"`): of the new tokens: "rows" (row by row) or "columns".
-
-    Returns:
-        `torch.Tensor`: (batch, ceil(rows / factor) * ceil(columns / factor), factor ** 2 * width).
-
-    Raises:
-        ValueError: for tokens that are no such grid.
-    """
-    batch, count, width = tokens.shape
-    rows, columns = grid or (int(count**0.5),) * 2
-    if rows * columns != count:
-        raise ValueError(
-            f"`tokens` must be a {'square grid' if grid is None else f'grid {grid}'}, got {count} tokens."
-        )
-    maps = tokens.reshape(batch, rows, columns, width)
-    if rows % factor or columns % factor:
-        maps = nn.functional.pad(maps, (0, 0, 0, -columns % factor, 0, -rows % factor))
-    maps = maps.unflatten(2, (-1, factor)).unflatten(1, (-1, factor))  # (batch, rows, factor, columns, factor, width)
-    axes = (0, 1, 3, 2, 4, 5) if order == "rows" else (0, 3, 1, 2, 4, 5)
-    return maps.permute(axes).flatten(3).flatten(1, 2)
 
 
 def _shrunk(grid: tuple[int, int], factor: int) -> tuple[int, int]:
@@ -253,9 +223,8 @@ class DownsampledTowerConfig(TokenBudgetMixin, PreTrainedConfig):
     def budget_calls(
         self, codes: Sequence[tuple[int, ...]], counts: Sequence[int]
     ) -> list[tuple[list[int], dict[str, Any]]]:
-        return (
-            super().budget_calls(codes, counts) if self._budgets is None else self._budgets.budget_calls(codes, counts)
-        )
+        """One forward for each budget, whose images have one grid; with tokens that vary, as the tower inside."""
+        return self._budgets.budget_calls(codes, counts) if self.tokens_vary else super().budget_calls(codes, counts)
 
 
 class DownsampledTower(PreTrainedModel):
@@ -345,4 +314,4 @@ class DownsampledTower(PreTrainedModel):
 AutoConfig.register(DownsampledTowerConfig.model_type, DownsampledTowerConfig, exist_ok=True)
 AutoModel.register(DownsampledTowerConfig, DownsampledTower, exist_ok=True)
 
-__all__ = ["DownsampledTower", "DownsampledTowerConfig", "space_to_depth"]
+__all__ = ["DownsampledTower", "DownsampledTowerConfig"]

@@ -1,51 +1,10 @@
-"""The projector of a LLaVA model when its vision tower changes, and VILA's projector."""
+"""The projector of a LLaVA model when its vision tower changes."""
 
-import os
 import warnings
-from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
-
-from .downsampled import space_to_depth
-
-
-PROJECTOR_FILE = "mm_projector.safetensors"
-
-
-class DownsampleProjector(nn.Module):
-    """VILA's projector "mlp_downsample": 2 x 2 tokens as one, LayerNorm, two linear layers. (batch, tokens,
-    width) -> (batch, tokens / 4, text width)
-
-    Args:
-        vision_width (`int`): channels of a token of the tower.
-        text_width (`int`): of a token of the language model.
-        token_order (`str`, *optional*, defaults to `"rows"`): of the tokens that come out: row by row, or "columns".
-    """
-
-    def __init__(self, vision_width: int, text_width: int, token_order: str = "rows"):
-        super().__init__()
-        self.token_order = token_order
-        self.layernorm = nn.LayerNorm(4 * vision_width)
-        self.linear_1 = nn.Linear(4 * vision_width, text_width)
-        self.linear_2 = nn.Linear(text_width, text_width)
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        hidden = self.linear_1(self.layernorm(space_to_depth(features, order=self.token_order)))
-        return self.linear_2(nn.functional.gelu(hidden))
-
-    @classmethod
-    def from_folder(cls, folder: str | os.PathLike) -> "DownsampleProjector":
-        """The projector that `convert_s2_vision` wrote beside a VILA tower."""
-        with safe_open(Path(folder) / PROJECTOR_FILE, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            order = (file.metadata() or {}).get("token_order", "rows")
-        text_width, width = tensors["linear_1.weight"].shape
-        projector = cls(width // 4, text_width, order).to(tensors["linear_1.weight"].dtype)
-        projector.load_state_dict(tensors)
-        return projector
 
 
 def num_feature_layers(vision_feature_layer: int | list[int]) -> int:
@@ -141,10 +100,4 @@ def fitted_projector(
     return new.train(old.training)
 
 
-__all__ = [
-    "PROJECTOR_FILE",
-    "DownsampleProjector",
-    "fitted_projector",
-    "num_feature_layers",
-    "share_weights",
-]
+__all__ = ["fitted_projector", "num_feature_layers", "share_weights"]

@@ -13,6 +13,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 
 from ..models.s2_vision.configuration_s2_vision import S2VisionConfig
+from ..models.s2_vision.projector_s2_vision import is_nvila, token_order_of
 from ..utils.validation import check_choice
 from ..utils.vision_configs import base_num_prefix_tokens
 from ..utils.weight_files import iterate_tensors, read_json
@@ -42,24 +43,6 @@ def is_vila(folder: Path) -> bool:
         record = {}
     named = isinstance(record, dict) and "llm_cfg" in record
     return named or all((folder / part).is_dir() for part in ("vision_tower", "mm_projector"))
-
-
-def _is_new(record: dict[str, Any]) -> bool:
-    """Whether the code of NVILA (December 2024) wrote a config.json; VILA-1.5 is older."""
-    return "image_encoder" in record
-
-
-def token_order_of(record: dict[str, Any], projector: str) -> str:
-    """The order in which the language model learnt to read the tokens: by "rows" or by "columns".
-
-    The code that VILA-1.5 was trained with leaves the grid transposed after it has brought tokens together; that of
-    NVILA turns it back.
-
-    Args:
-        record: config.json of the checkpoint.
-        projector: the kind of its projector.
-    """
-    return "columns" if projector == "mlp_downsample" and not _is_new(record) else "rows"
 
 
 def _check_parts(folder: Path) -> None:
@@ -151,7 +134,7 @@ class VilaLayout:
     @property
     def is_new(self) -> bool:
         """Whether it is of the age of NVILA."""
-        return _is_new(self.record)
+        return is_nvila(self.record)
 
     @property
     def around_image(self) -> tuple[str, str]:
@@ -265,4 +248,4 @@ def projector_names(factor: int, num_stages: int) -> dict[str, str]:
     return {**names, f"layers.{4 + 3 * num_stages}": "linear_2"}
 
 
-__all__ = ["PARTS", "VilaLayout", "is_vila", "projector_names", "token_order_of"]
+__all__ = ["PARTS", "VilaLayout", "is_vila", "projector_names"]

@@ -10,7 +10,6 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..evaluation.metrics import wilson_interval
-from ..layers.token_budget import budget_argument_of
 from .report import describe_budget, duration, forward_arguments
 from .resume import write_json
 
@@ -49,8 +48,13 @@ def _without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def draw_curve(path: Path, history: Sequence[Mapping[str, Any]], config: Any) -> bool:
+def draw_curve(path: Path, history: Sequence[Mapping[str, Any]], argument: str | None) -> bool:
     """The loss of each step and, where there is an evaluation, its metric by budget after each epoch, as a PNG.
+
+    Args:
+        path: the file.
+        history: `log_history` of the trainer.
+        argument: what the budgets are values of.
 
     Returns:
         `bool`: whether there was anything to draw.
@@ -66,7 +70,7 @@ def draw_curve(path: Path, history: Sequence[Mapping[str, Any]], config: Any) ->
     axes[0].plot(*zip(*losses, strict=True), color="0.25", linewidth=1.2, marker="o" if len(losses) < 3 else None)
     axes[0].set(xlabel="step", ylabel="training loss", title="Loss")
     if epochs:
-        _draw_metric(axes[1], epochs, budget_argument_of(config))
+        _draw_metric(axes[1], epochs, argument)
     for axis in axes:
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
@@ -104,7 +108,7 @@ def write_card(path: Path, facts: Mapping[str, Any], config: Any, is_classifier:
         config: of the model.
         is_classifier: whether it has a head for classes.
     """
-    name, argument = facts["name"], budget_argument_of(config)
+    name, argument = facts["name"], facts["budget_argument"]
     results, data = facts["results"], facts["data"]
     task = "image-classification" if is_classifier else "image-feature-extraction"
     dataset = Path(data["source"]).name or data["source"]
@@ -134,9 +138,9 @@ def write_card(path: Path, facts: Mapping[str, Any], config: Any, is_classifier:
 
 
 def _card_sections(facts: Mapping[str, Any], config: Any, is_classifier: bool) -> list[str]:
-    data, argument = facts["data"], budget_argument_of(config)
+    data = facts["data"]
     auto_class = "AutoModelForImageClassification" if is_classifier else "AutoModel"
-    budget = forward_arguments(config, facts["results"][0]["budget"]) if facts["results"] else ""
+    budget = forward_arguments(facts["cheapest_call"])
     sections = [
         f"# {facts['name']}",
         f"A `{config.model_type}` model with {facts['parameters']:,} parameters for images of "
@@ -148,7 +152,7 @@ def _card_sections(facts: Mapping[str, Any], config: Any, is_classifier: bool) -
         f'outputs = model(**processor(image, return_tensors="pt"){budget})\n```',
     ]
     if facts["results"]:
-        sections.append(_results_table(facts, argument))
+        sections.append(_results_table(facts, facts["budget_argument"]))
     counts = ", ".join(f"{split}: {count:,} images" for split, count in data["splits"].items())
     lines = [f"- data: `{data['source']}` ({counts})"]
     if data["classes"]:

@@ -11,6 +11,9 @@ from ..utils.validation import check_choice, to_pair
 from .transforms import AUGMENTATIONS
 
 
+TUNED_BY = ("budget", "merging")
+
+
 @dataclass
 class TrainingRecipe:
     """The choices of a training run. What is `None` follows from the data, or from the checkpoint started from.
@@ -28,6 +31,8 @@ class TrainingRecipe:
             its last blocks and learns its final token. Labels are not used; what is saved is a `SparseFormerModel`.
         tune_budgets (`(float, float)`, *optional*): shares of the full token budget, the lowest and the highest: the
             model of `init_from` at its full budget teaches itself at budgets drawn between them. Labels are not used.
+        tune_by (`str`, *optional*, defaults to `"budget"`): what `tune_budgets` are shares of: `"budget"`, the budget
+            of the model's family, or `"merging"`, the tokens that are left of its full budget by `merge_tokens_to`.
         num_blocks (`int`, *optional*): blocks of the ViT of `bootstrap_from` to take over; two thirds when `None`.
         frozen_share (`float`, *optional*): share of its depth, from the end, that stays as it is; a third when `None`.
         image_size (`int` or `(height, width)`, *optional*): in pixels; that of the checkpoint, or one that fits the
@@ -77,6 +82,7 @@ class TrainingRecipe:
     init_from: str | None = None
     bootstrap_from: str | None = None
     tune_budgets: tuple[float, float] | None = None
+    tune_by: str = "budget"
     num_blocks: int | None = None
     frozen_share: float | None = None
     image_size: int | tuple[int, int] | None = None
@@ -109,6 +115,7 @@ class TrainingRecipe:
 
     def __post_init__(self):
         check_choice("augmentation", self.augmentation, AUGMENTATIONS)
+        check_choice("tune_by", self.tune_by, TUNED_BY)
         check_choice("save_dtype", self.save_dtype, (None, "float16", "bfloat16"))
         self._check_texts()
         for name in ("batch_size", "gradient_accumulation_steps", "limit", "save_steps", "num_channels", "num_blocks"):
@@ -129,6 +136,8 @@ class TrainingRecipe:
         self._check_statistics()
         if self.tune_budgets is not None:
             self._check_tuning()
+        elif self.tune_by != "budget":
+            raise ValueError(f"`tune_by` {self.tune_by!r} goes with `tune_budgets`, which is not given.")
         elif self.bootstrap_from is not None:
             self._check_bootstrapping()
         else:

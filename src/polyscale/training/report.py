@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..layers.token_budget import budget_argument_of, budget_kwargs, format_budget
+from ..layers.token_budget import format_budget
 from .interruption import TrainingStopped
 from .trainer import BudgetTrainer, generators_kept, num_tokens_at
 
@@ -40,9 +40,8 @@ def describe_budget(argument: str | None, result: Mapping[str, Any]) -> str:
     return f"{argument} {budget} ({cost})" if argument and budget else cost
 
 
-def result_line(results: Sequence[Mapping[str, Any]], config: Any) -> str:
-    """The main metric at each budget, in one line."""
-    argument = budget_argument_of(config)
+def result_line(results: Sequence[Mapping[str, Any]], argument: str | None) -> str:
+    """The main metric at each budget, a value of `argument`, in one line."""
     entries = []
     for result in results:
         name = next(name for name in ("top1", "agreement", "cosine", "loss") if name in result)
@@ -101,9 +100,8 @@ def summary_lines(
     total = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     frozen = "" if trained == total else f", {trained:,} of them trained"
-    argument = budget_argument_of(config)
     budgets = [
-        describe_budget(argument, {"budget": budget, "tokens": num_tokens_at(config, image_size, budget)})
+        describe_budget(trainer.budget_argument, {"budget": budget, "tokens": trainer.tokens_of(image_size, budget)})
         for budget in trainer.budgets()
     ]
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
@@ -186,7 +184,7 @@ class Reporter(TrainerCallback):
             if results:
                 epochs = math.ceil(args.num_train_epochs)
                 self.say(
-                    f"epoch {round(state.epoch, 2):g}/{epochs}  {result_line(results, self.trainer.model.config)}"
+                    f"epoch {round(state.epoch, 2):g}/{epochs}  {result_line(results, self.trainer.budget_argument)}"
                 )
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
@@ -220,10 +218,9 @@ def default_result(results: Sequence[Mapping[str, Any]], config: Any, image_size
     return next((result for result in results if result["tokens"] == tokens), results[0])
 
 
-def forward_arguments(config: Any, budget: Any) -> str:
+def forward_arguments(call: Mapping[str, Any]) -> str:
     """How a call names a budget: ", patch_size=8"."""
-    budget = tuple(budget) if isinstance(budget, list) and len(budget) == 2 else budget
-    return "".join(f", {name}={value!r}" for name, value in budget_kwargs(config, budget).items())
+    return "".join(f", {name}={value!r}" for name, value in call.items())
 
 
 __all__ = [

@@ -270,13 +270,15 @@ def _run(
         "steps": trainer.state.global_step,
         "epochs": trainer.state.epoch or 0.0,
         "seconds": metrics["train_seconds"],
+        "budget_argument": trainer.budget_argument,
+        "cheapest_call": trainer.call_of(trainer.budgets()[0]) if results else {},
         "results": results,
         "metrics": metrics,
         "history": trainer.state.log_history,
     }
     publish(plan, plan.processor, run, facts)
     if results:
-        reporter.say(result_line(results, trainer.model.config))
+        reporter.say(result_line(results, trainer.budget_argument))
     return metrics
 
 
@@ -341,7 +343,7 @@ def publish(plan: Plan, processor: BaseImageProcessor, run: RunFolder, facts: di
             store_weights_as(final, plan.recipe.save_dtype)
         (final / "training_args.bin").unlink(missing_ok=True)  # a pickle, and of no use to a reader
         config = trainer.model.config
-        facts["has_curve"] = draw_curve(final / "curve.png", facts["history"], config)
+        facts["has_curve"] = draw_curve(final / "curve.png", facts["history"], facts["budget_argument"])
         write_record(final / "training.json", facts)
         write_card(final / "README.md", facts, config, plan.is_classifier)
         for file in final.iterdir():  # safetensors makes files that nobody else can read

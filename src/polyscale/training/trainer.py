@@ -12,7 +12,13 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer
 
-from ..layers.token_budget import TokenBudgetMixin, budget_kwargs, default_budgets_of, plain_size
+from ..layers.token_budget import (
+    TokenBudgetMixin,
+    budget_argument_of,
+    budget_kwargs,
+    default_budgets_of,
+    plain_size,
+)
 from ..utils.validation import to_pair
 from .callbacks import family_callbacks
 
@@ -80,6 +86,19 @@ class BudgetTrainer(WholeWeightsTrainer):
         for callback in family_callbacks(self.model, self.callback_handler.callbacks):
             self.add_callback(callback)
 
+    @property
+    def budget_argument(self) -> str | None:
+        """What the budgets are values of; None for a model without a budget to choose."""
+        return budget_argument_of(self.model.config)
+
+    def call_of(self, budget: Any) -> dict[str, Any]:
+        """A budget as keyword arguments of `forward`."""
+        return budget_kwargs(self.model.config, budget)
+
+    def tokens_of(self, image_size: tuple[int, int], budget: Any) -> int | None:
+        """Tokens of an image at a budget; None where that depends on the image, or the config does not say."""
+        return num_tokens_at(self.model.config, image_size, budget)
+
     def budgets(self) -> list:
         """The budgets to evaluate at: those of the config; where that is one, also shares of the full one."""
         config = self.model.config
@@ -107,7 +126,7 @@ class BudgetTrainer(WholeWeightsTrainer):
             For each budget its value, the tokens per image, the images, and the metrics of `measure`.
         """
         model = self.accelerator.unwrap_model(self.model) if model is None else model
-        config, device = model.config, self.args.device
+        device = self.args.device
         budgets = self.budgets() if budgets is None else list(budgets)
         was_training = model.training
         model.to(device).eval()
@@ -119,7 +138,7 @@ class BudgetTrainer(WholeWeightsTrainer):
                 image_size = tuple(batch["pixel_values"].shape[-2:])
                 for index, budget in enumerate(budgets):
                     with self.compute_loss_context_manager():
-                        measured = self.measure(model, batch, **budget_kwargs(config, budget))
+                        measured = self.measure(model, batch, **self.call_of(budget))
                     for name, values in measured.items():
                         sums[index][name] = sums[index][name] + values.double().sum()
         model.train(was_training)
@@ -127,7 +146,7 @@ class BudgetTrainer(WholeWeightsTrainer):
         for budget, totals in zip(budgets, sums, strict=True):
             totals = {name: float(self.accelerator.reduce(total)) for name, total in totals.items()}
             images = len(self.eval_dataset)
-            tokens = num_tokens_at(config, image_size, budget)
+            tokens = self.tokens_of(image_size, budget)
             plain = plain_size(budget) if isinstance(budget, tuple) else budget
             metrics = {name: total / images for name, total in totals.items()}
             results.append({"budget": plain, "tokens": tokens, "images": images, **metrics})

@@ -262,6 +262,14 @@ class QuadtreeViTConfig(EncoderConfig):
         """The count decides, not the threshold: scores in half precision may differ from those that were counted."""
         return {"num_tokens": num_tokens}
 
+    def budget_calls(
+        self, codes: Sequence[tuple[int, ...]], counts: Sequence[int]
+    ) -> list[tuple[list[int], dict[str, Any]]]:
+        """One forward of all images, whatever their counts. Arguments: `TokenBudgetMixin.budget_calls`."""
+        if len(set(counts)) < 2:
+            return super().budget_calls(codes, counts)
+        return [(list(range(len(counts))), {"num_tokens": list(counts)})]
+
     def count_images(
         self, pixel_values: Sequence[torch.Tensor], image_sizes: Sequence[Sequence[int]] | None = None
     ) -> list[tuple[int, tuple[int, ...]]]:

@@ -10,12 +10,11 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoImageProcessor
 
-from ...llava.projector import PROJECTOR_FILE
-from ...llava.vila_layout import token_order_of
 from ...utils.weight_files import iterate_tensors, read_json
 from .convert_llava_s2_vision import load_llava_s2, s2_config
 from .image_processing_s2_vision import S2ImageProcessor
 from .modeling_s2_vision import S2VisionWrapper
+from .projector_s2_vision import PROJECTOR_FILE, token_order_of
 
 
 def _convert_vila(source: Path, out: Path) -> None:
