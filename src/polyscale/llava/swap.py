@@ -11,6 +11,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from ..layers.token_budget import TokenBudgetMixin
 from ..layers.wrapping import check_has_no_head
 from .adapters import LlavaAdapter, adapter_of, tile_side
+from .downsampled import DownsampledTowerConfig
 from .layout import TokenLayout, token_layout
 from .packed import PackedTower, PackedTowerConfig
 from .projector import fitted_projector, share_weights
@@ -182,7 +183,11 @@ def swap_vision_tower(
         if processor is not None:
             own = adapter.image_processor(processor, plan.config, plan.layout, image_processor, fit)
             new_processor = adapter.make_processor(processor, plan.config, plan.layout, own)
-        related = share_weights(llava.vision_tower, tower)
+        # Behind a tower that brings tokens together stands a projector for such tokens, whatever its weights are.
+        is_alike = isinstance(_inside(config.vision_config), DownsampledTowerConfig) == isinstance(
+            tower.config, DownsampledTowerConfig
+        )
+        related = is_alike and share_weights(llava.vision_tower, tower)
         scales = 1 if hasattr(_inside(config.vision_config), "num_scales") else getattr(tower.config, "num_scales", 1)
         projector = fitted_projector(llava, plan.config, keep_projector, related, scales)
     finally:
