@@ -85,8 +85,8 @@ def _query_embedding(query: str | os.PathLike, record: dict, loaded: LoadedModel
         raise FileNotFoundError(f"`query` {query} is no file.")
     if not takes_texts(loaded.model):
         raise ValueError(
-            f"`query` {str(query)!r} is no image file, and the embeddings are of a {type(loaded.model).__name__}, which "
-            "reads no texts. Give an image, or embed with a CLIP-like model."
+            f"`query` {str(query)!r} is no image file, and the embeddings are of a {type(loaded.model).__name__}, "
+            "which reads no texts. Give an image, or embed with a CLIP-like model."
         )
     source = checkpoint_source(model_name)
     with reading("model", source):
