@@ -30,8 +30,9 @@ def embed(
 ) -> None:
     """Embed many images into sharded parquet files, at one token budget.
 
-    With --search also find images in it. On several processes: torchrun --nproc-per-node 2 -m polyscale embed ..., or
-    accelerate launch -m polyscale ...
+    With --search also find images in it.
+
+    On several processes: torchrun --nproc-per-node 2 -m polyscale embed ..., or accelerate launch -m polyscale ...
     """
     with reporting("embed", left="the same command goes on where it stopped"):
         from rich.console import Console
