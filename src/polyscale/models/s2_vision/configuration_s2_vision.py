@@ -69,6 +69,7 @@ class S2VisionConfig(CheckedConfigMixin, S2TokenBudgetMixin, BackboneConfigMixin
             weights.
         keep_all_tokens (`bool`, *optional*, defaults to `False`): whether a classifier has a wrapped model of this
             library compute every token of its last layer, also those that the classifier does not read.
+        reshape_hidden_states (`bool`, *optional*, defaults to `True`): whether a backbone gives maps, not tokens.
 
     Raises:
         ValueError: for both or neither of `scales` and `img_sizes`, an unknown choice or index, or a model that S2
