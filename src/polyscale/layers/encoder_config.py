@@ -71,6 +71,9 @@ class EncoderConfig(CheckedConfigMixin, TokenBudgetMixin, BackboneConfigMixin, P
             activation: ViT's) or `"attention"` (a learned query that reads all tokens: SigLIP's).
         pooler_output_size (`int`, *optional*): width of the `"pooler"`; `hidden_size` when `None`.
         pooler_act (`str`, *optional*, defaults to `"tanh"`): activation of the `"pooler"`.
+        projection_dim (`int`, *optional*, defaults to 512): width of the image embeddings of a
+            `...ModelWithProjection` (CLIP).
+        projection_bias (`bool`, *optional*, defaults to `False`): whether that projection has a bias.
         use_cls_token (`bool`, *optional*, defaults to `True`): whether a CLS token comes first.
         use_distillation_token (`bool`, *optional*, defaults to `False`): whether DeiT's distillation token follows
             CLS.
@@ -119,6 +122,8 @@ class EncoderConfig(CheckedConfigMixin, TokenBudgetMixin, BackboneConfigMixin, P
     pooling: Literal["cls", "mean", "cls_mean", "pooler", "attention"] = "cls"
     pooler_output_size: int | None = positive(None)
     pooler_act: str = activation("tanh")
+    projection_dim: int = positive(512)
+    projection_bias: bool = False
     use_cls_token: bool = True
     use_distillation_token: bool = False
     use_distillation_head: bool = False
