@@ -80,12 +80,6 @@ def to_pair(value: int | Sequence[int], name: str = "size") -> tuple[int, int]:
     return height, width
 
 
-def from_pair(size: Sequence[int]) -> int | list[int]:
-    """(height, width) as a config stores it: one int where they are equal."""
-    height, width = size
-    return height if height == width else [height, width]
-
-
 def check_pixel_values(pixel_values: torch.Tensor | None, num_channels: int) -> None:
     """Refuses anything but a batch of images (batch, channels, height, width) with at least one image.
 
@@ -235,6 +229,5 @@ __all__ = [
     "check_tensor",
     "check_video",
     "closest_name",
-    "from_pair",
     "to_pair",
 ]

@@ -4,7 +4,8 @@ import math
 from typing import Any
 
 from ...layers.encoder_config import training_shape
-from ...utils.validation import from_pair, to_pair
+from ...layers.token_budget import plain_size
+from ...utils.validation import to_pair
 from .configuration_flexivit import FlexiViTConfig
 
 
@@ -59,10 +60,10 @@ def training_config(
     sizes.sort(key=math.prod)
     smallest, middle = sizes[0], sizes[len(sizes) // 2]
     fields: dict[str, Any] = {
-        "image_size": from_pair(image_size),
+        "image_size": plain_size(image_size),
         "num_channels": num_channels,
-        "base_patch_size": from_pair(middle),
-        "patch_size": from_pair(smallest),
+        "base_patch_size": plain_size(middle),
+        "patch_size": plain_size(smallest),
         "position_grid": [side // patch for side, patch in zip(image_size, smallest, strict=True)],
         "use_cls_token": False,
         "pooling": "mean",

@@ -185,7 +185,7 @@ def _hashed(shape: tuple[int, int, int], seed: int, device: torch.device) -> tor
 
 
 class PrecomputedPatchScorer(PatchScorer):
-    """Scores that the caller gives: one map a level, or one map for all levels, averaged to their grids."""
+    """Scores that the caller gives: one map per level, or one map for all levels, averaged to their grids."""
 
     def config_fields(self) -> dict[str, object]:
         return {"patch_scorer": "precomputed"}

@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 from ...layers.encoder_config import training_shape
-from ...utils.validation import from_pair
+from ...layers.token_budget import plain_size
 from .configuration_quadtree_vit import QuadtreeViTConfig
 
 
@@ -52,7 +52,7 @@ def training_config(
     if base is not None:
         return QuadtreeViTConfig.from_dict({**base.to_dict(), **options})
     fields: dict[str, Any] = {
-        "image_size": from_pair(image_size),
+        "image_size": plain_size(image_size),
         "num_channels": num_channels,
     }
     if "min_patch_size" not in options and "max_patch_size" not in options:

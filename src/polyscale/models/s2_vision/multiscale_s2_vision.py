@@ -109,7 +109,7 @@ class TileFeatures:
             scales.append(self._merged_scale(joined[:needed], len(scales)))
 
     def _merged_scale(self, features: torch.Tensor, scale: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """One vector or map an image, and the mean prefix tokens if `features` are tokens."""
+        """One vector or map per image, and the mean prefix tokens if `features` are tokens."""
         if features.ndim == 2:
             return self._tile_mean(features), None
         prefix = None

@@ -25,7 +25,7 @@ class TilePlan:
     Args:
         sizes: (height, width) in pixels of the image at each scale.
         tile: (height, width) in pixels of every tile.
-        uneven: what becomes of a size that is no multiple of the tile: "resize" or "pad".
+        uneven: how a size that is no multiple of the tile is cut: "resize" or "pad".
     """
 
     sizes: tuple[tuple[int, int], ...]
