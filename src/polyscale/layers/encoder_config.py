@@ -1,5 +1,6 @@
 """The configuration fields of the ViT encoder in `encoder.py`, inherited by the config of each family that uses it."""
 
+import math
 from typing import Literal
 
 from transformers import PreTrainedConfig
@@ -28,6 +29,14 @@ ENCODER_SIZES = {
     "large": (1024, 24, 16),
     "huge": (1280, 32, 16),
 }
+# The same for training from scratch, by the most pixels that the shorter side of an image has.
+_TRAINING_SIZES = ((64, (192, 6, 3)), (160, ENCODER_SIZES["tiny"]), (math.inf, ENCODER_SIZES["small"]))
+
+
+def training_shape(image_size: tuple[int, int]) -> dict[str, int]:
+    """Fields of an encoder to train from scratch on images of (height, width) pixels: width, layers and heads."""
+    shape = next(shape for largest, shape in _TRAINING_SIZES if min(image_size) <= largest)
+    return dict(zip(("hidden_size", "num_hidden_layers", "num_attention_heads"), shape, strict=True))
 
 
 @checked_config
@@ -228,4 +237,4 @@ class EncoderConfig(CheckedConfigMixin, TokenBudgetMixin, BackboneConfigMixin, P
         return self.hidden_size
 
 
-__all__ = ["ENCODER_SIZES", "EncoderConfig"]
+__all__ = ["ENCODER_SIZES", "EncoderConfig", "training_shape"]

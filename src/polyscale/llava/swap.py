@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 from transformers.image_processing_utils import BaseImageProcessor
 
 from ..layers.token_budget import TokenBudgetMixin
-from ..layers.wrapping import check_has_no_head
+from ..layers.wrapping import attention_kept, check_has_no_head
 from .adapters import LlavaAdapter, adapter_of, tile_side
 from .downsampled import DownsampledTowerConfig
 from .layout import TokenLayout, token_layout
@@ -55,9 +55,8 @@ def check_processor(processor: ProcessorMixin, config: PreTrainedConfig) -> None
         )
     if processor.image_token_id != config.image_token_id:
         raise ValueError(
-            "`processor` does not belong to this model: its image token has the id "
-            f"{processor.image_token_id}, the model's is "
-            f"{config.image_token_id}."
+            f"`processor` does not belong to this model: its image token has the id {processor.image_token_id}, the "
+            f"model's is {config.image_token_id}."
         )
 
 
@@ -174,8 +173,7 @@ def swap_vision_tower(
     _check_tower(tower)
     if processor is not None:
         check_processor(processor, config)
-    attention = tower.config._attn_implementation
-    try:
+    with attention_kept(tower):
         outer, notes = _hosted(tower.config, adapter)
         layer = _feature_layer(outer, vision_feature_layer, config.vision_feature_layer)
         plan = _plan(adapter, config, outer, layer, tile_side(config.vision_config))
@@ -190,8 +188,6 @@ def swap_vision_tower(
         related = is_alike and share_weights(llava.vision_tower, tower)
         scales = 1 if hasattr(_inside(config.vision_config), "num_scales") else getattr(tower.config, "num_scales", 1)
         projector = fitted_projector(llava, plan.config, keep_projector, related, scales)
-    finally:
-        tower.config._attn_implementation = attention
 
     for note in notes:
         warnings.warn(f"`tower` in its host: {note}", stacklevel=2)
