@@ -24,6 +24,7 @@ from .models.flexivit import (
     FlexiViTImageProcessor,
     FlexiViTImageProcessorPil,
     FlexiViTModel,
+    FlexiViTModelWithProjection,
 )
 from .models.quadtree_vit import (
     FeatureBasedPatchScorer,
@@ -36,6 +37,7 @@ from .models.quadtree_vit import (
     QuadtreeViTImageProcessor,
     QuadtreeViTImageProcessorPil,
     QuadtreeViTModel,
+    QuadtreeViTModelWithProjection,
     RandomPatchScorer,
     VanillaTokenizer,
     gradcam_oracle,
@@ -104,6 +106,7 @@ __all__ = [
     "FlexiViTImageProcessor",
     "FlexiViTImageProcessorPil",
     "FlexiViTModel",
+    "FlexiViTModelWithProjection",
     "PatchSizeCallback",
     "PixelBlurPatchScorer",
     "PrecomputedPatchScorer",
@@ -114,6 +117,7 @@ __all__ = [
     "QuadtreeViTImageProcessor",
     "QuadtreeViTImageProcessorPil",
     "QuadtreeViTModel",
+    "QuadtreeViTModelWithProjection",
     "RandomPatchScorer",
     "S2ImageProcessor",
     "S2ImageProcessorPil",

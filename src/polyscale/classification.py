@@ -13,7 +13,7 @@ from transformers.utils import ModelOutput
 
 from .layers.token_budget import budget_kwargs, default_budgets_of, plain_size, tokens_per_image
 from .loading import LoadedModel, load_classifier
-from .utils.images import UnreadableImageError, find_images, open_image
+from .utils.images import UnreadableImageError, find_images, open_pixels
 from .utils.processors import process_images
 from .utils.timing import device_wait, timed
 
@@ -156,7 +156,7 @@ def _open(files: Sequence[Path], errors: list[dict]) -> Iterator[tuple[Path, Ima
     """Each readable image; what cannot be read goes to `errors`."""
     for file in files:
         try:
-            yield file, open_image(file)
+            yield file, open_pixels(file)
         except UnreadableImageError as error:
             errors.append({"file": str(file), "error": error.reason})
 

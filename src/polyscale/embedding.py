@@ -14,10 +14,12 @@ import pyarrow.parquet as pq
 import torch
 from accelerate import PartialState
 from PIL import Image
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
 
 from .layers.token_budget import budget_kwargs
 from .loading import LoadedModel, load_base_model
-from .utils.images import UnreadableImageError, find_images, open_image
+from .utils.images import UnreadableImageError, find_images, open_pixels
 from .utils.outputs import check_output, write_text, written_beside
 from .utils.processors import process_images
 
@@ -49,9 +51,9 @@ def _items(source: str | os.PathLike) -> list[_Item]:
     """The images of a folder, or the rows of parquet files and data sets of a hub."""
     path = Path(source)
     if path.is_dir() and not any(path.glob("*.parquet")):
-        return [_Item(str(file), lambda file=file: open_image(file)) for file in find_images(path)]
+        return [_Item(str(file), lambda file=file: open_pixels(file)) for file in find_images(path)]
     if path.is_file() and path.suffix != ".parquet":
-        return [_Item(str(path), lambda: open_image(path))]
+        return [_Item(str(path), lambda: open_pixels(path))]
     from .training.data import load_image_dataset
 
     items = []
@@ -76,7 +78,14 @@ def _opened(items: Sequence[_Item]) -> tuple[list[str], list[Image.Image], list[
 def _prepared(items: Sequence[_Item], loaded: LoadedModel) -> tuple[list[str], list, list[dict]]:
     names, images, damaged = _opened(items)
     channels = getattr(loaded.model.config, "num_channels", 3)
-    return names, list(process_images(loaded.image_processor, images, channels)) if images else [], damaged
+    try:
+        return names, list(process_images(loaded.image_processor, images, channels)) if images else [], damaged
+    except ValueError as error:  # at one of them, which is nothing for this model
+        if len(images) == 1:
+            return [], [], [*damaged, {"file": names[0], "error": f"{names[0]}: {error}"}]
+    alone = [_prepared([item], loaded) for item in items]
+    names, groups, _ = _prepared([item for item, (names, _, _) in zip(items, alone, strict=True) if names], loaded)
+    return names, groups, [entry for _, _, entries in alone for entry in entries]
 
 
 def _ahead(
@@ -98,18 +107,30 @@ def _ahead(
             yield ready
 
 
+def takes_texts(model: PreTrainedModel) -> bool:
+    """Whether a model is CLIP-like: it embeds texts beside images."""
+    return hasattr(model, "get_text_features") and hasattr(model, "get_image_features")
+
+
+def image_outputs(
+    model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], budget: Mapping[str, Any]
+) -> ModelOutput:
+    """What a model says about prepared images; of a CLIP-like one `pooler_output` is what compares with texts."""
+    inputs = {
+        name: value.to(model.device, model.dtype if value.is_floating_point() else None)
+        for name, value in inputs.items()
+    }
+    return (model.get_image_features if takes_texts(model) else model)(**inputs, **budget)
+
+
 @torch.inference_mode()
 def _embed(loaded: LoadedModel, groups: list, count: int, tokens: bool, budget: Mapping[str, Any]) -> list[np.ndarray]:
     """One array per image: (width,), or with `tokens` (tokens, width), prefix tokens and padding left out."""
     model = loaded.model
-    num_prefix = getattr(model.config, "num_prefix_tokens", 0)
+    num_prefix = getattr(getattr(model.config, "vision_config", model.config), "num_prefix_tokens", 0)
     rows: list[np.ndarray | None] = [None] * count
     for indices, inputs in groups:
-        inputs = {
-            name: value.to(model.device, model.dtype if value.is_floating_point() else None)
-            for name, value in inputs.items()
-        }
-        outputs = model(**inputs, **budget)
+        outputs = image_outputs(model, inputs, budget)
         if tokens:
             mask = getattr(outputs, "token_mask", None)
             hidden = outputs.last_hidden_state[:, num_prefix:].float().cpu()
@@ -173,7 +194,8 @@ def embed_images(
             hub.
         out (`str` or `os.PathLike`): the folder to write.
         model (`str`, `os.PathLike` or `LoadedModel`, *optional*, defaults to `"flexivit-cifar10"`): name of a bundled
-            checkpoint, local folder, or name on the hub, of any vision model.
+            checkpoint, local folder, or name on the hub, of any vision model; of a CLIP-like one, embeddings that
+            compare with those of texts (`search_embeddings`).
         budget (*optional*): a value of its budget argument (a patch size, a number of tokens, scales).
         tokens (`bool`, *optional*, defaults to `False`): the tokens of each image, not one pooled vector.
         batch_size (`int`, *optional*, defaults to 32): images per forward pass.
@@ -243,4 +265,4 @@ def embed_images(
     return EmbeddingSummary(written, found, damaged)
 
 
-__all__ = ["EmbeddingSummary", "embed_images"]
+__all__ = ["RECORD", "EmbeddingSummary", "embed_images", "image_outputs", "takes_texts"]

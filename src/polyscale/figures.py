@@ -16,9 +16,9 @@ from PIL import Image
 from .layers.token_budget import budget_argument_of, format_budget, parse_budget
 from .loading import load_base_model, load_config
 from .models.auto import families, family_of
-from .utils.images import open_image, to_rgb
+from .utils.images import open_pixels, to_rgb
 from .utils.outputs import check_output
-from .utils.processors import seen_region
+from .utils.processors import process_images, seen_region
 from .utils.text import no_math
 
 
@@ -71,10 +71,10 @@ def draw_picture(axis: "Axes", image: Image.Image, **options) -> None:
     axis.imshow(image, **options)
 
 
-def preprocess(image: Image.Image, processor, model) -> torch.Tensor:
-    """An image as a model on its device takes it: (1, channels, height, width)."""
-    pixel_values = processor(images=to_rgb(image), return_tensors="pt")["pixel_values"]
-    return pixel_values.to(device=model.device, dtype=model.dtype)
+def preprocess(image: Image.Image | np.ndarray, processor, model) -> torch.Tensor:
+    """An image, or an array of it, as a model on its device takes it: (1, channels, height, width)."""
+    ((_, inputs),) = process_images(processor, [image], getattr(model.config, "num_channels", 3))
+    return inputs["pixel_values"].to(device=model.device, dtype=model.dtype)
 
 
 def image_drawer(model, processor) -> Callable[["Axes", Image.Image, object], None]:
@@ -108,7 +108,7 @@ def draw_classification(model, processor, records: Sequence[dict]) -> "Figure":
     by_file = [[record for record in records if record["file"] == file] for file in files]
     figure, axes = make_grid(len(files), max(map(len, by_file)), cell=(2.0, 2.25))
     for row, of_file in zip(axes, by_file, strict=True):
-        image = open_image(of_file[0]["file"])
+        image = open_pixels(of_file[0]["file"])
         row[0].set_ylabel(no_math(os.path.basename(of_file[0]["file"])), fontsize=8)
         for axis, record in zip(row, of_file, strict=False):
             draw(axis, image, record["budget"])
@@ -185,7 +185,7 @@ def show(
         ValueError: for a model of another family, a file that is no image, or a budget that the model cannot take.
         OSError: if there is no such checkpoint.
     """
-    opened = to_rgb(image) if isinstance(image, Image.Image) else open_image(image)
+    opened = to_rgb(image) if isinstance(image, Image.Image) else open_pixels(image)
     config = load_config(model, trust_remote_code=trust_remote_code)
     family = family_of(config)
     if family is None or family.drawing is None:

@@ -102,6 +102,25 @@ def checkpoint_source(source: str | os.PathLike, argument: str = "model") -> str
     return resolved
 
 
+def checkpoint_folder(source: str | os.PathLike, argument: str = "model", files: list[str] | None = None) -> Path:
+    """The folder of a checkpoint, downloaded from the hub where it is there.
+
+    Args:
+        source, argument: as in `checkpoint_source`.
+        files (`list[str]`, *optional*): patterns of the files that are needed; all when `None`.
+
+    Raises:
+        MissingCheckpointError: if there is no such checkpoint, or it cannot be downloaded.
+    """
+    resolved = checkpoint_source(source, argument)
+    if Path(resolved).exists():
+        return Path(resolved)
+    try:
+        return Path(snapshot_download(resolved, allow_patterns=files))
+    except (OSError, ValueError) as error:
+        raise _missing(argument, resolved, " ".join(str(error).split())) from error
+
+
 def _missing(argument: str, source: str, reason: object) -> MissingCheckpointError:
     return MissingCheckpointError(
         f"`{argument}` {source!r} cannot be loaded: it is neither a bundled checkpoint "
@@ -299,6 +318,7 @@ def _model_type(source: str) -> str | None:
 __all__ = [
     "LoadedModel",
     "MissingCheckpointError",
+    "checkpoint_folder",
     "checkpoint_source",
     "is_offline",
     "load_base_model",

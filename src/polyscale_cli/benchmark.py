@@ -53,12 +53,13 @@ def benchmark(
             return
         dtype = str(network.dtype).rpartition(".")[2]
         table = Table(title=plain(f"{model}, batch {batch_size}, {network.device.type}, {dtype}"))
-        for name in ("budget", "tokens", "ms per batch", "images/s", "speed-up"):
+        for name in ("budget", "tokens", "GFLOP/image", "ms per batch", "images/s", "speed-up"):
             table.add_column(name, justify="right")
         for result in results:
             table.add_row(
                 format_budget(result.budget, network.config),
                 str(result.tokens),
+                f"{result.gflops:.3g}",
                 f"{result.milliseconds:.1f}",
                 f"{result.images_per_second:.1f}",
                 f"{result.speedup:.2f}",

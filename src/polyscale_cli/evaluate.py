@@ -52,6 +52,12 @@ def evaluate(
         ),
     ] = None,
     per_class: Annotated[bool, typer.Option("--per-class", help="Print the accuracy of each class too.")] = False,
+    speed: Annotated[
+        bool,
+        typer.Option(
+            "--speed", help="Also count operations and time batches of 1 and 32; frontier.csv and frontier.png."
+        ),
+    ] = False,
     batch_size: Annotated[int, typer.Option(help="Images per forward pass.", min=1)] = 64,
     device: Device = None,
     bf16: Annotated[bool, typer.Option("--bf16", help="Run in bfloat16.")] = False,
@@ -70,6 +76,7 @@ def evaluate(
         import torch
         from rich.console import Console
 
+        from polyscale.evaluation.frontier import costs_table, frontier_records, write_frontier
         from polyscale.evaluation.labels import read_label_map
         from polyscale.evaluation.report import per_class_table, results_table, to_records, write_evaluations
         from polyscale.evaluation.run import evaluate_checkpoints
@@ -79,6 +86,7 @@ def evaluate(
         datasets.disable_progress_bars()
         if output is not None:
             check_output(output, folder=True)
+        config_options = {"resize_method": resize_method} if resize_method else {}
         with progress_bar("Evaluating") as progress:
             evaluations = evaluate_checkpoints(
                 models,
@@ -90,7 +98,7 @@ def evaluate(
                 device=device,
                 dtype=torch.bfloat16 if bf16 else None,
                 trust_remote_code=trust_remote_code,
-                config_options={"resize_method": resize_method} if resize_method else {},
+                config_options=config_options,
                 progress=progress,
                 image_sizes=[parse_size(value) for value in split_list(image_sizes)] if image_sizes else None,
                 crop_pct=crop_pct,
@@ -101,17 +109,31 @@ def evaluate(
                 label_map=read_label_map(label_map),
                 per_class=per_class,
             )
+        records = to_records(evaluations)
+        if speed:
+            with progress_bar("Timing") as progress:
+                records = frontier_records(
+                    evaluations,
+                    config_options=config_options,
+                    dtype=torch.bfloat16 if bf16 else None,
+                    trust_remote_code=trust_remote_code,
+                    progress=progress,
+                )
         if split is None and evaluations[0].split not in ("validation", "valid", "test"):
             note("evaluate", f"{dataset} has no validation or test split: scored on {evaluations[0].split!r}.")
         if as_json:
-            typer.echo(json.dumps(to_records(evaluations), indent=2, allow_nan=False))
+            typer.echo(json.dumps(records, indent=2, allow_nan=False))
         else:
             for evaluation in evaluations:
                 Console().print(results_table(evaluation))
                 if per_class:
                     Console().print(per_class_table(evaluation))
+            if speed:
+                Console().print(costs_table(evaluations, records))
         if output is not None:
             written = write_evaluations(evaluations, output)
+            if speed:
+                written += write_frontier(evaluations, records, output)
             typer.echo(f"Wrote {', '.join(str(path) for path in written)}", err=as_json)
 
 

@@ -47,6 +47,19 @@ def test_results_name_budgets_tokens_and_consistent_speeds(model):
     assert benchmark_budgets(model, [8], image_size=(16, 24), rounds=1)[0].tokens == 6
 
 
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_operations_are_counted_by_hand(model, implementation):
+    model.set_attn_implementation(implementation)
+    model.config.keep_all_tokens = True
+    tokens, width, layers, classes = 16, 16, 1, 2
+    products = tokens * 3 * 8 * 8 * width  # patches of the stored size: no kernel is resized
+    products += layers * tokens * (4 * width * width + 2 * width * 16)  # projections and MLP
+    products += layers * 2 * tokens * tokens * width  # attention
+    products += width * classes
+    (result,) = benchmark_budgets(model, [8], batch_size=2, rounds=1)
+    assert result.gflops == pytest.approx(2 * products / 1e9, rel=0.05)  # positions are resized besides
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

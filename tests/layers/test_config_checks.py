@@ -5,6 +5,7 @@ import json
 import pickle
 
 import pytest
+import torch
 from huggingface_hub.errors import (
     StrictDataclassClassValidationError,
     StrictDataclassError,
@@ -87,6 +88,20 @@ def test_names_out_of_a_file_are_kept_and_near_misses_warned_of(family, tmp_path
         loaded.save_pretrained(tmp_path / "saved")
         assert type(config).from_pretrained(tmp_path / "saved").my_note == "y"
         warnings.clear()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("value", [object(), {"a": torch.zeros(2)}, [b"x"], {"a": [float("nan")]}, {(1, 2): 3}])
+def test_a_name_out_of_a_file_cannot_hold_what_no_file_can(family, value):
+    with pytest.raises(ValueError, match="`my_note` must be a plain value, which JSON can hold"):
+        type(tiny_config(family)).from_dict({**tiny_config(family).to_dict(), "my_note": value})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_name_of_the_first_argument_is_no_field(family):
+    config_class, fields = tiny_fields(family)
+    with pytest.raises(ValueError, match="no field `self`"):
+        config_class(**fields, self=1)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

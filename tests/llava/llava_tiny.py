@@ -272,3 +272,7 @@ def make_photographs() -> list[Image.Image]:
         noise = generator.uniform(-1, 1, (height, width, 3)) * np.linspace(0, strength, width)[:, None]
         photographs.append(Image.fromarray(np.clip(120 + noise, 0, 255).astype(np.uint8)))
     return photographs
+
+
+def encode_photographs(processor) -> dict[str, torch.Tensor]:
+    return dict(processor(images=make_photographs(), text=PROMPTS, padding=True, return_tensors="pt"))

@@ -89,6 +89,20 @@ def test_budgets_mix_in_one_batch_and_each_image_is_as_alone(name, budgets):
             torch.testing.assert_close(in_batch, model(**alone).logits[0], atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.parametrize(("name", "budgets"), MIXED[:5])
+@torch.no_grad()
+def test_mixed_budgets_take_one_forward_of_each_layer(name, budgets):
+    model, processor = swapped(name)
+    batch, calls = encode(processor, image_budgets=budgets), []
+    tower = model.model.vision_tower.tower
+    modules = [tower, tower.embeddings, *tower.layers]
+    for module in modules:
+        module.register_forward_pre_hook(lambda module, _: calls.append(module))
+    model.get_image_features(batch["pixel_values"], image_sizes=batch["image_sizes"])
+    assert len(set(image_tokens(batch))) == 2
+    assert calls == modules
+
+
 def test_all_tiles_can_be_asked_for_in_a_call():
     model, processor = swapped("s2")
     set_token_budget(model, processor, num_tiles=1)

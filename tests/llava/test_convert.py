@@ -20,10 +20,10 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from polyscale.llava.projector import DownsampleProjector, space_to_depth
 from polyscale.models.s2_vision import S2VisionWrapper, multiscale_forward
 from polyscale.models.s2_vision.convert_llava_s2_vision import load_llava_s2
 from polyscale.models.s2_vision.convert_s2_vision import convert_s2_vision
+from polyscale.models.s2_vision.projector_s2_vision import DownsampleProjector, space_to_depth
 
 from .llava_tiny import CLIP, make_photographs, make_text_config, make_tokenizer
 
@@ -300,7 +300,7 @@ def test_vila(tmp_path):
     torch.testing.assert_close(features, expected, atol=1e-5, rtol=1e-4)
     projected = DownsampleProjector.from_folder(out)(features)
     hidden = torch.nn.functional.layer_norm(
-        space_to_depth(expected), (128,), tensors["layers.1.weight"], tensors["layers.1.bias"]
+        space_to_depth(expected, order="columns"), (128,), tensors["layers.1.weight"], tensors["layers.1.bias"]
     )
     hidden = torch.nn.functional.gelu(hidden @ tensors["layers.2.weight"].T + tensors["layers.2.bias"])
     torch.testing.assert_close(

@@ -209,7 +209,7 @@ def test_pixels_of_images_and_arrays():
         (array, 3, "is no image of 3 channels"),
         (array.astype(np.float32), 5, r"must lie in \[0, 1\]"),
         (np.full((4, 4), np.nan), 1, r"must lie in \[0, 1\]"),
-        (array.astype(np.int64), 5, "uint8, uint16 or floats"),
+        (array.astype(np.int64), 5, "int64 values from 179 to 65353, whose range is unknown"),
     ):
         with pytest.raises(ValueError, match=message):
             pixels_of(bad, channels)

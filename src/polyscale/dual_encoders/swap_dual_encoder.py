@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from transformers import CLIPModel, PreTrainedModel, Siglip2Model, SiglipModel, VisionTextDualEncoderModel
 
+from ..layers.wrapping import check_has_no_head
 from .modeling_dual_encoder import BudgetCLIPModel, BudgetSiglipModel, DualEncoderPreTrainedModel, pooled_width
 
 
@@ -51,8 +52,7 @@ def swap_dual_encoder_tower(model: PreTrainedModel, tower: PreTrainedModel) -> D
         )
     if not isinstance(tower, PreTrainedModel):
         raise ValueError(f"`tower` must be a vision model without a head, got {type(tower).__name__}.")
-    if getattr(tower.config, "num_labels", None) and hasattr(tower, "head"):
-        raise ValueError(f"`tower` must be a model without a head, got {type(tower).__name__}.")
+    check_has_no_head(tower, "tower")
     return _swapped_clip(model, tower) if isinstance(model, CLIP_KINDS) else _swapped_siglip(model, tower)
 
 

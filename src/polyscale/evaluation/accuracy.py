@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -129,6 +130,10 @@ def _batches(split: Dataset, batch_size: int) -> Iterator[list]:
         ]
 
 
+def _stored_name(split: Dataset, start: int, index: int) -> str:
+    return _row_name(split.with_format(None)[start + index]["image"], start + index)
+
+
 def _row_name(value: Any, row: int) -> str:
     path = value.get("path") if isinstance(value, Mapping) else None
     return path or f"image {row} of the data"
@@ -202,7 +207,8 @@ def evaluate_budgets(
         scores = [_Scores() for _ in calls]
         seen_sizes, done = set(), number * len(split)
         for images in _batches(split, batch_size):
-            seen_sizes |= _score_batch(model, processor, images, options, calls, scores)
+            name_of = partial(_stored_name, split, done - number * len(split))
+            seen_sizes |= _score_batch(model, processor, images, name_of, options, calls, scores)
             if size is not None and seen_sizes != {size}:
                 raise ValueError(
                     f"`image_sizes` {size} does not take effect: the image processor makes images of {seen_sizes}."
@@ -222,6 +228,7 @@ def _score_batch(
     model: PreTrainedModel,
     processor: BaseImageProcessor,
     images: Sequence,
+    name_of: Callable[[int], str],
     options: Mapping[str, Any],
     calls: Sequence[Mapping],
     scores: Sequence[_Scores],
@@ -230,7 +237,7 @@ def _score_batch(
     sizes, channels = set(), getattr(model.config, "num_channels", 3)
     logits = [np.empty((len(images), model.config.num_labels), dtype=np.float32) for _ in calls]
     counts = [[0] * len(images) for _ in calls]
-    for indices, inputs in process_images(processor, images, channels, **options):
+    for indices, inputs in process_images(processor, images, channels, name_of, **options):
         inputs = {
             name: tensor.to(device=model.device, dtype=model.dtype if tensor.is_floating_point() else None)
             for name, tensor in inputs.items()

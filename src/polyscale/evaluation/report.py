@@ -19,7 +19,8 @@ def format_size(size: Sequence[int] | None) -> str:
     return "varying" if size is None else "x".join(map(str, size))
 
 
-def _source(evaluation: Evaluation) -> str:
+def source_text(evaluation: Evaluation) -> str:
+    """What was scored: data, split, images, classes."""
     return f"{evaluation.data}, split {evaluation.split}, {evaluation.images} images, {evaluation.classes} classes"
 
 
@@ -27,7 +28,7 @@ def results_table(evaluation: Evaluation) -> Table:
     """A rich table, one row per image size and budget."""
     versions = ", ".join(f"{name} {number}" for name, number in evaluation.versions.items())
     table = Table(
-        title=plain(f"{evaluation.model}\n{_source(evaluation)}"),
+        title=plain(f"{evaluation.model}\n{source_text(evaluation)}"),
         caption=plain(f"95 %: Wilson's interval of top-1. {evaluation.device}, {evaluation.dtype}; {versions}"),
     )
     with_top5 = evaluation.classes > 5
@@ -102,11 +103,16 @@ def write_json(evaluations: Sequence[Evaluation], path: str | os.PathLike) -> No
 
 def write_csv(evaluations: Sequence[Evaluation], path: str | os.PathLike) -> None:
     """The records of `to_records` as rows, without the classes; sizes, budgets and versions as text."""
+    write_text(path, csv_text(evaluations, to_records(evaluations)))
+
+
+def csv_text(evaluations: Sequence[Evaluation], records: Sequence[dict]) -> str:
+    """Records of evaluations as comma-separated rows, without the classes; sizes, budgets and versions as text."""
     texts = [text for evaluation in evaluations for text in evaluation.budget_texts]
     buffer = io.StringIO()
     writer = None
-    for record, budget in zip(to_records(evaluations), texts, strict=True):
-        record.pop("per_class", None)
+    for source, budget in zip(records, texts, strict=True):
+        record = {name: value for name, value in source.items() if name != "per_class"}
         record["image_size"] = format_size(record["image_size"])
         record["budget"] = budget
         record["versions"] = "; ".join(f"{name} {number}" for name, number in record["versions"].items())
@@ -114,10 +120,10 @@ def write_csv(evaluations: Sequence[Evaluation], path: str | os.PathLike) -> Non
             writer = csv.DictWriter(buffer, record, lineterminator="\n")
             writer.writeheader()
         writer.writerow(record)
-    write_text(path, buffer.getvalue())
+    return buffer.getvalue()
 
 
-def _names(evaluations: Sequence[Evaluation]) -> list[str]:
+def model_names(evaluations: Sequence[Evaluation]) -> list[str]:
     """The last part of each model's path; the whole path where two end alike."""
     short = [os.path.basename(evaluation.model.rstrip("/")) or evaluation.model for evaluation in evaluations]
     return short if len(set(short)) == len(short) else [evaluation.model for evaluation in evaluations]
@@ -130,7 +136,7 @@ def plot_results(evaluations: Sequence[Evaluation], path: str | os.PathLike) -> 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     ticks: set[float] = set()
-    names = _names(evaluations)
+    names = model_names(evaluations)
     for name, evaluation in zip(names, evaluations, strict=True):
         pairs = list(zip(evaluation.results, evaluation.budget_texts, strict=True))
         sizes = list(dict.fromkeys(result.image_size for result in evaluation.results))
@@ -164,7 +170,7 @@ def plot_results(evaluations: Sequence[Evaluation], path: str | os.PathLike) -> 
     axes.minorticks_off()
     axes.set_xlabel("tokens per image")
     axes.set_ylabel("top-1 accuracy (%), 95 % intervals")
-    axes.set_title(no_math(_source(evaluations[0])), fontsize=9)
+    axes.set_title(no_math(source_text(evaluations[0])), fontsize=9)
     axes.grid(alpha=0.3)
     axes.legend()
     with written_beside(path) as scratch:
@@ -172,10 +178,13 @@ def plot_results(evaluations: Sequence[Evaluation], path: str | os.PathLike) -> 
 
 
 __all__ = [
+    "csv_text",
     "format_size",
+    "model_names",
     "per_class_table",
     "plot_results",
     "results_table",
+    "source_text",
     "to_records",
     "write_csv",
     "write_evaluations",

@@ -1,11 +1,13 @@
 """How fast a model is at each token budget: the function behind `polyscale benchmark`."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 from transformers import PreTrainedModel
 
 from ..layers.token_budget import budget_kwargs, default_budgets_of, tokens_per_image
@@ -23,6 +25,8 @@ class SpeedResult:
         milliseconds (`float`): median time of a forward pass over the batch.
         images_per_second (`float`): images per second at that time.
         speedup (`float`): how many times as fast as the first budget.
+        gflops (`float`): billions of floating-point operations per image in products, a multiplication and an
+            addition counted as two.
     """
 
     budget: int | Sequence[int] | None
@@ -30,6 +34,45 @@ class SpeedResult:
     milliseconds: float
     images_per_second: float
     speedup: float
+    gflops: float
+
+
+def _attention_flops(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args, **kwargs) -> int:
+    return sdpa_flop_count(query.shape, key.shape, value.shape)
+
+
+# The table of PyTorch leaves out the attention kernel that it takes on a CPU itself.
+_FLOPS = {**flop_registry, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+
+
+class _OperationCounter(TorchDispatchMode):
+    """PyTorch's `FlopCounterMode` without its record per module, whose hooks need gradients."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        count = _FLOPS.get(func._overloadpacket)
+        if count is None:
+            with self:
+                result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        result = func(*args, **kwargs)
+        if count is not None:
+            self.operations += count(*args, **kwargs, out_val=result)
+        return result
+
+
+def count_gflops(call: Callable[[], object]) -> float:
+    """Billions of floating-point operations that a call does in products (linear layers, convolutions, attention), a
+    multiplication and an addition counted as two.
+    """
+    with _OperationCounter() as counter:
+        call()
+    return counter.operations / 1e9
 
 
 @torch.inference_mode()
@@ -70,6 +113,7 @@ def benchmark_budgets(
     arguments = [budget_kwargs(model.config, budget) for budget in budgets]
     tokens = [_mean_tokens(model, pixel_values, chosen) for chosen in arguments]
     calls = {str(index): partial(model, pixel_values, **chosen) for index, chosen in enumerate(arguments)}
+    gflops = [count_gflops(call) / batch_size for call in calls.values()]
     seconds = time_alternating(calls, rounds, device_wait(model.device))
     medians = [median(seconds[name]) for name in calls]
     return [
@@ -79,8 +123,9 @@ def benchmark_budgets(
             milliseconds=1000 * duration,
             images_per_second=batch_size / duration,
             speedup=medians[0] / duration,
+            gflops=operations,
         )
-        for budget, count, duration in zip(budgets, tokens, medians, strict=True)
+        for budget, count, duration, operations in zip(budgets, tokens, medians, gflops, strict=True)
     ]
 
 
@@ -90,4 +135,4 @@ def _mean_tokens(model: PreTrainedModel, pixel_values: torch.Tensor, chosen: dic
     return int(mean) if mean == int(mean) else round(mean, 1)
 
 
-__all__ = ["SpeedResult", "benchmark_budgets", "time_alternating"]
+__all__ = ["SpeedResult", "benchmark_budgets", "count_gflops", "time_alternating"]

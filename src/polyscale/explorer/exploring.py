@@ -13,7 +13,7 @@ from ..figures import figure_to_image, image_drawer, make_grid
 from ..layers.token_budget import budget_argument_of, budget_ladder_of, format_budget
 from ..loading import LoadedModel, load_classifier, load_config
 from ..models.auto import family_of
-from ..utils.images import UnreadableImageError, open_image
+from ..utils.images import UnreadableImageError, open_pixels
 
 
 class View(NamedTuple):
@@ -91,7 +91,7 @@ class Explorer:
             ValueError: with a sentence that says why.
         """
         try:
-            open_image(file)
+            open_pixels(file)
         except UnreadableImageError as error:
             raise ValueError(
                 f"{Path(file).name} cannot be used: {error.reason}. Take a JPEG, PNG or WebP file."
@@ -118,7 +118,7 @@ class Explorer:
         # a budget that is a number of tokens is said once
         says_more = budget not in (None, record["tokens"])
         said = f"{argument.replace('_', ' ')} {format_budget(budget, loaded.model.config)}" if says_more else ""
-        drawing = _drawing(loaded, open_image(file), budget)
+        drawing = _drawing(loaded, open_pixels(file), budget)
         return View(drawing, said, *(record[key] for key in ("tokens", "label", "score", "milliseconds")))
 
 

@@ -85,6 +85,10 @@ def _field_error(config: PreTrainedConfig, name: str, value: Any, cause: BaseExc
     return ConfigError(f"`{name}` {cause}")
 
 
+def _not_plain(name: str, value: Any) -> ConfigError:
+    return ConfigError(f"`{name}` must be a plain value, which JSON can hold, got {value!r:.80}.")
+
+
 def checked_config(cls: type) -> type:
     """Class decorator of every config: `huggingface_hub.dataclasses.strict`, whose errors are ValueErrors too.
 
@@ -98,7 +102,7 @@ def checked_config(cls: type) -> type:
         name = type(self).attribute_map.get(name, name)
         is_field = any(name == entry.name for entry in fields(self))
         if isinstance(value, bytes | np.ndarray | torch.Tensor) or (is_field and not isinstance(value, _PLAIN)):
-            raise ConfigError(f"`{name}` must be a plain value, which JSON can hold, got a {type(value).__name__}.")
+            raise _not_plain(name, value)
         try:
             strict_setattr(self, name, value)
         except ConfigError:
@@ -107,7 +111,9 @@ def checked_config(cls: type) -> type:
             raise _field_error(self, name, value, error.__cause__) from error
 
     @wraps(strict_init)
-    def __init__(self, *args, **kwargs) -> None:
+    def __init__(self, /, *args, **kwargs) -> None:
+        if "self" in kwargs:
+            raise ConfigError(f"{type(self).__name__} has no field `self`.")
         new_names = type(self).attribute_map
         old_names = {new: old for old, new in new_names.items() if old in kwargs}
         try:
@@ -148,6 +154,8 @@ class CheckedConfigMixin:
         for name in kept:
             if not is_from_file:
                 raise self._name_error(name)
+            if not _is_json(kept[name]):
+                raise _not_plain(name, kept[name])
             nearest = self._nearest_field(name)
             if nearest is not None:
                 logger.warning(
@@ -230,6 +238,15 @@ def _is_finite(value: Any) -> bool:
     if isinstance(value, float):
         return math.isfinite(value)
     return not isinstance(value, list | tuple) or all(map(_is_finite, value))
+
+
+def _is_json(value: Any) -> bool:
+    """Whether a value, and all that is in it, can be written to a config file and read again."""
+    if isinstance(value, dict):
+        return all(isinstance(key, str | int) and _is_json(entry) for key, entry in value.items())
+    if isinstance(value, list | tuple):
+        return all(map(_is_json, value))
+    return isinstance(value, _PLAIN) and _is_finite(value)
 
 
 def _check_num_labels(value: Any) -> None:

@@ -19,6 +19,7 @@ from .call_checks import CheckedModelMixin
 from .encoder_config import EncoderConfig
 from .freezing import FreezableMixin, is_plain, takes_gradients
 from .key_bias import with_key_bias
+from .packing import Packing, packed_attention
 from .token_merging import MergeStep, merge_tokens
 
 
@@ -29,11 +30,14 @@ class DropPath(nn.Module):
         super().__init__()
         self.rate = rate
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, packing: Packing | None = None) -> torch.Tensor:
+        """With `packing` the samples are the images of one packed sequence."""
         if self.rate == 0.0 or not self.training:
             return hidden_states
-        keep = hidden_states.new_empty((hidden_states.shape[0],) + (1,) * (hidden_states.ndim - 1))
-        return hidden_states * keep.bernoulli_(1 - self.rate).div_(1 - self.rate)
+        batch = hidden_states.shape[0] if packing is None else len(packing.order)
+        keep = hidden_states.new_empty((batch,) + (1,) * (hidden_states.ndim - 1))
+        keep = keep.bernoulli_(1 - self.rate).div_(1 - self.rate)
+        return hidden_states * (keep if packing is None else keep[packing.images].transpose(0, 1))
 
     def extra_repr(self) -> str:
         return f"rate={self.rate}"
@@ -48,6 +52,11 @@ class LayerScale(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return hidden_states * self.weight
+
+
+def first_tokens(tokens: torch.Tensor, count: int, packing: Packing | None) -> torch.Tensor:
+    """The first `count` tokens of each image of a batch, which is one sequence with `packing`."""
+    return tokens[:, :count] if packing is None else packing.take_first(tokens, count)
 
 
 class EncoderAttention(FreezableMixin, nn.Module):
@@ -76,35 +85,28 @@ class EncoderAttention(FreezableMixin, nn.Module):
         if self.config.qkv_bias:
             self.frozen_qkv_bias = torch.cat([projection.bias for projection in projections])
 
-    def _project(self, hidden_states: torch.Tensor, num_queries: int | None) -> tuple[torch.Tensor, ...]:
-        """Queries of the first tokens, keys and values of all: (batch, tokens, hidden) each."""
+    def _project(self, hidden_states: torch.Tensor, asking: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+        """Queries of the tokens that ask (all when None), keys and values of all: (batch, tokens, hidden) each."""
         weight, bias = self.frozen_qkv_weight, self.frozen_qkv_bias
         if weight is None or takes_gradients(self.q_proj.weight, self.k_proj.weight, self.v_proj.weight):
-            queries = hidden_states if num_queries is None else hidden_states[:, :num_queries]
+            queries = hidden_states if asking is None else asking
             return self.q_proj(queries), self.k_proj(hidden_states), self.v_proj(hidden_states)
-        if num_queries is None:
+        if asking is None:
             return nn.functional.linear(hidden_states, weight, bias).chunk(3, dim=-1)
         width = hidden_states.shape[-1]
         key_value = nn.functional.linear(hidden_states, weight[width:], None if bias is None else bias[width:])
-        return self.q_proj(hidden_states[:, :num_queries]), *key_value.chunk(2, dim=-1)
+        return self.q_proj(asking), *key_value.chunk(2, dim=-1)
 
-    def forward(
+    def _attend(
         self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        num_queries: int | None = None,
-        key_bias: torch.Tensor | None = None,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        key_bias: torch.Tensor | None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-        """With `num_queries` only the first tokens ask, of all: (batch, num_queries, hidden) comes back.
-
-        `key_bias` (batch, tokens) is added to the logits of each key. Last, the keys come back: (batch,
-        heads, tokens, head width).
-        """
-        query, key, value = (
-            tokens.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for tokens in self._project(hidden_states, num_queries)
-        )  # (batch, heads, tokens, head width)
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What the attention function of the config says: (batch, queries, heads, head width), and its weights."""
         inputs = (query, key, value, attention_mask)
         if key_bias is not None:
             inputs = with_key_bias(*inputs, key_bias, self.scaling, self.config._attn_implementation)
@@ -117,7 +119,34 @@ class EncoderAttention(FreezableMixin, nn.Module):
             scaling=self.scaling,
             **kwargs,
         )
-        return self.o_proj(output[..., : self.head_dim].flatten(2)), weights, key
+        return output[..., : self.head_dim], weights
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        num_queries: int | None = None,
+        key_bias: torch.Tensor | None = None,
+        packing: Packing | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        """With `num_queries` only the first tokens ask, of all: (batch, num_queries, hidden) comes back.
+
+        `key_bias` (batch, tokens) is added to the logits of each key. With `packing` the batch is one sequence, each
+        image in it attends to itself, and there are no weights. Last, the keys come back: (batch, heads, tokens, head
+        width).
+        """
+        asking = None if num_queries is None else first_tokens(hidden_states, num_queries, packing)
+        query, key, value = (
+            tokens.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for tokens in self._project(hidden_states, asking)
+        )  # (batch, heads, tokens, head width)
+        if packing is None:
+            output, weights = self._attend(query, key, value, attention_mask, key_bias, **kwargs)
+        else:
+            weights = None
+            output = packed_attention(self, query, key, value, packing, num_queries, key_bias, self._attend, **kwargs)
+        return self.o_proj(output.flatten(2)), weights, key
 
 
 class EncoderMLP(nn.Module):
@@ -151,7 +180,8 @@ class EncoderLayer(GradientCheckpointingLayer):
     """Pre-norm transformer layer. (batch, tokens, hidden) -> the same shape.
 
     With `num_queries` only the first tokens are computed, and only they come back: all that a classifier reads of the
-    last layer. With `merge_step` tokens are merged between attention and MLP, and their sizes come back too.
+    last layer. With `merge_step` tokens are merged between attention and MLP, and their sizes come back too. With
+    `packing` the batch is one sequence, of which linear layers see no padding.
     """
 
     def __init__(self, config: EncoderConfig, drop_path_rate: float = 0.0):
@@ -173,18 +203,25 @@ class EncoderLayer(GradientCheckpointingLayer):
         num_queries: int | None = None,
         key_bias: torch.Tensor | None = None,
         merge_step: MergeStep | None = None,
+        packing: Packing | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        keeps_layout = packing is not None and packing.keeps_layout
+        if keeps_layout:
+            hidden_states = packing.pack(hidden_states)
         normed = self.layernorm_before(hidden_states)
-        update, _, keys = self.attention(normed, attention_mask, num_queries, key_bias, **kwargs)
+        update, _, keys = self.attention(normed, attention_mask, num_queries, key_bias, packing, **kwargs)
         if num_queries is not None:
-            hidden_states = hidden_states[:, :num_queries]
-        hidden_states = hidden_states + self.drop_path(self.attention_scale(self.dropout(update)))
+            hidden_states = first_tokens(hidden_states, num_queries, packing)
+            packing = None if packing is None else packing.of_first(num_queries)
+        hidden_states = hidden_states + self.drop_path(self.attention_scale(self.dropout(update)), packing)
         sizes = None
         if merge_step is not None:
             hidden_states, sizes = merge_tokens(hidden_states, keys.mean(dim=1), *merge_step)
         update = self.mlp(self.layernorm_after(hidden_states))
-        hidden_states = hidden_states + self.drop_path(self.mlp_scale(self.dropout(update)))
+        hidden_states = hidden_states + self.drop_path(self.mlp_scale(self.dropout(update)), packing)
+        if keeps_layout:
+            hidden_states = packing.unpack(hidden_states)
         return hidden_states if merge_step is None else (hidden_states, sizes)
 
 

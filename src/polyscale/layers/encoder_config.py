@@ -11,6 +11,7 @@ from .config_checks import (
     above_zero,
     activation,
     checked_config,
+    choice,
     non_negative,
     pixel_size,
     positive,
@@ -61,6 +62,9 @@ class EncoderConfig(CheckedConfigMixin, TokenBudgetMixin, BackboneConfigMixin, P
             activation: ViT's) or `"attention"` (a learned query that reads all tokens: SigLIP's).
         pooler_output_size (`int`, *optional*): width of the `"pooler"`; `hidden_size` when `None`.
         pooler_act (`str`, *optional*, defaults to `"tanh"`): activation of the `"pooler"`.
+        projection_dim (`int`, *optional*, defaults to 512): width of the image embeddings of a
+            `...ModelWithProjection` (CLIP).
+        projection_bias (`bool`, *optional*, defaults to `False`): whether that projection has a bias.
         use_cls_token (`bool`, *optional*, defaults to `True`): whether a CLS token comes first.
         use_distillation_token (`bool`, *optional*, defaults to `False`): whether DeiT's distillation token follows
             CLS.
@@ -79,6 +83,10 @@ class EncoderConfig(CheckedConfigMixin, TokenBudgetMixin, BackboneConfigMixin, P
         keep_all_tokens (`bool`, *optional*, defaults to `False`): whether a classifier computes every token of the
             last layer, also those that its head does not read. Without it they are computed where
             `output_hidden_states` or `output_attentions` asks for them.
+        pack_tokens (`bool` or `str`, *optional*, defaults to `"auto"`): whether images with token counts of their own
+            run as one packed sequence instead of padded to the longest: `True`, `False`, or `"auto"`, where that is
+            faster. What comes out has the same layout and values either way; what stands at padding means nothing.
+            `torch.compile` and `torch.export` see padding.
         apply_layernorm (`bool`, *optional*, defaults to `True`): whether a backbone normalises its feature maps.
         reshape_hidden_states (`bool`, *optional*, defaults to `True`): whether a backbone gives maps, not tokens.
 
@@ -107,6 +115,8 @@ class EncoderConfig(CheckedConfigMixin, TokenBudgetMixin, BackboneConfigMixin, P
     pooling: Literal["cls", "mean", "cls_mean", "pooler", "attention"] = "cls"
     pooler_output_size: int | None = positive(None)
     pooler_act: str = activation("tanh")
+    projection_dim: int = positive(512)
+    projection_bias: bool = False
     use_cls_token: bool = True
     use_distillation_token: bool = False
     use_distillation_head: bool = False
@@ -115,6 +125,7 @@ class EncoderConfig(CheckedConfigMixin, TokenBudgetMixin, BackboneConfigMixin, P
     num_channels: int = positive(3)
     image_size: int | list[int] | tuple[int, int] = pixel_size(224)
     keep_all_tokens: bool = False
+    pack_tokens: bool | str = choice(("auto", True, False), "auto")
     merge_tokens_to: int | None = positive(None)
     merge_layers: int | None = positive(None)
     _out_features: list[str] | None = None

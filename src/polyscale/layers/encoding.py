@@ -1,4 +1,4 @@
-"""Runs the layers of the shared encoder: all tokens or what a head pools, with or without merging on the way."""
+"""Runs the layers of the shared encoder: all tokens or what a head pools, padded, packed, or merging on the way."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 
 from .encoder import EncoderLayer
+from .encoder_config import EncoderConfig
+from .packing import Padding, choose_packing, padding_mask
 from .token_merging import MergeStep, merge_schedule
 
 
@@ -19,6 +21,53 @@ class Encoded(NamedTuple):
 
     hidden_states: torch.Tensor
     sizes: torch.Tensor | None
+
+
+def run_layers(
+    layers: Sequence[EncoderLayer],
+    hidden_states: torch.Tensor,
+    config: EncoderConfig,
+    padding: Padding | None = None,
+    num_queries: int | None = None,
+    key_bias: torch.Tensor | None = None,
+    **kwargs,
+) -> torch.Tensor:
+    """Runs layers on a batch of images; what comes out at padding means nothing.
+
+    Args:
+        layers (`Sequence[EncoderLayer]`): up to the last of a model.
+        hidden_states (`torch.Tensor`): (batch, tokens, hidden).
+        config (`EncoderConfig`): of the model.
+        padding (`Padding`, *optional*): which tokens are real, where images have token counts of their own.
+        num_queries (`int`, *optional*): how many tokens, the first ones, are read of the last layer; all when `None`.
+        key_bias (`torch.Tensor`, *optional*): (batch, tokens), added to the logits of each key.
+        kwargs: for each layer.
+
+    Returns:
+        `torch.Tensor`: (batch, tokens, hidden); with `num_queries` these alone, where the last layer could leave the
+        others out.
+    """
+    attention_mask = packing = None
+    if padding is not None:
+        packing = choose_packing(config, hidden_states, padding, kwargs)
+        if packing is not None:
+            kwargs["packing"] = packing
+            key_bias = None if key_bias is None else packing.pack(key_bias)
+            hidden_states = hidden_states if packing.keeps_layout else packing.pack(hidden_states)
+        else:
+            attention_mask = padding_mask(config, hidden_states, padding)
+            if num_queries != 1:
+                num_queries = None  # transformers' flash attention takes several for the last of a padded sequence
+    last = len(layers) - 1
+    for index, layer in enumerate(layers):
+        asking = num_queries if index == last else None
+        if asking is not None and padding is not None and packing is None:
+            attention_mask = padding_mask(config, hidden_states, padding, asking)
+        hidden_states = layer(hidden_states, attention_mask, asking, key_bias, **kwargs)
+    if packing is not None and not packing.keeps_layout:
+        is_short = num_queries is not None and len(layers) > 0
+        hidden_states = (packing.of_first(num_queries) if is_short else packing).unpack(hidden_states)
+    return hidden_states
 
 
 def run_merging_layers(
@@ -55,4 +104,4 @@ def run_merging_layers(
     return Encoded(hidden_states, sizes)
 
 
-__all__ = ["Encoded", "run_merging_layers"]
+__all__ = ["Encoded", "run_layers", "run_merging_layers"]

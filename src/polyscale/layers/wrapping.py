@@ -32,8 +32,8 @@ def check_has_no_head(model: PreTrainedModel, name: str) -> None:
     if type(model) not in expected:
         names = " or ".join(option.__name__ for option in expected) or "a model that AutoModel gives for its config"
         raise ValueError(
-            f"`{name}` must be {names}, a model without a head, got {type(model).__name__}: a classifier's logits are "
-            "no features. Give the model inside it."
+            f"`{name}` must be {names}, a model without a head, got {type(model).__name__}: its head gives "
+            "no features. Give the model inside it, `.base_model`."
         )
 
 

@@ -54,7 +54,7 @@ class BudgetWordsMixin:
             hint = "" if nearest is None else f" Did you mean `{nearest}`?"
             raise ValueError(
                 f"`{name}` is no argument of this processor.{hint} Budgets of its tower: "
-                f"{', '.join(config.changeable_fields)}."
+                f"{', '.join(config.changeable_fields) or 'none'}."
             )
         return budget, others
 

@@ -122,7 +122,7 @@ def _plan(
     return _Plan(adapter, layout, changed, fields)
 
 
-def _set_config(model: nn.Module, old: PreTrainedConfig, new: PreTrainedConfig) -> None:
+def set_config(model: nn.Module, old: PreTrainedConfig, new: PreTrainedConfig) -> None:
     """Puts a changed config into a model in memory, and those of the models inside it."""
     replaced = {id(old): new}
     for name in old.sub_configs:
@@ -218,7 +218,7 @@ def swap_vision_tower(
     for note in notes:
         warnings.warn(f"`tower` in its host: {note}", stacklevel=2)
     if isinstance(outer, PackedTowerConfig):
-        _set_config(tower, tower.config, outer.vision_config)
+        set_config(tower, tower.config, outer.vision_config)
         tower = PackedTower.around(tower, adapter.num_front_tokens)
     old_projector = llava.multi_modal_projector
     weight = old_projector.linear_1.weight
@@ -278,7 +278,7 @@ def set_token_budget(llava_model: PreTrainedModel, processor: ProcessorMixin, **
 
     tower = llava.vision_tower
     inside = tower.tower if isinstance(tower, PackedTower) else tower
-    _set_config(inside, old, outer.vision_config)
+    set_config(inside, old, outer.vision_config)
     packed = PackedTower.around(inside, adapter.num_front_tokens)
     _commit(llava, config, plan.fields, packed.train(tower.training))
     if type(processor) is not type(new_processor):
@@ -287,4 +287,4 @@ def set_token_budget(llava_model: PreTrainedModel, processor: ProcessorMixin, **
     return processor
 
 
-__all__ = ["check_processor", "set_token_budget", "swap_vision_tower"]
+__all__ = ["check_processor", "set_config", "set_token_budget", "swap_vision_tower"]

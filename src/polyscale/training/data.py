@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,7 @@ from datasets.data_files import DataFilesDict, EmptyDatasetError, get_data_patte
 from datasets.exceptions import DatasetNotFoundError
 from PIL import Image as PILImage
 
-from ..utils.images import IMAGE_SUFFIXES, UnreadableImageError, read_image
+from ..utils.images import ARRAY_SUFFIX, UnreadableImageError, files_below, is_image_file, open_pixels, read_image
 from .labels import listed, unify_labels
 
 
@@ -37,7 +37,6 @@ SPLIT_NAMES = {
     "test": "test",
     "testing": "test",
 }
-ARRAY_SUFFIX = ".npy"
 LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target")
 _METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -85,10 +84,10 @@ def _read(source: str | Path, labelled: bool) -> list[tuple[str, list[Dataset]]]
             raise ValueError(f"`dataset` must be a folder, a parquet file or a hub name; {source!s} is another file.")
         return [("train", [_read_parquet(str(path))])]
     if path.is_dir():
-        files = list(_files_below(path))
+        files = list(files_below(path))
         if any(file.name in _METADATA_FILES for file in files):
             return [(name, [split]) for name, split in _load("imagefolder", data_dir=str(path)).items()]
-        if any(_is_image(file) for file in files):
+        if any(is_image_file(file) for file in files):
             return _read_image_folder(path, files, labelled)
         if any(file.suffix == ".parquet" for file in files):
             found = DataFilesDict.from_patterns(get_data_patterns(str(path)), base_path=str(path))
@@ -124,25 +123,8 @@ def _first_line(error: BaseException) -> str:
     return (str(cause).strip().splitlines() or [type(cause).__name__])[0]
 
 
-def _files_below(folder: Path) -> Iterator[Path]:
-    """The files in a folder and below, sorted; hidden ones and what operating systems leave are not looked at."""
-    seen = set()
-    for root, folders, files in os.walk(folder, followlinks=True):
-        real = os.path.realpath(root)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
-        yield from (Path(root, name) for name in sorted(files) if not name.startswith("."))
-
-
-def _is_image(file: Path) -> bool:
-    return file.suffix.lower() in (*IMAGE_SUFFIXES, ARRAY_SUFFIX)
-
-
 def _read_image_folder(path: Path, files: list[Path], labelled: bool) -> list[tuple[str, list[Dataset]]]:
-    images = [file.relative_to(path) for file in files if _is_image(file)]
+    images = [file.relative_to(path) for file in files if is_image_file(file)]
     tops = sorted({file.parts[0] for file in images if len(file.parts) > 1})
     has_splits = bool(tops) and all(top.lower() in SPLIT_NAMES for top in tops)
     depth = int(has_splits)
@@ -206,12 +188,15 @@ def open_cell(cell) -> PILImage.Image | np.ndarray:
     if isinstance(cell, list | np.ndarray):
         return np.asarray(cell)
     path = cell.get("path") if isinstance(cell, dict) else None
-    if path is not None and Path(path).suffix == ARRAY_SUFFIX and cell.get("bytes") is None:
-        try:
-            return np.load(path, allow_pickle=False)
-        except Exception as error:  # a damaged header raises many kinds
-            raise UnreadableImageError(path, f"not a readable array ({_first_line(error)})") from error
+    if path is not None and Path(path).suffix.lower() == ARRAY_SUFFIX and cell.get("bytes") is None:
+        return open_pixels(path)
     return read_image(cell)
+
+
+def stored_name(split: Dataset, row: int) -> str:
+    """What an error calls an image of a split: its file, or its row."""
+    cell = split.with_format(None)[row]["image"]
+    return (cell.get("path") if isinstance(cell, dict) else None) or f"image {row} of the data"
 
 
 def check_images(split: Dataset, name: str) -> int:
@@ -287,4 +272,5 @@ __all__ = [
     "load_image_dataset",
     "open_cell",
     "sample_rows",
+    "stored_name",
 ]

@@ -10,8 +10,10 @@ from PIL import Image
 from torchvision.transforms import v2
 from transformers.image_processing_utils import BaseImageProcessor
 
+from ..utils.images import UnreadableImageError
 from ..utils.processors import pixels_and_options, pixels_of
 from ..utils.validation import check_choice
+from .data import stored_name
 
 
 AUGMENTATIONS = ("none", "crop", "resized-crop", "trivial")
@@ -117,7 +119,10 @@ class AugmentedImages(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict:
         row = self.split[index]
         with _seeded(self.seed, self.epoch, index):
-            pixel_values = self.transform(row["image"])
+            try:
+                pixel_values = self.transform(row["image"])
+            except ValueError as error:
+                raise UnreadableImageError(stored_name(self.split, index), str(error)) from error
         labels = {"label": row["label"]} if "label" in row else {}
         return {"pixel_values": pixel_values, **labels, "index": index}
 

@@ -1,17 +1,23 @@
-"""Image files: finding them, and the one way from a file or a PIL image to upright RGB pixels of 8 bits."""
+"""Image files: finding them, and the one way from a file or a PIL image to upright RGB pixels of 8 bits.
+
+Files of arrays (`.npy`) count as images too: they may have any number of channels.
+"""
 
 import io
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageCms, ImageOps
 
+from .arrays import with_values_of_files
+
 
 IMAGE_SUFFIXES = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+ARRAY_SUFFIX = ".npy"
 # Pillow can also read formats that start other programs (EPS); images of unknown origin do not get to choose those.
 _PILLOW_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "MPO", "PNG", "PPM", "TIFF", "WEBP")
 
@@ -32,6 +38,24 @@ class UnreadableImageError(ValueError):
         return type(self), (self.name, self.reason)
 
 
+def files_below(folder: str | os.PathLike) -> Iterator[Path]:
+    """The files in a folder and below, sorted; hidden ones and what operating systems leave are not looked at."""
+    seen = set()
+    for root, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(root)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
+        yield from (Path(root, name) for name in sorted(files) if not name.startswith("."))
+
+
+def is_image_file(file: Path) -> bool:
+    """Whether a file is an image by its name."""
+    return file.suffix.lower() in (*IMAGE_SUFFIXES, ARRAY_SUFFIX)
+
+
 def find_images(path: str | os.PathLike) -> list[Path]:
     """The file itself, or the image files in a folder and below, sorted.
 
@@ -41,9 +65,10 @@ def find_images(path: str | os.PathLike) -> list[Path]:
     path = Path(path)
     if not path.is_dir():
         return [path]
-    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
+    files = sorted(file for file in files_below(path) if is_image_file(file) and file.is_file())
     if not files:
-        raise UnreadableImageError(path, f"a folder without image files ({', '.join(IMAGE_SUFFIXES)})")
+        suffixes = ", ".join((*IMAGE_SUFFIXES, ARRAY_SUFFIX))
+        raise UnreadableImageError(path, f"a folder without image files ({suffixes})")
     return files
 
 
@@ -124,6 +149,37 @@ def open_image(source: str | os.PathLike | bytes, name: str | None = None) -> Im
         raise UnreadableImageError(name, f"not a readable image ({type(error).__name__}: {error})") from error
 
 
+def open_pixels(source: str | os.PathLike) -> Image.Image | np.ndarray:
+    """An image file as an upright RGB image (`open_image`), or a file of an array (`.npy`) as that array.
+
+    Raises:
+        UnreadableImageError: as `open_image`, and for a file that is no whole array of numbers.
+    """
+    file = Path(source)
+    if file.suffix.lower() != ARRAY_SUFFIX or not file.is_file():
+        return open_image(source)
+    try:
+        array = np.load(file, allow_pickle=False)
+    except Exception as error:  # a damaged header raises many kinds
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UnreadableImageError(source, f"not a readable array ({reason})") from error
+    kind = f"{array.dtype} and shape {array.shape}" if isinstance(array, np.ndarray) else "several arrays"
+    if kind == "several arrays" or array.ndim not in (2, 3) or 0 in array.shape or array.dtype.kind not in "biuf":
+        raise UnreadableImageError(source, f"an array (height, width, channels) of numbers was expected, got {kind}")
+    return array.astype(array.dtype.newbyteorder("="), copy=False)
+
+
+def displayed(image: Image.Image | np.ndarray) -> Image.Image:
+    """What a reader is shown of an image: RGB, of arrays with other channels the first three, or the first as grey."""
+    if isinstance(image, Image.Image):
+        return to_rgb(image)
+    array = image if image.ndim == 3 else image[..., None]
+    if array.shape[2] > array.shape[0]:  # channels first
+        array = array.transpose(1, 2, 0)
+    array = array[..., :3] if array.shape[2] >= 3 else array[..., 0]
+    return Image.fromarray(np.asarray(with_values_of_files(array)).round().astype(np.uint8)).convert("RGB")
+
+
 def read_image(value: Any, name: str | None = None) -> Image.Image:
     """Whatever stands for an image in a data set or a call, as an upright RGB image.
 
@@ -146,10 +202,15 @@ def read_image(value: Any, name: str | None = None) -> Image.Image:
 
 
 __all__ = [
+    "ARRAY_SUFFIX",
     "IMAGE_SUFFIXES",
     "UnreadableImageError",
+    "displayed",
+    "files_below",
     "find_images",
+    "is_image_file",
     "open_image",
+    "open_pixels",
     "read_image",
     "to_rgb",
     "upright_8_bit",

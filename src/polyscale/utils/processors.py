@@ -4,7 +4,7 @@ A processor whose answers do not follow from `size`, `crop_size`, `do_resize` an
 property `output_size`, a method `options_for_size(image_size, crop_pct)`.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,8 @@ from torchvision.transforms import v2
 from torchvision.tv_tensors import Image as TVImage
 from transformers.image_processing_utils import BaseImageProcessor
 
-from .images import to_rgb
+from .arrays import with_values_of_files
+from .images import UnreadableImageError, displayed, to_rgb
 
 
 def _side_lengths(size: Any) -> dict[str, int | None]:
@@ -81,8 +82,9 @@ def plain_options_for_size(
     }
 
 
-def seen_region(image: Image.Image, processor: BaseImageProcessor) -> Image.Image:
-    """The part of an image that a processor hands to the model, at the image's own resolution."""
+def seen_region(image: Image.Image | np.ndarray, processor: BaseImageProcessor) -> Image.Image:
+    """The part of an image that a processor hands to the model, at the image's own resolution (`displayed`)."""
+    image = image if isinstance(image, Image.Image) else displayed(image)
     if hasattr(type(processor), "seen_region"):
         return processor.seen_region(image)
     if not _crops(processor):
@@ -107,7 +109,8 @@ def pixels_of(image: Image.Image | np.ndarray, num_channels: int = 3) -> TVImage
 
     Args:
         image: of PIL, for 1 channel (grey) or 3 (RGB); or an array (height, width), (height, width, channels) or
-            (channels, height, width) of uint8, uint16 or floats in [0, 1], for any number of channels.
+            (channels, height, width) of integers (`with_values_of_files`) or floats in [0, 1], of any number of
+            channels.
         num_channels (`int`, *optional*, defaults to 3): channels wanted.
 
     Raises:
@@ -122,20 +125,22 @@ def pixels_of(image: Image.Image | np.ndarray, num_channels: int = 3) -> TVImage
         rgb = to_rgb(image)
         return v2.functional.to_image(rgb.convert("L") if num_channels == 1 else rgb)
     array = image[..., None] if image.ndim == 2 else image
+    if num_channels == 3 and array.ndim == 3 and array.shape[2] == 1:  # grey, as grey files are read
+        array = array.repeat(3, axis=2)
     if array.ndim != 3 or num_channels not in (array.shape[2], array.shape[0]):
         raise ValueError(f"An array of the shape {image.shape} is no image of {num_channels} channels.")
     if array.shape[2] == num_channels:
         array = array.transpose(2, 0, 1)
-    if array.dtype == np.uint16:
+    if array.dtype == np.uint16 and num_channels not in (1, 3):  # no file has these: all of their precision counts
         array = array.astype(np.float32) / 65535
-    elif np.issubdtype(array.dtype, np.floating):
+    elif not np.issubdtype(array.dtype, np.floating):
+        array = with_values_of_files(array, "array", without_alpha=False)
+    else:
         array = array.astype(np.float32)
         if not (np.isfinite(array).all() and array.min() >= 0 and array.max() <= 1):
             raise ValueError(
                 f"An array of floats must lie in [0, 1], got {array.min():.4g} to {array.max():.4g}: scale it first."
             )
-    elif array.dtype != np.uint8:
-        raise ValueError(f"An array must hold uint8, uint16 or floats in [0, 1], got {array.dtype}.")
     return TVImage(torch.from_numpy(np.ascontiguousarray(array)))
 
 
@@ -147,7 +152,11 @@ def pixels_and_options(image: Image.Image | np.ndarray, num_channels: int) -> tu
 
 
 def process_images(
-    processor: BaseImageProcessor, images: Sequence[Image.Image | np.ndarray], num_channels: int = 3, **options
+    processor: BaseImageProcessor,
+    images: Sequence[Image.Image | np.ndarray],
+    num_channels: int = 3,
+    name_of: Callable[[int], str] | None = None,
+    **options,
 ) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
     """Images as inputs of a model, in as few batches as their sizes allow.
 
@@ -155,6 +164,7 @@ def process_images(
         processor (`BaseImageProcessor`): of any model.
         images (sequence of `PIL.Image.Image` or `np.ndarray`): any number of them.
         num_channels (`int`, *optional*, defaults to 3): of the model; of PIL images 1 (grey) or 3 (RGB).
+        name_of (`Callable`, *optional*): the name of an image by its place, for errors.
         options: of the processor's call.
 
     Raises:
@@ -169,10 +179,15 @@ def process_images(
         return
     groups: dict[tuple, list[int]] = {}
     inputs = []
-    for image in images:
+    for index, image in enumerate(images):
         own: dict[str, Any] = {}
         if not are_plain:
-            image, own = pixels_and_options(image, num_channels)
+            try:
+                image, own = pixels_and_options(image, num_channels)
+            except ValueError as error:
+                if name_of is None or isinstance(error, UnreadableImageError):
+                    raise
+                raise UnreadableImageError(name_of(index), str(error)) from error
         inputs.append(dict(processor([image], return_tensors="pt", **options, **own)))
     for index, tensors in enumerate(inputs):
         groups.setdefault(tuple(tensors["pixel_values"].shape), []).append(index)

@@ -8,7 +8,9 @@ import numpy as np
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
+from transformers.image_utils import ChannelDimension
 
+from .arrays import channel_axis, check_finite, map_images, with_values_of_files
 from .images import to_rgb, upright_8_bit
 
 
@@ -128,6 +130,10 @@ _PROCESSOR_ERRORS = (
 )
 
 
+# Options of a processor's call that say what its values are.
+_VALUES = ("do_rescale", "rescale_factor", "do_convert_rgb", "input_data_format", "image_mean")
+
+
 def _check_images(images: object) -> None:
     """Refuses what is no image, or list of images: arrays, tensors, PIL images, and names of files."""
     waiting = [images]
@@ -146,17 +152,59 @@ def _check_images(images: object) -> None:
             )
 
 
+def _with_channels(images: object, num_channels: int, input_data_format: object) -> tuple[object, object]:
+    """Images with the channels where transformers finds them, and its `input_data_format`.
+
+    Grey arrays (height, width) get their channel. Where images are of other channels than files have, transformers
+    cannot tell which axis they are.
+    """
+    last = input_data_format in ("channels_last", ChannelDimension.LAST)
+    are_unusual = num_channels not in (1, 3, 4) and input_data_format is None
+
+    def change(image: object) -> object:
+        if not isinstance(image, np.ndarray | torch.Tensor):
+            if are_unusual:
+                raise ValueError(
+                    f"`images` must be arrays of {num_channels} channels, as many as `image_mean` has entries: images "
+                    "of PIL and files have 1 (grey) or 3 (RGB)."
+                )
+            return image
+        if image.ndim == 2:
+            image = image[..., None] if last else image[None]
+        if not are_unusual:
+            return image
+        axis = channel_axis(image, (num_channels,))
+        if axis is None:
+            raise ValueError(
+                f"`images` must have {num_channels} channels, as many as `image_mean` has entries, got an array of "
+                f"the shape {tuple(image.shape)}."
+            )
+        return image if axis == -3 else image.swapaxes(-1, -2).swapaxes(-2, -3)
+
+    return map_images(images, change), ChannelDimension.FIRST if are_unusual else input_data_format
+
+
 class FiniteImagesMixin:
-    """Reads PIL images as every tool of this library does (`to_rgb`), and refuses images that hold NaN or infinity.
+    """Gives image processors the same pixels, whatever an image comes as: PIL images are read as every tool of this
+    library reads files (`to_rgb`), arrays and tensors get the values of files (`with_values_of_files`).
+
+    Arrays are left alone where values are not rescaled (`do_rescale=False`), or not by 1/255.
 
     Goes in front of transformers' torchvision or PIL backend.
 
     Raises:
-        ValueError: from the call of the processor, before anything is resized.
+        ValueError: from the call of the processor, before anything is resized: for what is no image, NaN or infinite
+            values, and values of an unknown range.
     """
 
     def preprocess(self, images, *args, **kwargs):
         _check_images(images)
+        check_finite(images)
+        own = {name: kwargs[name] if kwargs.get(name) is not None else getattr(self, name, None) for name in _VALUES}
+        if own["do_rescale"] and own["rescale_factor"] == 1 / 255:
+            images = with_values_of_files(images, without_alpha=bool(own["do_convert_rgb"]))
+        num_channels = len(own["image_mean"]) if isinstance(own["image_mean"], list | tuple) else 3
+        images, kwargs["input_data_format"] = _with_channels(images, num_channels, own["input_data_format"])
         try:
             return super().preprocess(images, *args, **kwargs)
         except _PROCESSOR_ERRORS as error:
@@ -166,21 +214,10 @@ class FiniteImagesMixin:
 
     def process_image(self, image, do_convert_rgb: bool | None = None, **kwargs) -> np.ndarray | torch.Tensor:
         if isinstance(image, Image.Image):
-            image = to_rgb(image) if do_convert_rgb else upright_8_bit(image)
-        image = super().process_image(image, do_convert_rgb=do_convert_rgb, **kwargs)
-        is_tensor = isinstance(image, torch.Tensor)
-        if is_tensor and image.is_floating_point() and image.device.type == "cpu":
-            finite = bool(torch.isfinite(image).all())
-        elif not is_tensor and np.issubdtype(image.dtype, np.floating):
-            finite = bool(np.isfinite(image).all())
-        else:
-            finite = True  # integers always are; an image on a GPU is not worth a synchronisation
-        if not finite:
-            raise ValueError(
-                "`images` holds NaN or infinite pixel values: expected finite numbers. Check how the image was made "
-                f"(its shape, channels first, is {tuple(image.shape)})."
-            )
-        return image
+            is_grey = isinstance(self.image_mean, list | tuple) and len(self.image_mean) == 1
+            image = to_rgb(image) if do_convert_rgb or is_grey else upright_8_bit(image)
+            image = image.convert("L") if is_grey and not do_convert_rgb else image
+        return super().process_image(image, do_convert_rgb=do_convert_rgb, **kwargs)
 
 
 __all__ = [

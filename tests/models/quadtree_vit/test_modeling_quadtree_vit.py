@@ -232,6 +232,8 @@ def test_scorer_from_a_transformers_backbone(make_config, tmp_path):
         ((1, 3, 32, 32), {"num_tokens": 100}, "61 and 64"),
         ((1, 3, 32, 32), {"num_tokens": True}, "int"),
         ((1, 3, 32, 32), {"patch_scores": [torch.zeros(1, 2, 2)]}, "patch_scores"),
+        ((1, 3, 32, 32), {"patch_scores": 0}, "patch_scores.*got int"),
+        ((1, 3, 32, 32), {"patch_scores": [[[0.0]], None]}, "patch_scores.*'list', 'NoneType'"),
         ((1, 3, 32, 32), {"patch_scores": [torch.full((1, 2, 2), torch.nan), torch.zeros(1, 4, 4)]}, "NaN"),
     ],
 )

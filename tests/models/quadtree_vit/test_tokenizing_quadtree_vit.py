@@ -98,7 +98,7 @@ def test_golden_patches(golden, golden_pixels):
     from polyscale.models.quadtree_vit.selection_quadtree_vit import decode_nodes, select_nodes
 
     tokenizer = golden_tokenizer(golden)
-    nodes, _ = select_nodes(tokenizer.patch_scorer(golden_pixels), 100)
+    nodes = select_nodes(tokenizer.patch_scorer(golden_pixels), 100).nodes
     patches = tokenizer.patches_of(golden_pixels, decode_nodes(nodes, 4, 4, levels=3), levels=3)
     tokens = tokenizer(golden_pixels)
     for b in range(2):

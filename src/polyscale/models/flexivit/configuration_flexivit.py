@@ -61,7 +61,7 @@ class FlexiViTConfig(EncoderConfig):
     """
 
     model_type = "flexivit"
-    keys_to_ignore_at_inference = ["hidden_states", "attentions"]
+    keys_to_ignore_at_inference = ["hidden_states", "attentions", "token_mask"]
     budget_argument = "patch_size"
     changeable_fields = ("patch_size", "num_tokens", "image_size")
 
@@ -121,6 +121,23 @@ class FlexiViTConfig(EncoderConfig):
         if patch_size is None:
             patch_size = self.base_patch_size if self.patch_size is None else self.patch_size
         return to_pair(patch_size, "patch_size")
+
+    def patch_sizes_of(
+        self, patch_size: int | Sequence[int] | Sequence[Sequence[int]] | None, batch: int
+    ) -> list[tuple[int, int]] | None:
+        """(height, width) of the patches of each image, where `patch_size` holds one for each; else None.
+
+        Raises:
+            ValueError: for a list of another length than `batch`, the number of images.
+        """
+        if not isinstance(patch_size, list | tuple) or not any(isinstance(size, list | tuple) for size in patch_size):
+            return None
+        if len(patch_size) != batch:
+            raise ValueError(
+                f"`patch_size` must be an int, (height, width), or a list of one (height, width) for each of the "
+                f"{batch} images, got {len(patch_size)} of them."
+            )
+        return [to_pair(size, "patch_size") for size in patch_size]
 
     def patch_grid_for(
         self, image_size: int | Sequence[int] | None = None, patch_size: int | Sequence[int] | None = None
@@ -206,6 +223,14 @@ class FlexiViTConfig(EncoderConfig):
 
     def budget_from_code(self, code: Sequence[int], num_tokens: int) -> dict[str, Any]:
         return {"patch_size": tuple(code)}
+
+    def budget_calls(
+        self, codes: Sequence[tuple[int, ...]], counts: Sequence[int]
+    ) -> list[tuple[list[int], dict[str, Any]]]:
+        """One forward of all images, whatever their patch sizes. Arguments: `TokenBudgetMixin.budget_calls`."""
+        if len(set(codes)) < 2:
+            return super().budget_calls(codes, counts)
+        return [(list(range(len(codes))), {"patch_size": list(codes)})]
 
     def cheaper_budget(
         self, image_size: int | Sequence[int] | None = None, patch_size: int | Sequence[int] | None = None

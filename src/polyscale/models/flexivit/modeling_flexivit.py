@@ -4,9 +4,9 @@ Faithful to google-research/big_vision, `models/proj/flexi/vit.py` (JAX), and to
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
@@ -22,131 +22,28 @@ from ...layers.encoder import (
     EncoderAttention,
     EncoderClassificationHead,
     EncoderPreTrainedModel,
-    PrefixTokens,
     TokenPooler,
     make_encoder_layers,
 )
-from ...layers.encoding import run_merging_layers
-from ...layers.freezing import FreezableMixin, check_no_adapters, is_plain, takes_gradients, thaw
-from ...layers.patch_projection import PatchProjection, project_patches
+from ...layers.encoding import run_layers, run_merging_layers
+from ...layers.freezing import check_no_adapters, is_plain, thaw
+from ...layers.packing import Padding
 from ...layers.pooled_only import pooled_only_suffices
-from ...layers.resizing import KernelResize, resize_abs_pos_embed
-from ...utils.validation import check_pixel_values, to_pair
+from ...utils.validation import check_pixel_values
 from .configuration_flexivit import FlexiViTConfig
+from .embeddings_flexivit import FlexiViTEmbeddings, PatchSize
 
 
-class FlexiViTPatchEmbeddings(FreezableMixin, nn.Module):
-    """Cuts an image into patches of any size and embeds them with the kernel resized to that size."""
+@dataclass
+class FlexiViTModelOutput(BaseModelOutputWithPooling):
+    """
+    Args:
+        last_hidden_state: (batch, num_prefix_tokens + num_tokens, hidden).
+        pooler_output: (batch, pooled).
+        token_mask: (batch, num_tokens), True for a real token; only where images have patch sizes of their own.
+    """
 
-    def __init__(self, config: FlexiViTConfig):
-        super().__init__()
-        self.config = config
-        self.kernel_size = to_pair(config.base_patch_size, "base_patch_size")
-        self.projection = PatchProjection(
-            config.num_channels, config.hidden_size, self.kernel_size, stride=self.kernel_size, bias=config.patch_bias
-        )
-
-    @property
-    def resize(self) -> KernelResize:
-        """How the config says that the kernel is resized."""
-        return KernelResize(self.config.resize_method, self.config.kernel_interpolation, self.config.kernel_antialias)
-
-    def kernel_for(self, patch_size: tuple[int, int]) -> torch.Tensor:
-        """The kernel of a patch size: (hidden, channels, *patch_size)."""
-        return self.projection.kernel_for(patch_size, self.resize)
-
-    def forward(self, pixel_values: torch.Tensor, patch_size: tuple[int, int]) -> torch.Tensor:
-        """(batch, channels, height, width) -> (batch, rows * columns, hidden)"""
-        if self.config.remainder == "pad":
-            height, width = pixel_values.shape[-2:]
-            pixel_values = F.pad(pixel_values, (0, -width % patch_size[1], 0, -height % patch_size[0]))
-        patches = project_patches(self.projection, pixel_values, patch_size, self.kernel_size, self.resize)
-        return patches.flatten(2).transpose(1, 2)  # of (batch, hidden, rows, columns)
-
-
-class FlexiViTEmbeddings(FreezableMixin, nn.Module):
-    """Patch embeddings, positions on the patch grid, prefix tokens."""
-
-    frozen_tensors = ("frozen_positions",)
-
-    def __init__(self, config: FlexiViTConfig):
-        super().__init__()
-        self.config = config
-        self.patch_embeddings = FlexiViTPatchEmbeddings(config)
-        self.prefix_tokens = PrefixTokens(config)
-        rows, columns = config.position_grid
-        num_positions = config.num_position_prefix_tokens + rows * columns
-        self.position_embeddings = nn.Parameter(torch.zeros(1, num_positions, config.hidden_size))
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        # Set by `polyscale.training.PatchSizeCallback` for the length of an optimiser step.
-        self.step_patch_size: int | Sequence[int] | None = None
-
-    def train(self, mode: bool = True) -> "FlexiViTEmbeddings":
-        """Evaluation ends the size of a step that never ended, one with an exception. Training does not: a `Trainer`
-        that resumes begins a step before it sets the mode.
-        """
-        if not mode:
-            self.step_patch_size = None
-        return super().train(mode)
-
-    def draw_patch_size(self) -> int | Sequence[int]:
-        """One of `config.train_patch_sizes`, drawn with `config.train_patch_size_probs` from torch's CPU generator."""
-        sizes = self.config.train_patch_sizes
-        probs = self.config.train_patch_size_probs
-        weights = torch.tensor(probs if probs is not None else [1.0] * len(sizes), device="cpu")
-        return sizes[int(torch.multinomial(weights, 1))]
-
-    def resolve_patch_size(self, patch_size: int | Sequence[int] | None) -> tuple[int, int]:
-        """The patch size of this call: the given one; in training the step's or a drawn one; else the config's."""
-        if patch_size is None and self.training and self.config.train_patch_sizes is not None:
-            patch_size = self.step_patch_size if self.step_patch_size is not None else self.draw_patch_size()
-        return self.config.resolve_patch_size(patch_size)
-
-    def position_embeddings_for(self, patch_grid: tuple[int, int]) -> torch.Tensor:
-        """Positions for a grid of (rows, columns): (1, num_position_prefix_tokens + rows * columns, hidden)."""
-        frozen = self.frozen_positions
-        if frozen is not None and patch_grid == self.frozen_grid and not takes_gradients(self.position_embeddings):
-            return frozen
-        return resize_abs_pos_embed(
-            self.position_embeddings,
-            patch_grid,
-            old_size=self.config.position_grid,
-            num_prefix_tokens=self.config.num_position_prefix_tokens,
-            interpolation=self.config.position_interpolation,
-            antialias=self.config.position_antialias,
-        )
-
-    @torch.no_grad()
-    def freeze(self, patch_size: tuple[int, int], patch_grid: tuple[int, int]) -> None:
-        """Keeps the kernel of a patch size and the positions of a grid; a frozen budget asks for it."""
-        self.patch_embeddings.projection.freeze(patch_size, self.patch_embeddings.resize)
-        self.frozen_positions = None
-        self.frozen_positions = self.position_embeddings_for(patch_grid).clone()
-        self.frozen_grid = patch_grid
-
-    def forward(
-        self, pixel_values: torch.Tensor, patch_size: int | Sequence[int] | None = None
-    ) -> tuple[torch.Tensor, tuple[int, int]]:
-        """(batch, channels, height, width) -> tokens (batch, prefix + rows * columns, hidden), and (rows, columns)"""
-        check_pixel_values(pixel_values, self.config.num_channels)
-        patch_size = self.resolve_patch_size(patch_size)
-        patch_grid = self.config.patch_grid_for(pixel_values.shape[-2:], patch_size)
-
-        pixel_values = pixel_values.to(self.position_embeddings.dtype)
-        tokens = self.patch_embeddings(pixel_values, patch_size)
-        prefix = self.prefix_tokens(tokens.shape[0])
-        positions = self.position_embeddings_for(patch_grid)
-        num_unplaced = self.config.num_prefix_tokens - self.config.num_position_prefix_tokens
-        if prefix is None:
-            tokens = tokens + positions
-        elif num_unplaced == 0:
-            tokens = torch.cat([prefix, tokens], dim=1) + positions
-        else:
-            placed = prefix.shape[1] - num_unplaced
-            tokens = torch.cat(
-                [prefix[:, :placed] + positions[:, :placed], prefix[:, placed:], tokens + positions[:, placed:]], dim=1
-            )
-        return self.dropout(tokens), patch_grid
+    token_mask: torch.BoolTensor | None = None
 
 
 class FlexiViTPreTrainedModel(EncoderPreTrainedModel):
@@ -238,16 +135,18 @@ class FlexiViTModel(FlexiViTPreTrainedModel):
     def forward(
         self,
         pixel_values: torch.Tensor | None = None,
-        patch_size: int | Sequence[int] | None = None,
+        patch_size: PatchSize | None = None,
         pooled_only: bool = False,
         merge_tokens_to: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> BaseModelOutputWithPooling:
+    ) -> FlexiViTModelOutput:
         """
         Args:
             pixel_values: (batch, channels, height, width), any height and width.
-            patch_size: int or (height, width) in pixels. When None: in training drawn from `config.train_patch_sizes`,
-                if there are any; otherwise `config.patch_size`, or `config.base_patch_size`.
+            patch_size: int or (height, width) in pixels; or a list of one (height, width) for each image, whose tokens
+                are padded to the longest and run as `config.pack_tokens` says. When None: in training drawn from
+                `config.train_patch_sizes`, if there are any; otherwise `config.patch_size`, or
+                `config.base_patch_size`.
             pooled_only: leaves out of the last layer the tokens that neither pooling nor head reads; those that
                 are read, the first ones, are `last_hidden_state`. Without effect where the pooling reads all tokens.
             merge_tokens_to: patch tokens that are left after the last layer, similar ones merged on the way;
@@ -261,11 +160,19 @@ class FlexiViTModel(FlexiViTPreTrainedModel):
                 of merged tokens that the layers cannot reach.
         """
         check_words(self, kwargs)
-        hidden_states, _ = self.embeddings(pixel_values, patch_size)
+        hidden_states, patch_grid = self.embeddings(pixel_values, patch_size)
+        token_mask = padding = None
+        if isinstance(patch_grid, list):
+            counts = [rows * columns for rows, columns in patch_grid]
+            device = hidden_states.device
+            token_mask = torch.arange(max(counts), device=device) < torch.tensor(counts, device=device)[:, None]
+            padding = Padding.behind_prefix(token_mask, self.config.num_prefix_tokens, counts)
         hidden_states = self.pre_layernorm(hidden_states)
         if merge_tokens_to is None:
             merge_tokens_to = self.config.merge_tokens_to
         if merge_tokens_to is not None:
+            if padding is not None:
+                raise ValueError("`merge_tokens_to` needs one `patch_size` for all images: padding would be merged.")
             num_prefix = self.config.num_prefix_tokens
             hidden_states, sizes = run_merging_layers(
                 self.layers,
@@ -277,13 +184,12 @@ class FlexiViTModel(FlexiViTPreTrainedModel):
             )
             hidden_states = self.layernorm(hidden_states)
             pooled = self.pooler(hidden_states, sizes[:, num_prefix:])
-            return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=pooled)
-        for index, layer in enumerate(self.layers, start=1):
-            is_short = pooled_only and index == len(self.layers)
-            num_queries = self.config.num_pooled_tokens if is_short else None
-            hidden_states = layer(hidden_states, num_queries=num_queries, **kwargs)
+            return FlexiViTModelOutput(last_hidden_state=hidden_states, pooler_output=pooled)
+        num_queries = self.config.num_pooled_tokens if pooled_only else None
+        hidden_states = run_layers(self.layers, hidden_states, self.config, padding, num_queries, **kwargs)
         hidden_states = self.layernorm(hidden_states)
-        return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=self.pooler(hidden_states))
+        pooled = self.pooler(hidden_states, token_mask)
+        return FlexiViTModelOutput(last_hidden_state=hidden_states, pooler_output=pooled, token_mask=token_mask)
 
 
 class FlexiViTForImageClassification(FlexiViTPreTrainedModel):
@@ -301,7 +207,7 @@ class FlexiViTForImageClassification(FlexiViTPreTrainedModel):
         self,
         pixel_values: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
-        patch_size: int | Sequence[int] | None = None,
+        patch_size: PatchSize | None = None,
         merge_tokens_to: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> ImageClassifierOutput:
@@ -380,5 +286,6 @@ __all__ = [
     "FlexiViTBackbone",
     "FlexiViTForImageClassification",
     "FlexiViTModel",
+    "FlexiViTModelOutput",
     "FlexiViTPreTrainedModel",
 ]

@@ -264,6 +264,14 @@ class QuadtreeViTConfig(EncoderConfig):
         before_merging = code[0] if code else 0
         return {"num_tokens": before_merging or num_tokens}
 
+    def budget_calls(
+        self, codes: Sequence[tuple[int, ...]], counts: Sequence[int]
+    ) -> list[tuple[list[int], dict[str, Any]]]:
+        """One forward of all images, whatever their counts. Arguments: `TokenBudgetMixin.budget_calls`."""
+        if len(set(counts)) < 2:
+            return super().budget_calls(codes, counts)
+        return [(list(range(len(counts))), {"num_tokens": list(counts)})]
+
     def count_images(
         self, pixel_values: Sequence[torch.Tensor], image_sizes: Sequence[Sequence[int]] | None = None
     ) -> list[tuple[int, tuple[int, ...]]]:

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
-from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
@@ -22,7 +21,8 @@ from transformers.utils.output_capturing import capture_outputs
 from ...layers.backbone import check_nothing_merges, feature_maps_of
 from ...layers.call_checks import check_words, classification_loss
 from ...layers.encoder import EncoderClassificationHead, EncoderPreTrainedModel, TokenPooler, make_encoder_layers
-from ...layers.encoding import run_merging_layers
+from ...layers.encoding import run_layers, run_merging_layers
+from ...layers.packing import Padding
 from ...layers.pooled_only import pooled_only_suffices
 from .configuration_quadtree_vit import QuadtreeViTConfig
 from .pyramid_quadtree_vit import ZeroLinear, reverse_quadtree
@@ -120,45 +120,28 @@ class QuadtreeViTModel(QuadtreeViTPreTrainedModel):
         self.pooler = TokenPooler(config)
         self.post_init()
 
-    def num_queries_of_last_layer(self, tokens: TokenizerOutput) -> int | None:
-        """How many tokens, the first ones, a head reads of the last layer; None where that layer computes all."""
-        count = self.config.num_pooled_tokens
-        # With padding, transformers' flash attention takes several queries for the last of a sequence.
-        return None if tokens.is_padded and count != 1 else count
-
-    def attention_mask_for(self, tokens: TokenizerOutput, num_queries: int | None = None) -> torch.Tensor | None:
-        """The mask for the attention implementation, None where no token is padding.
-
-        Args:
-            tokens: of the batch.
-            num_queries: how many of the first tokens ask; all when None.
-        """
-        if not tokens.is_padded:
-            return None
-        prefix = tokens.token_mask.new_ones(tokens.token_mask.shape[0], self.config.num_prefix_tokens)
-        return create_bidirectional_mask(
-            config=self.config,
-            inputs_embeds=tokens.embeddings[:, :num_queries],
-            attention_mask=torch.cat([prefix, tokens.token_mask], dim=1),
-            encoder_hidden_states=tokens.embeddings,
-        )
-
     def tokens_to_grid(
-        self, tokens: torch.Tensor, outputs: QuadtreeViTModelOutput, image_size: tuple[int, int]
+        self,
+        tokens: torch.Tensor,
+        outputs: QuadtreeViTModelOutput,
+        image_size: tuple[int, int],
+        layer: int | None = None,
     ) -> torch.Tensor:
         """Tokens of patches of several sizes as one token for each smallest patch, in raster order.
 
         Args:
-            tokens (`torch.Tensor`): (batch, num_prefix_tokens + num_tokens, hidden), of any layer.
+            tokens (`torch.Tensor`): (batch, num_prefix_tokens + num_tokens, hidden).
             outputs (`QuadtreeViTModelOutput`): what the model said about the patches.
             image_size (`(height, width)`): of the images, in pixels.
+            layer (`int`, *optional*): whose tokens these are, as counted in `hidden_states`; those of the last when
+                `None`.
 
         Returns:
             `torch.Tensor`: (batch, num_prefix_tokens + smallest patches, hidden).
         """
-        rows, columns = (side // self.config.min_patch_size for side in image_size)
-        if tokens.shape[1] == self.config.num_prefix_tokens + rows * columns:
-            return tokens  # all smallest patches, as before `merge_layer`
+        is_merged = self.config.merge_layer > 0 and self.config.num_levels > 1
+        if is_merged and layer is not None and layer <= self.config.merge_layer:
+            return tokens  # all smallest patches
         prefix, patches = tokens[:, : self.config.num_prefix_tokens], tokens[:, self.config.num_prefix_tokens :]
         maps = reverse_quadtree(
             patches,
@@ -175,7 +158,7 @@ class QuadtreeViTModel(QuadtreeViTPreTrainedModel):
     def forward(
         self,
         pixel_values: torch.Tensor | None = None,
-        num_tokens: int | None = None,
+        num_tokens: int | Sequence[int] | None = None,
         split_threshold: float | None = None,
         patch_scores: PatchScores | None = None,
         output_split_scores: bool = False,
@@ -187,7 +170,8 @@ class QuadtreeViTModel(QuadtreeViTPreTrainedModel):
         Args:
             pixel_values: (batch, channels, height, width), normalised; height and width multiples of
                 `config.max_patch_size`.
-            num_tokens: tokens of every image, prefix tokens not counted: (height / max) (width / max) + 3 k.
+            num_tokens: tokens of every image, prefix tokens not counted: (height / max) (width / max) + 3 k; or a
+                list, of one number for each image, padded to the longest.
             split_threshold: splits patches whose score is higher, so that each image has its own number of tokens,
                 padded to the longest; with `num_tokens` too, that is the maximum, and all are padded to it. When
                 neither is given, both are as the config says.
@@ -198,6 +182,8 @@ class QuadtreeViTModel(QuadtreeViTPreTrainedModel):
                 are read, the first ones, are `last_hidden_state`. Without effect where the pooling reads all tokens.
             merge_tokens_to: tokens that are left after the last layer, similar ones merged on the way;
                 `config.merge_tokens_to` when None. Not for images with token counts of their own.
+
+        Images with token counts of their own run as `config.pack_tokens` says.
 
         Raises:
             ValueError: for a wrong shape of `pixel_values`, an image size or a budget that no quadtree has (it names
@@ -219,12 +205,15 @@ class QuadtreeViTModel(QuadtreeViTPreTrainedModel):
             merge_tokens_to = self.config.merge_tokens_to
         if merge_tokens_to is not None:
             return self._merged(tokens, hidden_states, first, merge_tokens_to, **kwargs)
-        attention_mask, num_queries, key_bias = self.attention_mask_for(tokens), None, self.key_bias_for(tokens)
-        for index, layer in enumerate(self.layers[first:], start=first + 1):
-            if pooled_only and index == len(self.layers):
-                num_queries = self.num_queries_of_last_layer(tokens)
-                attention_mask = self.attention_mask_for(tokens, num_queries)
-            hidden_states = layer(hidden_states, attention_mask, num_queries, key_bias, **kwargs)
+        hidden_states = run_layers(
+            self.layers[first:],
+            hidden_states,
+            self.config,
+            padding=self.padding_of(tokens),
+            num_queries=self.config.num_pooled_tokens if pooled_only else None,
+            key_bias=self.key_bias_for(tokens),
+            **kwargs,
+        )
         hidden_states = self.layernorm(hidden_states)
         return QuadtreeViTModelOutput(
             last_hidden_state=hidden_states,
@@ -234,6 +223,12 @@ class QuadtreeViTModel(QuadtreeViTPreTrainedModel):
             token_mask=tokens.token_mask,
             split_scores=tokens.split_scores if output_split_scores else None,
         )
+
+    def padding_of(self, tokens: TokenizerOutput) -> Padding | None:
+        """Which tokens are real, prefix tokens included; None where all are."""
+        if not tokens.is_padded:
+            return None
+        return Padding.behind_prefix(tokens.token_mask, self.config.num_prefix_tokens, tokens.counts)
 
     def areas_of(self, tokens: TokenizerOutput) -> torch.Tensor:
         """(batch, num_tokens) in smallest patches; 0 for padding."""
@@ -260,8 +255,8 @@ class QuadtreeViTModel(QuadtreeViTPreTrainedModel):
         """The layers from `first` on, merging tokens; the result has no patches, merged tokens have no place."""
         if tokens.is_padded:
             raise ValueError(
-                "`merge_tokens_to` cannot be used with `split_threshold`: images with token counts of their own are "
-                "padded, and padding would be merged. Give `num_tokens` alone."
+                "`merge_tokens_to` cannot be used with `split_threshold` or a list of `num_tokens`: images with token "
+                "counts of their own are padded, and padding would be merged. Give one `num_tokens` alone."
             )
         num_prefix = self.config.num_prefix_tokens
         bias = self.key_bias_for(tokens)
@@ -290,7 +285,7 @@ class QuadtreeViTForImageClassification(QuadtreeViTPreTrainedModel):
         self,
         pixel_values: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
-        num_tokens: int | None = None,
+        num_tokens: int | Sequence[int] | None = None,
         split_threshold: float | None = None,
         patch_scores: PatchScores | None = None,
         output_split_scores: bool = False,
@@ -346,7 +341,7 @@ class QuadtreeViTBackbone(BackboneMixin, QuadtreeViTPreTrainedModel):
     def forward(
         self,
         pixel_values: torch.Tensor,
-        num_tokens: int | None = None,
+        num_tokens: int | Sequence[int] | None = None,
         split_threshold: float | None = None,
         patch_scores: PatchScores | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -372,8 +367,10 @@ class QuadtreeViTBackbone(BackboneMixin, QuadtreeViTPreTrainedModel):
         image_size = tuple(pixel_values.shape[-2:])
 
         dense = tuple(
-            self.quadtree_vit.tokens_to_grid(states, outputs, image_size) if stage in self.out_features else states
-            for stage, states in zip(self.stage_names, outputs.hidden_states, strict=True)
+            self.quadtree_vit.tokens_to_grid(states, outputs, image_size, layer)
+            if stage in self.out_features
+            else states
+            for layer, (stage, states) in enumerate(zip(self.stage_names, outputs.hidden_states, strict=True))
         )
 
         def to_map(hidden_states: torch.Tensor) -> torch.Tensor:

@@ -197,11 +197,13 @@ class PrecomputedPatchScorer(PatchScorer):
             )
         if isinstance(patch_scores, torch.Tensor):
             patch_scores = [average_to_grid(patch_scores, grid, "patch_scores") for grid in grids]
-        shapes = [tuple(getattr(score, "shape", ())) for score in patch_scores]
+        shapes = None
+        if isinstance(patch_scores, list | tuple):
+            shapes = [tuple(s.shape) if isinstance(s, torch.Tensor) else type(s).__name__ for s in patch_scores]
         if shapes != grids:
             raise ValueError(
                 f"`patch_scores` must be tensors of shapes {grids} (batch, rows, columns), largest patches first; got "
-                f"{shapes}."
+                f"{type(patch_scores).__name__ if shapes is None else shapes}."
             )
         return [score.to(pixel_values.device, torch.float32) for score in patch_scores]
 

@@ -110,6 +110,26 @@ def check_token_budget(num_tokens: int, coarsest: int, finest: int, round_down: 
     )
 
 
+def check_budget_of_batch(
+    num_tokens: int | Sequence[int], batch: torch.Tensor, allowed: tuple[int, int], round_down: bool = False
+) -> list[int]:
+    """The budget of all images of a batch, a list of one, or of each of them, where `num_tokens` is a list.
+
+    `allowed` is the smallest and the largest budget.
+
+    Raises:
+        ValueError: for a list of another length than the batch has images; for what `check_token_budget` refuses.
+    """
+    if not isinstance(num_tokens, list | tuple):
+        return [check_token_budget(num_tokens, *allowed, round_down)]
+    if len(num_tokens) != len(batch):
+        raise ValueError(
+            f"`num_tokens` must be an int, or a list of one for each of the {len(batch)} images, got "
+            f"{len(num_tokens)} of them."
+        )
+    return [check_token_budget(budget, *allowed, round_down) for budget in num_tokens]
+
+
 def _check_scores(scores: Sequence[torch.Tensor]) -> None:
     if isinstance(scores, torch.Tensor) or not isinstance(scores, Sequence) or len(scores) == 0:
         raise ValueError(
@@ -138,6 +158,20 @@ def _check_values(flat_scores: torch.Tensor) -> None:
     # A look at the values waits for the device: only on the CPU.
     if flat_scores.device.type == "cpu" and not _is_traced(flat_scores) and math.isnan(flat_scores.max()):
         raise ValueError("`scores` hold NaN: scores must be ordered, higher = split sooner.")
+
+
+class SelectedNodes(NamedTuple):
+    """The selection of `quadtree_tokens` as numbers of nodes.
+
+    Attributes:
+        nodes: (batch, num_tokens), 0 pads.
+        mask: (batch, num_tokens), True for a real token; None where images have no token counts of their own.
+        counts: real tokens of each image, where there is a mask and that is known without waiting for a device.
+    """
+
+    nodes: torch.Tensor
+    mask: torch.Tensor | None = None
+    counts: list[int] | None = None
 
 
 class _Tree(NamedTuple):
@@ -225,16 +259,23 @@ def _expansion_keys(flat_scores: torch.Tensor, levels: int, tree: _Tree) -> list
     return _pack(entries, num_scores + 1)
 
 
-def _first_splits(flat_scores: torch.Tensor, count: int, levels: int, tree: _Tree) -> torch.Tensor:
-    """(batch, 1 + scores), True for the whole image and the first `count` nodes that best-first expansion splits."""
+def _first_splits(flat_scores: torch.Tensor, counts: Sequence[int], levels: int, tree: _Tree) -> torch.Tensor:
+    """(batch, 1 + scores), True for the whole image and the first nodes that best-first expansion splits.
+
+    `counts` says how many of them: one number for all images, or one for each.
+    """
     *later, last = _expansion_keys(flat_scores, levels, tree)
-    if not later:
-        threshold = last.topk(count + 1, dim=1, largest=False, sorted=False).values.amax(dim=1, keepdim=True)
+    if not later and len(counts) == 1:
+        threshold = last.topk(counts[0] + 1, dim=1, largest=False, sorted=False).values.amax(dim=1, keepdim=True)
         return last <= threshold
     order = _stable_order(last)
     for key in reversed(later):
         order = order.gather(1, _stable_order(key.gather(1, order)))
-    return torch.zeros_like(last, dtype=torch.bool).scatter_(1, order[:, : count + 1], True)
+    is_split = torch.zeros_like(last, dtype=torch.bool)
+    if len(counts) == 1:
+        return is_split.scatter_(1, order[:, : counts[0] + 1], True)
+    is_first = torch.arange(order.shape[1], device=order.device) <= torch.tensor(counts, device=order.device)[:, None]
+    return is_split.scatter_(1, order, is_first)
 
 
 def _above_threshold(flat_scores: torch.Tensor, threshold: float, levels: int, tree: _Tree) -> torch.Tensor:
@@ -250,19 +291,21 @@ def _above_threshold(flat_scores: torch.Tensor, threshold: float, levels: int, t
 
 def select_nodes(
     scores: Sequence[torch.Tensor],
-    num_tokens: int | None = None,
+    num_tokens: int | Sequence[int] | None = None,
     split_threshold: float | None = None,
     round_down: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The selection of `quadtree_tokens` as numbers of nodes (0 pads): (batch, num_tokens), and the mask or None."""
+) -> SelectedNodes:
+    """The selection of `quadtree_tokens`; `num_tokens` may be a list, of one number for each image."""
     _check_scores(scores)
     _, rows, columns = scores[0].shape
     coarsest = rows * columns
     finest = coarsest << (2 * len(scores))
     if num_tokens is None and split_threshold is None:
         raise ValueError("Give `num_tokens` (a budget), `split_threshold` (each image its own), or both.")
+    is_own = isinstance(num_tokens, list | tuple)  # a budget for each image
     if num_tokens is not None:
-        num_tokens = check_token_budget(num_tokens, coarsest, finest, round_down)
+        budgets = check_budget_of_batch(num_tokens, scores[0], (coarsest, finest), round_down)
+        num_tokens = max(budgets)
     if split_threshold is not None:
         check_number("split_threshold", split_threshold)
 
@@ -273,7 +316,7 @@ def select_nodes(
     if num_tokens is None:
         splits = _above_threshold(flat_scores, split_threshold, levels, tree)
     else:
-        splits = _first_splits(flat_scores, (num_tokens - coarsest) // 3, levels, tree)
+        splits = _first_splits(flat_scores, [(budget - coarsest) // 3 for budget in budgets], levels, tree)
         if split_threshold is not None:
             # Nodes above the threshold with all their ancestors come first in the order, so a maximum only cuts its
             # end off.
@@ -281,17 +324,22 @@ def select_nodes(
 
     is_split = torch.cat([splits, splits.new_zeros(splits.shape[0], finest)], dim=1)
     is_live = is_split.gather(1, tree.parents.expand_as(is_split)) ^ is_split
-    mask = None
-    if split_threshold is not None:
+    mask = counts = None
+    if split_threshold is not None or is_own:
         lengths = is_live.sum(dim=1)
-        if num_tokens is None:
+        if split_threshold is None:
+            counts = budgets
+        elif num_tokens is None and _is_traced(lengths):
             num_tokens = int(lengths.max())
+        elif num_tokens is None:
+            counts = lengths.tolist()
+            num_tokens = max(counts)
         mask = torch.arange(num_tokens, device=lengths.device) < lengths[:, None]
 
     # The i-th live node goes to place i; all others to place 0, which is cut off.
     place = is_live.cumsum(dim=1) * is_live
     nodes = place.new_zeros(place.shape[0], num_tokens + 1).scatter_(1, place, tree.numbers.expand_as(place))
-    return nodes[:, 1:], mask
+    return SelectedNodes(nodes[:, 1:], mask, counts)
 
 
 def decode_nodes(nodes: torch.Tensor, rows: int, columns: int, levels: int) -> QuadtreeTokens:
@@ -328,7 +376,7 @@ def quadtree_tokens(
 
     Source: arXiv 2304.00287, section 3.
     """
-    nodes, mask = select_nodes(scores, num_tokens, split_threshold)
+    nodes, mask, _ = select_nodes(scores, num_tokens, split_threshold)
     tokens = decode_nodes(nodes, *scores[0].shape[1:], levels=len(scores) + 1)
     if mask is None:
         return tokens
@@ -338,6 +386,8 @@ def quadtree_tokens(
 __all__ = [
     "MaskedQuadtreeTokens",
     "QuadtreeTokens",
+    "SelectedNodes",
+    "check_budget_of_batch",
     "check_multiple",
     "check_token_budget",
     "decode_nodes",

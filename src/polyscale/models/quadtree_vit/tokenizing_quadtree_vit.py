@@ -27,7 +27,14 @@ from .pyramid_quadtree_vit import (
     take_nodes,
 )
 from .scoring_quadtree_vit import PatchScorer, PrecomputedPatchScorer, reduce_image
-from .selection_quadtree_vit import QuadtreeTokens, check_multiple, check_token_budget, decode_nodes, select_nodes
+from .selection_quadtree_vit import (
+    QuadtreeTokens,
+    SelectedNodes,
+    check_budget_of_batch,
+    check_multiple,
+    decode_nodes,
+    select_nodes,
+)
 
 
 class TokenizerOutput(NamedTuple):
@@ -39,6 +46,7 @@ class TokenizerOutput(NamedTuple):
         patch_sizes: (batch, num_tokens) in pixels; 0 for padding.
         token_mask: (batch, num_tokens), True for a real token.
         is_padded: whether images have token counts of their own, so that attention needs the mask.
+        counts: real tokens of each image, where they are padded and that is known without waiting for a device.
         split_scores: one (batch, rows, columns) tensor for each size of patch that can be split, largest first.
     """
 
@@ -47,6 +55,7 @@ class TokenizerOutput(NamedTuple):
     patch_sizes: torch.Tensor
     token_mask: torch.Tensor
     is_padded: bool
+    counts: list[int] | None
     split_scores: tuple[torch.Tensor, ...]
 
 
@@ -86,14 +95,11 @@ class PatchTokenizer(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def cut(self, images: torch.Tensor, row: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
-        """Cuts out patches of the smallest size.
+        """Cuts out patches of the smallest size: (batch, tokens, channels * size * size)
 
         Args:
             images: (batch, channels, height, width).
             row: of the patch in the grid of such patches, (batch, tokens); so is `column`.
-
-        Returns:
-            (batch, tokens, channels * size * size)
         """
         size = self.config.min_patch_size
         batch, channels, height, width = images.shape
@@ -178,7 +184,7 @@ class PatchTokenizer(nn.Module):
     def place(
         self,
         nodes: torch.Tensor,
-        mask: torch.Tensor | None,
+        selected: SelectedNodes,
         scores: Sequence[torch.Tensor],
         patch_grids: Sequence[tuple[int, int]],
     ) -> tuple[dict[str, Any], QuadtreeTokens, torch.Tensor]:
@@ -186,7 +192,7 @@ class PatchTokenizer(nn.Module):
 
         Args:
             nodes: (batch, num_prefix_tokens + num_tokens), counted from 1 through the levels, 0 = none.
-            mask: (batch, num_tokens), True for a real token; None where all are.
+            selected: the same without places for the prefix tokens.
             scores: what they were chosen by.
             patch_grids: (rows, columns) of each level.
 
@@ -194,9 +200,9 @@ class PatchTokenizer(nn.Module):
             The fields of the output but `embeddings`; level, row and column of all nodes; their centres in halves of
             the smallest patch, (batch, num_prefix_tokens + num_tokens, 2).
         """
-        size, num_prefix = self.config.min_patch_size, self.config.num_prefix_tokens
-        selected = decode_nodes(nodes, *patch_grids[0], len(patch_grids))
-        level, row, column = selected
+        size, num_prefix, mask = self.config.min_patch_size, self.config.num_prefix_tokens, selected.mask
+        decoded = decode_nodes(nodes, *patch_grids[0], len(patch_grids))
+        level, row, column = decoded
         cells = torch.ones_like(level)  # side of each patch in units of the smallest
         for index in range(len(patch_grids) - 1):
             cells = torch.where(level <= index, 2 * cells, cells)  # no shift or power, which some exporters lack
@@ -210,9 +216,10 @@ class PatchTokenizer(nn.Module):
             "patch_sizes": patch_sizes,
             "token_mask": torch.ones_like(patch_sizes, dtype=torch.bool) if mask is None else mask,
             "is_padded": mask is not None,
+            "counts": selected.counts,
             "split_scores": tuple(scores),
         }
-        return placed, selected, centers
+        return placed, decoded, centers
 
     def patch_grids_of(self, image_size: tuple[int, int], levels: int) -> list[tuple[int, int]]:
         """(rows, columns) of each level for an image of (height, width), largest patches first."""
@@ -222,26 +229,25 @@ class PatchTokenizer(nn.Module):
     def embed(
         self,
         pixel_values: torch.Tensor,
-        nodes: torch.Tensor,
-        mask: torch.Tensor | None,
+        selected: SelectedNodes,
         scores: Sequence[torch.Tensor],
         levels: int,
         maps: Sequence[torch.Tensor] | None = None,
     ) -> TokenizerOutput:
-        """Tokens of the patches `nodes` (batch, num_tokens), counted from 1 through `levels` levels, 0 = padding.
+        """Tokens of the selected patches, whose nodes are counted from 1 through `levels` levels.
 
         With `maps`, the embeddings of all patches of each level, the tokens are taken from there.
         """
         patch_grids = self.patch_grids_of(tuple(pixel_values.shape[-2:]), levels)
         # Tokens are many and large: rather than to copy them behind the prefix tokens, these get places among them.
-        nodes = F.pad(nodes, (self.config.num_prefix_tokens, 0))
-        placed, selected, centers = self.place(nodes, mask, scores, patch_grids)
+        nodes = F.pad(selected.nodes, (self.config.num_prefix_tokens, 0))
+        placed, decoded, centers = self.place(nodes, selected, scores, patch_grids)
         if self.position_embeddings is None:
             positions = self.sinusoidal_positions(centers, max(patch_grids[-1]))
         else:
             positions = self.learned_positions(nodes, patch_grids)
         if maps is None:
-            embedded = self.patch_embeddings(self.patches_of(pixel_values, selected, levels))
+            embedded = self.patch_embeddings(self.patches_of(pixel_values, decoded, levels))
         else:
             embedded = take_nodes(maps, nodes)
         return TokenizerOutput(self.assemble(embedded, positions), **placed)
@@ -256,22 +262,20 @@ class VanillaTokenizer(PatchTokenizer):
     """All patches of the smallest size: the tokenizer of a plain ViT, and the control of `QuadtreeTokenizer`.
 
     Positions are those of patch centres, so that its tokens are those of a `QuadtreeTokenizer` with every patch split;
-    the published one takes the top left corner of a patch, half a patch away.
-
-    Args:
-        config: `max_patch_size`, the budget and the scorer do not matter.
+    the published one takes the top left corner of a patch, half a patch away. Of the config, `max_patch_size`, the
+    budget and the scorer do not matter.
     """
 
     def forward(
         self,
         pixel_values: torch.Tensor,
-        num_tokens: int | None = None,
+        num_tokens: int | Sequence[int] | None = None,
         split_threshold: float | None = None,
         patch_scores: Sequence[torch.Tensor] | torch.Tensor | None = None,
     ) -> TokenizerOutput:
         """
         Args:
-            pixel_values: (batch, channels, height, width), height and width multiples of `min_patch_size`.
+            pixel_values: (batch, channels, height, width), sides multiples of `min_patch_size`.
             num_tokens: refused unless it is the number of patches.
             split_threshold: without effect, as no patch can be split.
             patch_scores: without effect.
@@ -284,17 +288,16 @@ class VanillaTokenizer(PatchTokenizer):
         check_multiple((height, width), size, "min_patch_size")
         rows, columns = height // size, width // size
         if num_tokens is not None:
-            check_token_budget(num_tokens, rows * columns, rows * columns, self.config.round_num_tokens)
+            check_budget_of_batch(num_tokens, pixel_values, (rows * columns,) * 2, self.config.round_num_tokens)
 
         nodes = torch.arange(1, rows * columns + 1, device=pixel_values.device).expand(pixel_values.shape[0], -1)
-        return self.embed(pixel_values, nodes, None, (), levels=1)
+        return self.embed(pixel_values, SelectedNodes(nodes), (), levels=1)
 
 
 class QuadtreeTokenizer(PatchTokenizer):
     """Small patches where the image is busy, large ones elsewhere: pixels -> embedded tokens.
 
-    Args:
-        config: sizes, budget, scorer, width and positions; the encoder's fields do not matter.
+    Of the config, the encoder's fields do not matter.
     """
 
     def __init__(self, config: QuadtreeViTConfig):
@@ -304,8 +307,8 @@ class QuadtreeTokenizer(PatchTokenizer):
         self.aggregation = PatchAggregation(config) if config.large_patch_embedding == "aggregate" else None
 
     def resolve_budget(
-        self, num_tokens: int | None, split_threshold: float | None
-    ) -> tuple[int | None, float | int | None]:
+        self, num_tokens: int | Sequence[int] | None, split_threshold: float | None
+    ) -> tuple[int | Sequence[int] | None, float | int | None]:
         """The budget of this call: what the call gives, or, when it gives neither, both as the config says."""
         if num_tokens is None and split_threshold is None:
             return self.config.num_tokens, self.config.split_threshold
@@ -314,15 +317,15 @@ class QuadtreeTokenizer(PatchTokenizer):
     def forward(
         self,
         pixel_values: torch.Tensor,
-        num_tokens: int | None = None,
+        num_tokens: int | Sequence[int] | None = None,
         split_threshold: float | None = None,
         patch_scores: Sequence[torch.Tensor] | torch.Tensor | None = None,
     ) -> TokenizerOutput:
         """
         Args:
             pixel_values: (batch, channels, height, width), height and width multiples of `max_patch_size`.
-            num_tokens: tokens of every image: (height / max) (width / max) + 3 k. With `split_threshold`, the
-                maximum, to which all are padded.
+            num_tokens: tokens of every image: (height / max) (width / max) + 3 k; or a list, of one number for each.
+                With `split_threshold`, the maximum, to which all are padded.
             split_threshold: splits patches whose score is higher; padded to the longest image.
             patch_scores: used instead of the scorer's: one (batch, rows, columns) tensor for each size of patch that
                 can be split, largest first; or one map (batch, height, width), averaged to each grid.
@@ -335,7 +338,8 @@ class QuadtreeTokenizer(PatchTokenizer):
         check_multiple((height, width), config.max_patch_size, "max_patch_size")
         num_tokens, split_threshold = self.resolve_budget(num_tokens, split_threshold)
         if num_tokens is not None:
-            check_token_budget(num_tokens, *config.num_tokens_range((height, width)), config.round_num_tokens)
+            allowed = config.num_tokens_range((height, width))
+            check_budget_of_batch(num_tokens, pixel_values, allowed, config.round_num_tokens)
 
         pixel_values = pixel_values.float().contiguous()
         if config.merge_layer:
@@ -346,10 +350,10 @@ class QuadtreeTokenizer(PatchTokenizer):
             projection = self.patch_embeddings.projection
             maps = embedding_pyramid(projection, pixel_values, config.num_levels, config.reduction)
         scores = scorer.score_embeddings(maps) if scorer.reads_embeddings else scorer(pixel_values, patch_scores)
-        nodes, mask = select_nodes(scores, num_tokens, split_threshold, config.round_num_tokens)
+        selected = select_nodes(scores, num_tokens, split_threshold, config.round_num_tokens)
         if self.aggregation is not None:
             maps = self.aggregation(maps)
-        return self.embed(pixel_values, nodes, mask, scores, config.num_levels, maps)
+        return self.embed(pixel_values, selected, scores, config.num_levels, maps)
 
     def all_smallest(self, pixel_values: torch.Tensor) -> TokenizerOutput:
         """Tokens of all smallest patches: what `merge` starts from."""
@@ -357,13 +361,13 @@ class QuadtreeTokenizer(PatchTokenizer):
         first = 1 + sum(rows * columns for rows, columns in grids[:-1])
         count = grids[-1][0] * grids[-1][1]
         nodes = torch.arange(first, first + count, device=pixel_values.device).expand(pixel_values.shape[0], -1)
-        return self.embed(pixel_values, nodes, None, (), self.config.num_levels)
+        return self.embed(pixel_values, SelectedNodes(nodes), (), self.config.num_levels)
 
     def merge(
         self,
         hidden_states: torch.Tensor,
         image_size: tuple[int, int],
-        num_tokens: int | None = None,
+        num_tokens: int | Sequence[int] | None = None,
         split_threshold: float | None = None,
         patch_scores: Sequence[torch.Tensor] | torch.Tensor | None = None,
     ) -> TokenizerOutput:
@@ -386,9 +390,9 @@ class QuadtreeTokenizer(PatchTokenizer):
         else:
             pixels = hidden_states.new_empty((hidden_states.shape[0], 1, *image_size))
             scores = self.precomputed_scorer(pixels, patch_scores)
-        nodes, mask = select_nodes(scores, num_tokens, split_threshold, config.round_num_tokens)
-        placed, _, _ = self.place(F.pad(nodes, (num_prefix, 0)), mask, scores, grids)
-        tokens = torch.cat([hidden_states[:, :num_prefix], take_nodes(maps, nodes)], dim=1)
+        selected = select_nodes(scores, num_tokens, split_threshold, config.round_num_tokens)
+        placed, _, _ = self.place(F.pad(selected.nodes, (num_prefix, 0)), selected, scores, grids)
+        tokens = torch.cat([hidden_states[:, :num_prefix], take_nodes(maps, selected.nodes)], dim=1)
         return TokenizerOutput(tokens, **placed)
 
 

@@ -8,8 +8,6 @@ Memory: the language model is made once, without values, and filled tensor by te
 read.
 """
 
-import json
-import pickle
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,6 +32,7 @@ from transformers import (
 from transformers.initialization import no_init_weights
 
 from ...utils.checkpoint_files import load_torch_file
+from ...utils.weight_files import fill_model, iterate_tensors, read_json
 from .configuration_s2_vision import S2VisionConfig
 from .image_processing_s2_vision import S2ImageProcessor
 
@@ -64,43 +63,6 @@ CHAT_TEMPLATE = (
     "{% endif %}{% endfor %}{% endif %}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Raises ValueError for a file that is missing or no JSON object."""
-    try:
-        record = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"`{path}` is missing or no readable JSON: {error}.") from error
-    if not isinstance(record, dict):
-        raise ValueError(f"`{path}` must hold a JSON object, got {type(record).__name__}.")
-    return record
-
-
-def _mapped(file: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a `.bin` file, left on disk until they are used where the file's format allows that."""
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, pickle.UnpicklingError):  # the old format cannot be mapped; a refused pickle gets its reason
-        return load_torch_file(file)
-
-
-def iterate_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of a folder's weight files, one at a time, from mapped files.
-
-    Raises:
-        ValueError: if there are none, or a pickle holds more than tensors.
-    """
-    files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
-    if not files:
-        raise ValueError(f"`{folder}` has no weights: expected model*.safetensors or pytorch_model*.bin.")
-    for file in files:
-        if file.suffix == ".safetensors":
-            with safe_open(file, framework="pt", device="cpu") as tensors:
-                for name in tensors.keys():  # noqa: SIM118
-                    yield name, tensors.get_tensor(name)
-        else:
-            yield from _mapped(file).items()
 
 
 def new_name(name: str) -> str | None:
@@ -232,19 +194,6 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _fill(parameter: torch.Tensor, tensor: torch.Tensor, name: str) -> None:
-    """Copies a tensor; an embedding may have fewer rows than the model, whose others become the mean."""
-    is_vocabulary = name.endswith(("embed_tokens.weight", "lm_head.weight"))
-    rows = tensor.shape[0] if tensor.ndim else 0
-    if tensor.shape == parameter.shape:
-        parameter.copy_(tensor)
-    elif is_vocabulary and tensor.shape[1:] == parameter.shape[1:] and rows < parameter.shape[0]:
-        parameter[:rows].copy_(tensor)
-        parameter[rows:] = tensor.float().mean(dim=0).to(parameter.dtype)
-    else:
-        raise ValueError(f"{name!r} has the shape {tuple(tensor.shape)}, the model wants {tuple(parameter.shape)}.")
-
-
 def _trainables(source: Path) -> dict[str, torch.Tensor]:
     """What LLaVA saved beside an adapter or in place of a model: projector and the like, under the names of the
     model.
@@ -282,26 +231,6 @@ def _base_folder(source: Path, base: str | None, record: dict[str, Any]) -> Path
             f"as `base`, got {base!r}."
         )
     return Path(base)
-
-
-def _fill_model(model: LlavaForConditionalGeneration, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
-    parameters = dict(model.named_parameters())
-    wanted = {name for name in parameters if not name.startswith("model.vision_tower.")}
-    if model.config.text_config.tie_word_embeddings:
-        wanted.discard("lm_head.weight")
-    with torch.no_grad():
-        for old, tensor in weights:
-            name = new_name(old)
-            if name is None or (name == "lm_head.weight" and name not in parameters):
-                continue
-            if name not in parameters:
-                raise ValueError(
-                    f"The checkpoint holds {old!r}, which this model does not have: is `vision_tower` the right one?"
-                )
-            _fill(parameters[name], tensor, name)
-            wanted.discard(name)
-    if wanted:
-        raise ValueError(f"The checkpoint lacks {len(wanted)} weights of the model, {sorted(wanted)[0]!r} among them.")
 
 
 def load_llava_s2(
@@ -357,7 +286,9 @@ def load_llava_s2(
     clip = AutoModel.from_pretrained(vision_name, config=vision_config, dtype=dtype)
     model.model.vision_tower.vision_model.load_state_dict(clip.state_dict())
     del clip
-    _fill_model(model, _weights(source, base))
+    tied = ("lm_head.weight",) if text_config.tie_word_embeddings else ()
+    hint = ": is `vision_tower` the right one?"
+    fill_model(model, _weights(source, base), new_name, "model.vision_tower.", tied, hint)
     model.tie_weights()
     generation = base or source
     if (generation / "generation_config.json").is_file():
@@ -383,4 +314,4 @@ def _image_processor(vision_name: str):
     return AutoImageProcessor.from_pretrained(vision_name, trust_remote_code=False)
 
 
-__all__ = ["iterate_tensors", "load_llava_s2", "read_json", "s2_config"]
+__all__ = ["load_llava_s2", "s2_config"]

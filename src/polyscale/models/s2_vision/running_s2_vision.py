@@ -94,20 +94,24 @@ class TileRunner:
         wanted = _wanted(self.output_hidden_states, len(states))
         if wanted:
             values["hidden_states"] = tuple(
-                self._on_grid(state, outputs, tile) if layer in wanted else None for layer, state in enumerate(states)
+                self._on_grid(state, outputs, tile, layer) if layer in wanted else None
+                for layer, state in enumerate(states)
             )
         if self.output_attentions and outputs.get("attentions"):
             values["attentions"] = tuple(outputs["attentions"])
         return named_parts(values)
 
     def _on_grid(
-        self, tensor: torch.Tensor | None, outputs: ModelOutput, tile: tuple[int, int]
+        self, tensor: torch.Tensor | None, outputs: ModelOutput, tile: tuple[int, int], layer: int | None = None
     ) -> torch.Tensor | None:
-        """Tokens (n, tokens, channels) of the wrapped model in row order, where it can tell where each is from."""
+        """Tokens (n, tokens, channels) of the wrapped model in row order, where it can tell where each is from.
+
+        `layer` counts as in `hidden_states`; the last when None.
+        """
         to_grid = getattr(self.model, "tokens_to_grid", None)
         if tensor is None or tensor.ndim != 3 or to_grid is None:
             return tensor
-        return to_grid(tensor, outputs, tile)
+        return to_grid(tensor, outputs, tile, layer)
 
     def run_in_chunks(self, tiles: torch.Tensor, batch: int, **budget) -> dict[Part, torch.Tensor | None]:
         """`run` on any number of tiles, as many at a time as the config says for a batch of `batch` images."""

@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageDraw
 from transformers import PreTrainedModel
 
-from ...utils.images import to_rgb
+from ...figures import preprocess
 from ...utils.processors import seen_region
 
 
@@ -121,9 +121,7 @@ def draw_sparseformer(
     wrong = [token for token in tokens if not 0 <= token < num_tokens]
     if wrong:
         raise ValueError(f"`tokens` must be indices from 0 to {num_tokens - 1}, got {wrong}.")
-    image = to_rgb(image)
-    inputs = processor(image, return_tensors="pt").to(model.device)
-    outputs = model(**inputs, output_sampling_points=True, output_sampling_rois=True)
+    outputs = model(preprocess(image, processor, model), output_sampling_points=True, output_sampling_rois=True)
     seen = seen_region(image, processor)
     steps = [
         (points[0].float().cpu(), rois[0].cpu())
