@@ -60,12 +60,39 @@ def check_processor(processor: ProcessorMixin, config: PreTrainedConfig) -> None
         )
 
 
-def _hosted(config: PreTrainedConfig, adapter: LlavaAdapter) -> tuple[PreTrainedConfig, list[str]]:
-    """The config of a tower as the host sees it, and what changed in it."""
+def _hosted(
+    config: PreTrainedConfig, adapter: LlavaAdapter, layer: int | list[int]
+) -> tuple[PreTrainedConfig, list[str]]:
+    """The config of a tower as the host sees it, and what changed in it.
+
+    Args:
+        config: of the tower.
+        adapter: of the host.
+        layer: what the host reads.
+    """
     if not isinstance(config, TokenBudgetMixin):
         return config, []
+    if getattr(config, "merge_tokens_to", None) is not None:
+        config = copy.deepcopy(config)
+        config.merge_layers = _merging_layers(config, layer)
     hosted, notes = config.hosted()
     return PackedTowerConfig(vision_config=hosted, num_front_tokens=adapter.num_front_tokens), notes
+
+
+def _merging_layers(config: PreTrainedConfig, layer: int | list[int]) -> int:
+    """How many layers of a tower may merge tokens, so that all is merged in those that are read.
+
+    Raises:
+        ValueError: where what goes into the first layer is read.
+    """
+    count = config.num_hidden_layers
+    first = min(index % (count + 1) for index in ([layer] if isinstance(layer, int) else layer))
+    if first == 0:
+        raise ValueError(
+            f"`vision_feature_layer` {layer} reads what goes into the first layer, where no token is merged yet; "
+            f"`tower` has `merge_tokens_to={config.merge_tokens_to}`."
+        )
+    return first if config.merge_layers is None else min(first, config.merge_layers)
 
 
 @dataclass
@@ -174,8 +201,8 @@ def swap_vision_tower(
     if processor is not None:
         check_processor(processor, config)
     with attention_kept(tower):
-        outer, notes = _hosted(tower.config, adapter)
-        layer = _feature_layer(outer, vision_feature_layer, config.vision_feature_layer)
+        layer = _feature_layer(tower.config, vision_feature_layer, config.vision_feature_layer)
+        outer, notes = _hosted(tower.config, adapter, layer)
         plan = _plan(adapter, config, outer, layer, tile_side(config.vision_config))
         new_processor = None
         if processor is not None:
@@ -245,7 +272,7 @@ def set_token_budget(llava_model: PreTrainedModel, processor: ProcessorMixin, **
             f"The vision tower is a {old.model_type!r}, which has no token budget: put a tower of this library in its "
             "place with `swap_vision_tower`."
         )
-    outer, _ = _hosted(old.with_budget(**knobs), adapter)
+    outer, _ = _hosted(old.with_budget(**knobs), adapter, config.vision_feature_layer)
     plan = _plan(adapter, config, outer, config.vision_feature_layer, tile_side(config.vision_config))
     own = adapter.resized_image_processor(processor, plan.config, plan.layout)
     new_processor = adapter.make_processor(processor, plan.config, plan.layout, own)
