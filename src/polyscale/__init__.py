@@ -24,6 +24,7 @@ from .models.flexivit import (
     FlexiViTImageProcessor,
     FlexiViTImageProcessorPil,
     FlexiViTModel,
+    FlexiViTModelWithProjection,
 )
 from .models.quadtree_vit import (
     FeatureBasedPatchScorer,
@@ -36,6 +37,7 @@ from .models.quadtree_vit import (
     QuadtreeViTImageProcessor,
     QuadtreeViTImageProcessorPil,
     QuadtreeViTModel,
+    QuadtreeViTModelWithProjection,
     RandomPatchScorer,
     VanillaTokenizer,
     gradcam_oracle,
@@ -49,6 +51,7 @@ from .models.s2_vision import (
     S2VisionConfig,
     S2VisionForImageClassification,
     S2VisionWrapper,
+    fit_tile_map,
     multiscale_forward,
 )
 from .models.sparseformer import (
@@ -104,6 +107,7 @@ __all__ = [
     "FlexiViTImageProcessor",
     "FlexiViTImageProcessorPil",
     "FlexiViTModel",
+    "FlexiViTModelWithProjection",
     "PatchSizeCallback",
     "PixelBlurPatchScorer",
     "PrecomputedPatchScorer",
@@ -114,6 +118,7 @@ __all__ = [
     "QuadtreeViTImageProcessor",
     "QuadtreeViTImageProcessorPil",
     "QuadtreeViTModel",
+    "QuadtreeViTModelWithProjection",
     "RandomPatchScorer",
     "S2ImageProcessor",
     "S2ImageProcessorPil",
@@ -139,6 +144,7 @@ __all__ = [
     "classify_with_policy",
     "convert_checkpoint",
     "convert_patch_embed",
+    "fit_tile_map",
     "gradcam_oracle",
     "interpolate_resize_patch_embed",
     "multiscale_forward",

@@ -14,6 +14,8 @@ import pyarrow.parquet as pq
 import torch
 from accelerate import PartialState
 from PIL import Image
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
 
 from .layers.token_budget import budget_kwargs
 from .loading import LoadedModel, load_base_model
@@ -105,18 +107,30 @@ def _ahead(
             yield ready
 
 
+def takes_texts(model: PreTrainedModel) -> bool:
+    """Whether a model is CLIP-like: it embeds texts beside images."""
+    return hasattr(model, "get_text_features") and hasattr(model, "get_image_features")
+
+
+def image_outputs(
+    model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], budget: Mapping[str, Any]
+) -> ModelOutput:
+    """What a model says about prepared images; of a CLIP-like one `pooler_output` is what compares with texts."""
+    inputs = {
+        name: value.to(model.device, model.dtype if value.is_floating_point() else None)
+        for name, value in inputs.items()
+    }
+    return (model.get_image_features if takes_texts(model) else model)(**inputs, **budget)
+
+
 @torch.inference_mode()
 def _embed(loaded: LoadedModel, groups: list, count: int, tokens: bool, budget: Mapping[str, Any]) -> list[np.ndarray]:
     """One array per image: (width,), or with `tokens` (tokens, width), prefix tokens and padding left out."""
     model = loaded.model
-    num_prefix = getattr(model.config, "num_prefix_tokens", 0)
+    num_prefix = getattr(getattr(model.config, "vision_config", model.config), "num_prefix_tokens", 0)
     rows: list[np.ndarray | None] = [None] * count
     for indices, inputs in groups:
-        inputs = {
-            name: value.to(model.device, model.dtype if value.is_floating_point() else None)
-            for name, value in inputs.items()
-        }
-        outputs = model(**inputs, **budget)
+        outputs = image_outputs(model, inputs, budget)
         if tokens:
             mask = getattr(outputs, "token_mask", None)
             hidden = outputs.last_hidden_state[:, num_prefix:].float().cpu()
@@ -180,7 +194,8 @@ def embed_images(
             hub.
         out (`str` or `os.PathLike`): the folder to write.
         model (`str`, `os.PathLike` or `LoadedModel`, *optional*, defaults to `"flexivit-cifar10"`): name of a bundled
-            checkpoint, local folder, or name on the hub, of any vision model.
+            checkpoint, local folder, or name on the hub, of any vision model; of a CLIP-like one, embeddings that
+            compare with those of texts (`search_embeddings`).
         budget (*optional*): a value of its budget argument (a patch size, a number of tokens, scales).
         tokens (`bool`, *optional*, defaults to `False`): the tokens of each image, not one pooled vector.
         batch_size (`int`, *optional*, defaults to 32): images per forward pass.
@@ -250,4 +265,4 @@ def embed_images(
     return EmbeddingSummary(written, found, damaged)
 
 
-__all__ = ["EmbeddingSummary", "embed_images"]
+__all__ = ["RECORD", "EmbeddingSummary", "embed_images", "image_outputs", "takes_texts"]

@@ -20,10 +20,17 @@ def embed(
     batch_size: Annotated[int, typer.Option(help="Images per forward pass.", min=1)] = 32,
     shard_size: Annotated[int, typer.Option(help="Images per file.", min=1)] = 4096,
     num_workers: Annotated[int, typer.Option(help="Threads that open and resize images.", min=1)] = 2,
+    search: Annotated[
+        str | None,
+        typer.Option(metavar="IMAGE|TEXT", help="Print the nearest images; by words where the model is CLIP-like."),
+    ] = None,
+    top: Annotated[int, typer.Option(help="To --search: how many images.", min=1)] = 5,
     device: Device = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Embed many images into sharded parquet files, at one token budget.
+
+    With --search also find images in it.
 
     On several processes: torchrun --nproc-per-node 2 -m polyscale embed ..., or accelerate launch -m polyscale ...
     """
@@ -57,6 +64,21 @@ def embed(
             note("embed", entry["error"])
         there = f", {summary.found} were there already" if summary.found else ""
         typer.echo(f"Embedded {summary.written} images into {out}{there}; {len(summary.damaged)} could not be read.")
+        if search is not None:
+            _print_nearest(out, search, top, device, trust_remote_code)
+
+
+def _print_nearest(out: Path, query: str, top: int, device: str | None, trust_remote_code: bool) -> None:
+    """One line per image: the cosine and the file; on several processes the first prints, when all are done."""
+    from accelerate import PartialState
+
+    from polyscale.searching import search_embeddings
+
+    state = PartialState()
+    state.wait_for_everyone()
+    if state.is_main_process:
+        for found in search_embeddings(out, query, top=top, device=device, trust_remote_code=trust_remote_code):
+            typer.echo(f"{found.score:.4f}  {found.file}")
 
 
 __all__ = ["embed"]

@@ -182,6 +182,10 @@ def test_what_cannot_be_swapped_is_refused(clip):
         swap_dual_encoder_tower(
             SiglipModel(SiglipConfig(vision_config=SMALL, text_config={**SMALL, "hidden_size": 16})), tower
         )
+    whole = flexivit_from_source(load_flexivit_source(clip))  # with CLIP's projection
+    with pytest.raises(ValueError, match="must be FlexiViTModel, a model without a head"):
+        swap_dual_encoder_tower(clip, whole)
+    assert isinstance(swap_dual_encoder_tower(clip, whole.base_model).vision_model, polyscale.FlexiViTModel)
     with pytest.raises(ValueError, match="`processor` has no use for a CLIPModel"):
         polyscale.swap_vision_tower(clip, tower, processor=object())
     swapped = polyscale.swap_vision_tower(clip, tower)

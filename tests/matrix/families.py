@@ -69,6 +69,7 @@ class Family:
     budgets: tuple[Budget, ...]  # the config's own first; at least two where the family has a knob
     llava: LlavaRecipe | None
     llava_budgets: tuple[Budget, ...]  # two, set in the tower's config
+    projecting: type | None = None  # with CLIP's projection, where the family has one
     input_shape: tuple[int, ...] = (3, 32, 32)  # of one image, or of one video (frames first)
     # Overrides of the config for Hugging Face's common suite, where it counts layers otherwise.
     common_overrides: dict[str, Any] = field(default_factory=dict)
@@ -147,6 +148,7 @@ FLEXIVIT = Family(
     ),
     llava=LlavaRecipe("default", count_a_grid),
     llava_budgets=(Budget({"patch_size": 8}, 16), Budget({"patch_size": 16}, 4)),
+    projecting=polyscale.FlexiViTModelWithProjection,
     training_overrides={"train_patch_sizes": [4, 8, 16]},
     make_callbacks=lambda: [polyscale.PatchSizeCallback()],
     dropout_overrides=_ENCODER_DROPOUT,
@@ -173,6 +175,7 @@ QUADTREE_VIT = Family(
     gaps={_EXECUTORCH: Gap("aten.sort.stable", "ExecuTorch has no stable sort.")},
     llava=LlavaRecipe("default", count_a_number),
     llava_budgets=(Budget({"num_tokens": 16}, 16), Budget({"num_tokens": 40}, 40)),
+    projecting=polyscale.QuadtreeViTModelWithProjection,
     dropout_overrides=_ENCODER_DROPOUT,
     common_skips={
         "test_inputs_embeds": _NO_TEXT_EMBEDDING,
@@ -224,6 +227,7 @@ SPARSEFORMER = Family(
     budgets=(Budget({}, 9),),
     llava=LlavaRecipe("full", count_a_number, fixed_budget=_FIXED_TOKENS),
     llava_budgets=(Budget({"num_latent_tokens": 9}, 9), Budget({"num_latent_tokens": 16}, 16)),
+    projecting=polyscale.SparseFormerModelWithProjection,
     dropout_overrides={"drop_path_rate": 0.2},
     deeper_overrides=_SPARSEFORMER_DEEPER,
     lora_targets=("qkv", "fc1"),

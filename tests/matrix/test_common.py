@@ -93,6 +93,19 @@ def _model_test(family: Family) -> type:
     return type(f"TestCommonModel_{family.name}", (_modeling.ModelTesterMixin, unittest.TestCase), members)
 
 
+def _projection_test(family: Family) -> type:
+    """The model with CLIP's projection; like CLIP's own it computes no loss, so that it is not trained alone."""
+
+    def set_up(self):
+        self.model_tester = ModelTester(family)
+        self.model_tester.is_training = False
+
+    base = _model_test(family)
+    return type(
+        f"TestCommonProjection_{family.name}", (base,), {"setUp": set_up, "all_model_classes": (family.projecting,)}
+    )
+
+
 def _backbone_test(family: Family) -> type:
     def set_up(self):
         self.model_tester = ModelTester(family)
@@ -129,6 +142,8 @@ def _processor_test(family: Family) -> type:
 
 for _family in FAMILIES:
     _makers = [_model_test]
+    if _family.projecting is not None:
+        _makers.append(_projection_test)
     if _family.backbone is not None:
         _makers.append(_backbone_test)
     if _family.processor_pil is not None:

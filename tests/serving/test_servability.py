@@ -1,6 +1,7 @@
 """Every tower in every kind of LLaVA model, asked what a server asks."""
 
 from importlib.metadata import entry_points
+from pathlib import Path
 
 import pytest
 from transformers import CLIPVisionConfig, CLIPVisionModel
@@ -9,6 +10,7 @@ from polyscale.llava import set_token_budget
 from polyscale.serving import check_servable
 
 from ..llava.llava_tiny import CLIP, HOSTS, TOWERS, swapped
+from .servable_table import END, HOST_TITLES, START, TOWER_TITLES
 
 
 GRIDS = ("s2", "flexivit", "flexivit_no_cls", "flexivit_registers")
@@ -23,6 +25,25 @@ def test_every_tower_in_every_host(host, name):
     report = check_servable(*swapped(name, host))
     assert report.passed, str(report)
     assert len(report.checks) == 11
+
+
+@pytest.mark.parametrize(
+    ("host", "name"), [(host, name) for host in HOSTS for name in TOWERS if (host, name) not in PAIRS]
+)
+def test_every_other_pair_is_refused(host, name):
+    with pytest.raises(ValueError, match="A LlavaForConditionalGeneration takes it"):
+        swapped(name, host)
+
+
+def test_the_documentation_has_the_table():
+    """Of this run: `servable_table.py` writes it."""
+    table = (Path(__file__).parents[2] / "docs" / "serving.md").read_text().partition(START)[2].partition(END)[0]
+    rows = [row.split(" | ") for row in table.splitlines() if row.startswith("| ")][1:]
+    assert set(TOWER_TITLES) == {"own", *TOWERS}
+    for name, row in zip(TOWER_TITLES, rows, strict=True):
+        for host, cell in zip(HOST_TITLES, row[1:], strict=True):
+            works = name == "own" or (host, name) in PAIRS
+            assert cell.strip(" |").startswith("11 of 11" if works else "refused"), (name, host, cell)
 
 
 @pytest.mark.parametrize("host", HOSTS)
@@ -63,7 +84,6 @@ def test_the_plugin_is_declared():
     found = [point for point in entry_points(group="vllm.general_plugins") if point.name == "polyscale"]
     if not found:  # an installation made before the entry point was added
         import tomllib
-        from pathlib import Path
 
         project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
         assert project["entry-points"]["vllm.general_plugins"] == {"polyscale": "polyscale.serving:register"}

@@ -1,5 +1,6 @@
 """The configuration fields of the ViT encoder in `encoder.py`, inherited by the config of each family that uses it."""
 
+import math
 from typing import Literal
 
 from transformers import PreTrainedConfig
@@ -28,6 +29,14 @@ ENCODER_SIZES = {
     "large": (1024, 24, 16),
     "huge": (1280, 32, 16),
 }
+# The same for training from scratch, by the most pixels that the shorter side of an image has.
+_TRAINING_SIZES = ((64, (192, 6, 3)), (160, ENCODER_SIZES["tiny"]), (math.inf, ENCODER_SIZES["small"]))
+
+
+def training_shape(image_size: tuple[int, int]) -> dict[str, int]:
+    """Fields of an encoder to train from scratch on images of (height, width) pixels: width, layers and heads."""
+    shape = next(shape for largest, shape in _TRAINING_SIZES if min(image_size) <= largest)
+    return dict(zip(("hidden_size", "num_hidden_layers", "num_attention_heads"), shape, strict=True))
 
 
 @checked_config
@@ -62,6 +71,9 @@ class EncoderConfig(CheckedConfigMixin, TokenBudgetMixin, BackboneConfigMixin, P
             activation: ViT's) or `"attention"` (a learned query that reads all tokens: SigLIP's).
         pooler_output_size (`int`, *optional*): width of the `"pooler"`; `hidden_size` when `None`.
         pooler_act (`str`, *optional*, defaults to `"tanh"`): activation of the `"pooler"`.
+        projection_dim (`int`, *optional*, defaults to 512): width of the image embeddings of a
+            `...ModelWithProjection` (CLIP).
+        projection_bias (`bool`, *optional*, defaults to `False`): whether that projection has a bias.
         use_cls_token (`bool`, *optional*, defaults to `True`): whether a CLS token comes first.
         use_distillation_token (`bool`, *optional*, defaults to `False`): whether DeiT's distillation token follows
             CLS.
@@ -75,6 +87,8 @@ class EncoderConfig(CheckedConfigMixin, TokenBudgetMixin, BackboneConfigMixin, P
             made for.
         merge_tokens_to (`int`, *optional*): merges similar tokens between the layers until this many are left after
             the last, prefix tokens not counted (ToMe, arXiv 2210.09461); nothing is merged when `None`.
+        merge_layers (`int`, *optional*): layers, the first ones, in which tokens merge; all when `None`. A host that
+            reads an earlier layer than the last finds `merge_tokens_to` tokens behind so many.
         keep_all_tokens (`bool`, *optional*, defaults to `False`): whether a classifier computes every token of the
             last layer, also those that its head does not read. Without it they are computed where
             `output_hidden_states` or `output_attentions` asks for them.
@@ -110,6 +124,8 @@ class EncoderConfig(CheckedConfigMixin, TokenBudgetMixin, BackboneConfigMixin, P
     pooling: Literal["cls", "mean", "cls_mean", "pooler", "attention"] = "cls"
     pooler_output_size: int | None = positive(None)
     pooler_act: str = activation("tanh")
+    projection_dim: int = positive(512)
+    projection_bias: bool = False
     use_cls_token: bool = True
     use_distillation_token: bool = False
     use_distillation_head: bool = False
@@ -120,6 +136,7 @@ class EncoderConfig(CheckedConfigMixin, TokenBudgetMixin, BackboneConfigMixin, P
     keep_all_tokens: bool = False
     pack_tokens: bool | str = choice(("auto", True, False), "auto")
     merge_tokens_to: int | None = positive(None)
+    merge_layers: int | None = positive(None)
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
     apply_layernorm: bool = True
@@ -197,12 +214,13 @@ class EncoderConfig(CheckedConfigMixin, TokenBudgetMixin, BackboneConfigMixin, P
         """See `TokenBudgetMixin.hosted`.
 
         Raises:
-            ValueError: where tokens are merged: a host may read an earlier layer, which has more of them.
+            ValueError: where tokens are merged in all layers: a host may read an earlier one, which has more of them.
         """
-        if self.merge_tokens_to is not None:
+        if self.merge_tokens_to is not None and self.merge_layers is None:
             raise ValueError(
-                f"`merge_tokens_to` must be None in a host model, got {self.merge_tokens_to}: a host reads the tokens "
-                "of a layer before the last, where fewer are merged. Use another budget."
+                f"`merge_tokens_to` must be None in a host model that does not say which layer it reads, got "
+                f"{self.merge_tokens_to}: fewer tokens are merged in layers before the last. Set `merge_layers` too, "
+                "to the number of layers up to that one, or use another budget."
             )
         return super().hosted()
 
@@ -223,4 +241,4 @@ class EncoderConfig(CheckedConfigMixin, TokenBudgetMixin, BackboneConfigMixin, P
         return self.hidden_size
 
 
-__all__ = ["ENCODER_SIZES", "EncoderConfig"]
+__all__ = ["ENCODER_SIZES", "EncoderConfig", "training_shape"]

@@ -102,9 +102,9 @@ def register_family(
         video_processor (`type`, *optional*): the video processor class.
         converter (`Callable` or `str`, *optional*): function (source, out, **options) that writes a checkpoint made
             from another library's into the empty folder `out`. Functions may be given as "module:function".
-        exporters (`dict[str, Callable | str]`, *optional*): name of another library's model ("vit", "timm") ->
-            function (source, out, **options) that writes a checkpoint of this family as one of that library into the
-            empty folder `out`.
+        exporters (`dict[str, Callable | str]`, *optional*): name of another library's model ("vit", "timm"), or
+            model type of another family -> function (source, out, **options) that writes a checkpoint of this family
+            as one of that kind into the empty folder `out`.
         drawing (`Callable` or `str`, *optional*): function (model, processor, image, budgets) -> matplotlib figure or
             PIL image: what the model looks at.
         budget_drawing (`Callable` or `str`, *optional*): function (axis, model, processor, image, budget) that draws

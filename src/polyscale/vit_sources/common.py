@@ -7,7 +7,8 @@ from transformers.image_utils import PILImageResampling
 
 from ..models.flexivit.configuration_flexivit import FlexiViTConfig
 from ..models.flexivit.image_processing_flexivit import FlexiViTImageProcessor
-from ..models.flexivit.modeling_flexivit import FlexiViTForImageClassification, FlexiViTModel
+from ..models.flexivit.modeling_flexivit import FlexiViTForImageClassification, FlexiViTModel, FlexiViTPreTrainedModel
+from ..models.flexivit.modeling_projection_flexivit import FlexiViTModelWithProjection
 from ..utils.checkpoint_files import check_state_dict, empty_model
 
 
@@ -16,11 +17,26 @@ ORDINARY_KERNEL = {"kernel_interpolation": "bicubic", "kernel_antialias": True}
 FLEXIVIT_KERNEL = {"kernel_interpolation": "bilinear", "kernel_antialias": False}
 
 
+# What comes on top of the model, by the first word of its tensors' names.
+_CLASSES = {
+    "head": FlexiViTForImageClassification,
+    "projection": FlexiViTModelWithProjection,
+    None: FlexiViTModel,
+}
+
+
+def head_of(state_dict: dict[str, torch.Tensor]) -> str | None:
+    """What comes on top of the model: "head" (a classifier), "projection" (CLIP's), or `None`."""
+    first_words = {name.partition(".")[0] for name in state_dict}
+    return next((head for head in _CLASSES if head in first_words), None)
+
+
 class FlexiViTSource(NamedTuple):
     """A checkpoint of another library in FlexiViT's terms.
 
     `config.architectures` names the class that `state_dict` belongs to: `FlexiViTForImageClassification` where the
-    source has a classifier, else `FlexiViTModel`. `image_processor` is None where the source says nothing about it.
+    source has a classifier, `FlexiViTModelWithProjection` where it has CLIP's projection, else `FlexiViTModel`.
+    `image_processor` is None where the source says nothing about it.
     """
 
     config: FlexiViTConfig
@@ -28,9 +44,13 @@ class FlexiViTSource(NamedTuple):
     image_processor: FlexiViTImageProcessor | None
 
     @property
-    def model_class(self) -> type[FlexiViTModel] | type[FlexiViTForImageClassification]:
-        has_head = self.config.architectures == [FlexiViTForImageClassification.__name__]
-        return FlexiViTForImageClassification if has_head else FlexiViTModel
+    def model_class(self) -> type[FlexiViTPreTrainedModel]:
+        return next(one for one in _CLASSES.values() if self.config.architectures == [one.__name__])
+
+    @property
+    def head(self) -> str | None:
+        """The first word of the names of a head's tensors: "head", "projection", or `None`."""
+        return head_of(self.state_dict)
 
 
 def label_maps(labels: list[str] | None, num_labels: int) -> dict[str, Any]:
@@ -65,7 +85,8 @@ def make_source(
 
     Args:
         fields: config fields that the source determines.
-        state_dict: tensors by the names of `FlexiViTModel`, a classifier's under "head.".
+        state_dict: tensors by the names of `FlexiViTModel`, a classifier's under "head.", CLIP's
+            projection under "projection.".
         image_processor: the source's, or None.
         source: what the tensors come from, for errors.
         overrides: config fields that the caller sets.
@@ -73,11 +94,11 @@ def make_source(
     Raises:
         ValueError: for an unknown field, or tensors that do not fit.
     """
-    has_head = any(name.startswith("head.") for name in state_dict)
-    model_class = FlexiViTForImageClassification if has_head else FlexiViTModel
+    head = head_of(state_dict)
+    model_class = _CLASSES[head]
     config = FlexiViTConfig(**{**fields, **overrides}, architectures=[model_class.__name__])
     state_dict = {
-        f"flexivit.{name}" if has_head and not name.startswith("head.") else name: tensor.detach().clone()
+        f"flexivit.{name}" if head and not name.startswith(f"{head}.") else name: tensor.detach().clone()
         for name, tensor in state_dict.items()
     }
     check_state_dict(state_dict, empty_model(model_class, config), source)
@@ -98,6 +119,7 @@ __all__ = [
     "ORDINARY_KERNEL",
     "RESAMPLINGS",
     "FlexiViTSource",
+    "head_of",
     "imagenet_labels",
     "label_maps",
     "make_image_processor",

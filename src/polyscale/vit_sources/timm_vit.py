@@ -44,6 +44,11 @@ _RULES = [
     (r"blocks\.(\d+)\.mlp\.(fc1|fc2|gate_proj|up_proj|down_proj)" + _AFFINE, r"layers.\1.mlp.\2.\3"),
     (r"norm" + _AFFINE, r"layernorm.\1"),
     (r"fc_norm" + _AFFINE, r"pooler.layernorm.\1"),
+    (r"attn_pool\.latent", "pooler.attention.probe"),
+    (r"attn_pool\.([qkv]_proj)" + _AFFINE, r"pooler.attention.\1.\2"),
+    (r"attn_pool\.proj" + _AFFINE, r"pooler.attention.o_proj.\1"),
+    (r"attn_pool\.norm" + _AFFINE, r"pooler.attention.layernorm.\1"),
+    (r"attn_pool\.mlp\.(fc[12])" + _AFFINE, r"pooler.attention.\1.\2"),
     (r"head" + _AFFINE, r"head.classifier.\1"),
     (r"head_dist" + _AFFINE, r"head.distillation_classifier.\1"),
 ]
@@ -84,6 +89,11 @@ def _layer_norms(model: nn.Module) -> Iterator[nn.Module]:
     for block in model.blocks:
         yield from (block.norm1, block.norm2)
     yield from (model.norm_pre, model.norm, model.fc_norm)
+    yield getattr(_attention_pooling(model), "norm", None)
+
+
+def _attention_pooling(model: nn.Module) -> nn.Module | None:
+    return getattr(model, "attn_pool", None)
 
 
 def _is_absent(module: nn.Module | None) -> bool:
@@ -91,6 +101,7 @@ def _is_absent(module: nn.Module | None) -> bool:
 
 
 def _activation_name(block: nn.Module) -> str | None:
+    """Of the MLP of a block, or of attention pooling."""
     activation = block.mlp.act
     if isinstance(activation, nn.GELU) and activation.approximate == "tanh":
         return "gelu_pytorch_tanh"
@@ -135,6 +146,32 @@ def _unsupported_block_parts(block: nn.Module) -> Iterator[str]:
         yield "a norm inside the MLP (scale_mlp_norm)"
 
 
+def _unsupported_pooling_parts(model: nn.Module) -> Iterator[str]:
+    """What timm's attention pooling has that ours, which is SigLIP's, does not."""
+    pool, block = model.attn_pool, model.blocks[0]
+    if type(pool).__name__ != "AttentionPoolLatent":
+        yield f"attention pooling of type {type(pool).__name__} (global_pool={model.global_pool!r})"
+        return
+    if model.num_prefix_tokens and not model.pool_include_prefix:
+        yield "attention pooling that leaves prefix tokens out (pool_include_prefix=False)"
+    if pool.pos_embed is not None:
+        yield "positions in the attention pooling (pos_embed)"
+    if pool.latent_len != 1:
+        yield f"attention pooling with {pool.latent_len} queries (latent_len)"
+    if not isinstance(pool.q, nn.Linear) or pool.q.bias is None:
+        yield "attention pooling without a projection of its query, or a bias in it (q_proj, qkv_bias)"
+    if not _is_absent(pool.q_norm) or not _is_absent(pool.k_norm):
+        yield "normalised queries and keys in the attention pooling (qk_norm)"
+    if pool.num_heads != block.attn.num_heads:
+        yield f"attention pooling with {pool.num_heads} heads, the blocks {block.attn.num_heads} (num_heads)"
+    if pool.mlp is None or _is_absent(pool.norm):
+        yield "attention pooling without an MLP or its norm"
+    elif (_mlp_kind(pool), _activation_name(pool)) != ("mlp", _activation_name(block)):
+        yield "attention pooling with another kind of MLP than the blocks"
+    elif pool.mlp.fc2.in_features != block.mlp.fc2.in_features:
+        yield "attention pooling with an MLP of another width than the blocks (mlp_ratio)"
+
+
 def _unsupported_parts(model: nn.Module) -> Iterator[str]:
     """What a timm model has that FlexiViT does not, by timm's names."""
     if type(model).__name__ not in ("VisionTransformer", "VisionTransformerDistilled"):
@@ -146,8 +183,8 @@ def _unsupported_parts(model: nn.Module) -> Iterator[str]:
         yield "a norm in the patch embedding (embed_norm_layer)"
     if model.pos_embed is None:
         yield "no learned positions (pos_embed)"
-    if getattr(model, "attn_pool", None) is not None:
-        yield f"attention pooling (global_pool={model.global_pool!r})"
+    if _attention_pooling(model) is not None:
+        yield from _unsupported_pooling_parts(model)
     elif model.global_pool not in ("token", "avg", ""):
         yield f"pooling global_pool={model.global_pool!r}"
     elif model.global_pool == "" and not _is_absent(model.head):
@@ -183,7 +220,10 @@ def _config_fields(model: nn.Module, architecture: str) -> dict[str, Any]:
     eps = next(norm.eps for norm in _layer_norms(model) if not _is_absent(norm))
     # What timm itself does when the size of the image changes: at run time, or when it loads the weights.
     bicubic = model.dynamic_img_size or not is_flexivit
-    pooling = "mean" if model.global_pool == "avg" or model.cls_token is None else "cls"
+    if _attention_pooling(model) is not None:
+        pooling = "attention"
+    else:
+        pooling = "mean" if model.global_pool == "avg" or model.cls_token is None else "cls"
     return {
         "hidden_size": model.embed_dim,
         "num_hidden_layers": len(model.blocks),
@@ -225,6 +265,11 @@ def _split_fused(state_dict: dict[str, torch.Tensor], packed_mlp: bool) -> dict[
             parent = module.removesuffix("qkv")
             for projection, part in zip("qkv", tensor.chunk(3), strict=True):
                 split[f"{parent}{projection}_proj.{leaf}"] = part
+        elif module == "attn_pool.kv":
+            for projection, part in zip("kv", tensor.chunk(2), strict=True):
+                split[f"attn_pool.{projection}_proj.{leaf}"] = part
+        elif module == "attn_pool.q":
+            split[f"attn_pool.q_proj.{leaf}"] = tensor
         elif packed_mlp and module.endswith(".mlp.fc1"):
             parent = module.removesuffix("fc1")
             split[f"{parent}gate_proj.{leaf}"], split[f"{parent}up_proj.{leaf}"] = tensor.chunk(2)
@@ -281,6 +326,29 @@ def _labels(pretrained_cfg: dict[str, Any], num_labels: int) -> list[str] | None
     return imagenet_labels(num_labels)
 
 
+def _is_projection(model: nn.Module, architecture: str, pretrained_cfg: dict[str, Any]) -> bool:
+    """Whether the "head" of a model is CLIP's projection to the space of its texts: as wide as that of published
+    weights of the architecture, which are no list of classes.
+    """
+    if "_clip_" not in architecture or pretrained_cfg.get("label_names"):
+        return False
+    from timm.models import get_arch_pretrained_cfgs
+
+    published = {cfg.num_classes for cfg in get_arch_pretrained_cfgs(architecture.partition(".")[0]).values()}
+    width = model.head.out_features
+    return width in published and imagenet_labels(width) is None
+
+
+def _as_projection(state_dict: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The classifier of a state dict as CLIP's projection, and the config's fields; timm gives it a bias of zeros."""
+    weight, bias = state_dict.pop("head.classifier.weight"), state_dict.pop("head.classifier.bias", None)
+    has_bias = bias is not None and bool(bias.any())
+    state_dict["projection.weight"] = weight
+    if has_bias:
+        state_dict["projection.bias"] = bias
+    return state_dict, {"projection_dim": weight.shape[0], "projection_bias": has_bias}
+
+
 def source_from_timm_model(
     model: nn.Module, pretrained_cfg: dict[str, Any] | None = None, **overrides: Any
 ) -> FlexiViTSource:
@@ -304,7 +372,10 @@ def source_from_timm_model(
     if mlp_kind != "mlp":
         state_dict = _name_swiglu(state_dict)
     state_dict = rename_keys(state_dict, _RULES, source)
-    if not _is_absent(model.head):
+    if not _is_absent(model.head) and _is_projection(model, architecture, pretrained_cfg):
+        state_dict, projection = _as_projection(state_dict)
+        fields |= projection
+    elif not _is_absent(model.head):
         num_labels = model.head.out_features
         fields |= label_maps(_labels(pretrained_cfg, num_labels), num_labels)
     processor = timm_image_processor(pretrained_cfg, tuple(model.patch_embed.img_size), fields["num_channels"])

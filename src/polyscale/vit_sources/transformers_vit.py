@@ -14,7 +14,8 @@ from transformers import AutoConfig, AutoImageProcessor, PreTrainedConfig, PreTr
 from transformers.utils import logging
 
 from ..models.flexivit.image_processing_flexivit import FlexiViTImageProcessor
-from ..models.flexivit.modeling_flexivit import FlexiViTForImageClassification, FlexiViTModel
+from ..models.flexivit.modeling_flexivit import FlexiViTForImageClassification, FlexiViTModel, FlexiViTPreTrainedModel
+from ..models.flexivit.modeling_projection_flexivit import FlexiViTModelWithProjection
 from ..utils.checkpoint_files import check_hub_name, check_index, rename_keys
 from ..utils.validation import to_pair
 from .common import ORDINARY_KERNEL, FlexiViTSource, label_maps, make_image_processor, make_source
@@ -59,6 +60,7 @@ _CLIP_RULES = [
     (r"encoder\.layers\.(\d+)\.layer_norm1" + _AFFINE, r"layers.\1.layernorm_before.\2"),
     (r"encoder\.layers\.(\d+)\.layer_norm2" + _AFFINE, r"layers.\1.layernorm_after.\2"),
     (r"post_layernorm" + _AFFINE, r"pooler.layernorm.\1"),
+    (r"visual_projection\.weight", "projection.weight"),
     (r"classifier" + _AFFINE, r"head.classifier.\1"),
 ]
 
@@ -82,9 +84,11 @@ SUPPORTED_CLASSES = {
     "clip_vision_model": ("CLIPVisionModel", "CLIPVisionModelWithProjection"),
     "siglip": ("SiglipModel", "SiglipForImageClassification"),
     "siglip_vision_model": ("SiglipVisionModel",),
-    "flexivit": ("FlexiViTModel", "FlexiViTForImageClassification"),
+    "flexivit": ("FlexiViTModel", "FlexiViTForImageClassification", "FlexiViTModelWithProjection"),
 }
-_OWN_CLASSES = {"FlexiViTModel": FlexiViTModel, "FlexiViTForImageClassification": FlexiViTForImageClassification}
+_OWN_CLASSES = {
+    one.__name__: one for one in (FlexiViTModel, FlexiViTForImageClassification, FlexiViTModelWithProjection)
+}
 
 
 def _shared_fields(config: PreTrainedConfig) -> dict[str, Any]:
@@ -207,10 +211,7 @@ def _vision_part(model: PreTrainedModel) -> tuple[PreTrainedConfig, dict[str, to
             state_dict = {name: t for name, t in state_dict.items() if not name.startswith("post_layernorm.")}
             state_dict |= {f"classifier.{name}": tensor for name, tensor in model.classifier.state_dict().items()}
         elif class_name != "CLIPVisionModel":
-            logger.warning(
-                f"Only the vision part of {class_name} is converted; `pooler_output` is that of CLIPVisionModel, "
-                "before the projection to the space that CLIP shares with text."
-            )
+            state_dict["visual_projection.weight"] = model.visual_projection.weight
         return vision.config, state_dict
     if config.model_type in ("siglip", "siglip_vision_model"):
         return _siglip_part(model)
@@ -241,9 +242,9 @@ def source_from_hf_model(
             f"A {class_name} cannot become a FlexiViT. What converts: "
             f"{', '.join(name for names in SUPPORTED_CLASSES.values() for name in names)}."
         )
-    model_type = model.config.model_type
-    if model_type == "flexivit":
+    if isinstance(model, FlexiViTPreTrainedModel):
         return _own_source(model, image_processor, overrides)
+    model_type = model.config.model_type
     config, state_dict = _vision_part(model)
     if not has_pooler:
         state_dict = {name: tensor for name, tensor in state_dict.items() if not name.startswith("pooler.")}
@@ -255,6 +256,7 @@ def source_from_hf_model(
         rules, fields = _SIGLIP_RULES, _siglip_fields(config, class_name)
     else:
         rules, fields = _CLIP_RULES, _clip_fields(config, class_name)
+        fields["projection_dim"] = model.config.projection_dim
     state_dict = rename_keys(state_dict, rules, class_name)
     if "head.classifier.weight" in state_dict:
         labels = [model.config.id2label[index] for index in range(model.config.num_labels)]

@@ -7,9 +7,10 @@ import torch
 import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import AutoImageProcessor, AutoModelForImageClassification
+from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification
 
-from polyscale import FlexiViTForImageClassification, FlexiViTModel
+from polyscale import FlexiViTForImageClassification, FlexiViTModel, FlexiViTModelWithProjection
+from polyscale.conversion import convert_checkpoint
 from polyscale.models.flexivit.convert_flexivit import flexivit_from_source, load_flexivit_source
 
 
@@ -76,12 +77,15 @@ def make_source(randomise):
 def run_source(model, images, **kwargs):
     is_whole_clip = type(model).__name__ in ("CLIPModel", "CLIPVisionModelWithProjection")
     with torch.no_grad():
-        return (model.vision_model if is_whole_clip else model)(images, **kwargs)
+        if not is_whole_clip:
+            return model(images, **kwargs)
+        outputs = model.vision_model(images, **kwargs)
+        return {**outputs, "image_embeds": model.visual_projection(outputs.pooler_output)}
 
 
 def assert_same_outputs(expected, actual, atol=1e-5):
     compared = 0
-    for name in ("logits", "last_hidden_state", "pooler_output"):
+    for name in ("logits", "last_hidden_state", "pooler_output", "image_embeds"):
         if expected.get(name) is not None:
             torch.testing.assert_close(actual[name], expected[name], atol=atol, rtol=1e-4)
             compared += 1
@@ -92,7 +96,9 @@ def assert_same_outputs(expected, actual, atol=1e-5):
 def test_outputs_equal_the_source(make_source, images, name):
     source = make_source(name)
     model = flexivit_from_source(load_flexivit_source(source))
-    assert isinstance(model, FlexiViTForImageClassification if "classifier" in name else FlexiViTModel)
+    kinds = {"classifier": FlexiViTForImageClassification, "with": FlexiViTModelWithProjection}
+    expected = next((kind for word, kind in kinds.items() if word in name.split()[1:]), FlexiViTModel)
+    assert type(model) is (FlexiViTModel if "bias" in name else expected)
     with torch.no_grad():
         actual = model(images)
     assert_same_outputs(run_source(source, images), actual)
@@ -109,6 +115,28 @@ def test_positions_are_resized_as_the_source_does(make_source, name, size):
     with torch.no_grad():
         actual = model(images)
     assert_same_outputs(run_source(source, images, **kwargs), actual, atol=1e-4)
+
+
+@torch.no_grad()
+def test_clips_projection_is_saved_and_has_a_budget(make_source, tmp_path, images):
+    source = make_source("clip with projection")
+    expected = source(images)
+    convert_checkpoint(source, tmp_path / "out")
+    model = FlexiViTModelWithProjection.from_pretrained(tmp_path / "out").eval()
+    outputs = model(images)
+    torch.testing.assert_close(outputs.image_embeds, expected.image_embeds, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(outputs[0], outputs.image_embeds, atol=0, rtol=0)
+    tower = AutoModel.from_pretrained(tmp_path / "out").eval()  # reads what is inside
+    assert type(tower) is FlexiViTModel
+    coarse = model(images, patch_size=16, pooled_only=True)
+    expected = model.projection(tower(images, patch_size=16).pooler_output)
+    torch.testing.assert_close(coarse.image_embeds, expected, atol=1e-5, rtol=1e-5)
+    assert coarse.last_hidden_state.shape[1] == 1
+    convert_checkpoint(tmp_path / "out", tmp_path / "again")
+    again = FlexiViTModelWithProjection.from_pretrained(tmp_path / "again").eval()
+    torch.testing.assert_close(again(images).image_embeds, outputs.image_embeds, atol=0, rtol=0)
+    with pytest.raises(ValueError, match="projection_dim"):
+        convert_checkpoint(tmp_path / "out", tmp_path / "vit", to="vit")
 
 
 def test_every_other_patch_size_runs_on_the_converted_model(make_source, images):

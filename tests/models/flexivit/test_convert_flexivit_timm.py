@@ -8,7 +8,8 @@ import transformers
 from PIL import Image
 from safetensors.torch import save_file
 
-from polyscale import FlexiViTForImageClassification
+from polyscale import FlexiViTForImageClassification, FlexiViTModelWithProjection
+from polyscale.conversion import convert_checkpoint
 from polyscale.models.flexivit.convert_flexivit import flexivit_from_source, load_flexivit_source
 from polyscale.vit_sources import transformers_vit
 
@@ -47,6 +48,12 @@ MODELS = {
     "SwiGLU": ("vit_tiny_patch16_224", {"mlp_layer": "SwiGLU", "act_layer": "silu"}),
     "gap with registers": ("vit_medium_patch16_reg4_gap_256", {}),
     "flexivit": ("flexivit_small", {}),
+    "siglip": ("vit_base_patch16_siglip_224", {}),
+    "siglip headless": ("vit_base_patch16_siglip_224", {"num_classes": 0}),
+    "siglip 2": ("vit_giantopt_patch16_siglip_256", {}),
+    "siglip, another MLP": ("vit_so400m_patch14_siglip_224", {"img_size": 56, "num_heads": 2}),
+    "siglip gap": ("vit_base_patch16_siglip_gap_224", {}),
+    "map over CLS too": ("vit_tiny_patch16_224", {"global_pool": "map", "pool_include_prefix": True}),
 }
 
 
@@ -77,6 +84,23 @@ def test_logits_equal_timms(randomise, name):
             expected = expected[:, 0]
     model = flexivit_from_source(load_flexivit_source(source))
     torch.testing.assert_close(logits_of(model, images), expected, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_clip_keeps_its_projection_and_goes_back(randomise, tmp_path):
+    """timm calls CLIP's projection a head of 512 classes, bias zero; lists of classes stay heads."""
+    shape = {"depth": 2, "embed_dim": 32, "num_heads": 2, "num_classes": 512}
+    source, images = create("vit_base_patch16_clip_224", randomise, **shape), torch.randn(2, 3, 64, 64)
+    source.head.bias.zero_()
+    model = flexivit_from_source(load_flexivit_source(source))
+    assert (type(model), model.projection.bias) == (FlexiViTModelWithProjection, None)
+    torch.testing.assert_close(model(images).image_embeds, source(images), atol=1e-5, rtol=1e-4)
+    convert_checkpoint(model, tmp_path / "timm", to="timm")
+    again = flexivit_from_source(load_flexivit_source(tmp_path / "timm"))
+    torch.testing.assert_close(again(images).image_embeds, source(images), atol=1e-5, rtol=1e-4)
+    for num_classes in (7, 1000):
+        tuned = create("vit_base_patch16_clip_224", randomise, **{**shape, "num_classes": num_classes})
+        assert isinstance(flexivit_from_source(load_flexivit_source(tuned)), FlexiViTForImageClassification)
 
 
 @pytest.mark.parametrize("architecture", ["flexivit_small", pytest.param("flexivit_base", marks=pytest.mark.slow)])
@@ -135,7 +159,8 @@ def test_padding_equals_timms_dynamic_img_pad(randomise):
         ("vit_tiny_patch16_224", {"scale_attn_norm": True}, "scale_attn_norm"),
         ("vit_tiny_patch16_224", {"scale_mlp_norm": True}, "scale_mlp_norm"),
         ("vit_tiny_patch16_224", {"proj_bias": False}, "proj_bias"),
-        ("vit_tiny_patch16_224", {"global_pool": "map"}, "attention pooling"),
+        ("vit_tiny_patch16_224", {"global_pool": "map"}, "attention pooling that leaves prefix tokens out"),
+        ("vit_tiny_patch16_224", {"global_pool": "prr"}, "AttentionPoolPrr"),
         ("vit_tiny_patch16_224", {"global_pool": "max"}, "global_pool='max'"),
         ("vit_tiny_patch16_224", {"global_pool": "avg", "pool_include_prefix": True}, "pool_include_prefix"),
         ("vit_tiny_patch16_224", {"global_pool": ""}, "global_pool=''"),

@@ -67,6 +67,8 @@ def test_transformers_gives_equal_logits(make_model, tmp_path, kind, fields, bud
         {**CLIP, "prefix_positions": "cls", "hidden_act": "quick_gelu"},
         {"mlp_type": "swiglu", "patch_bias": False},
         {**DISTILLED, "prefix_positions": "all"},
+        {"pooling": "attention", "use_cls_token": False},
+        {"pooling": "attention", "num_register_tokens": 1, "hidden_act": "gelu_pytorch_tanh"},
     ],
 )
 def test_timm_gives_equal_logits(make_model, tmp_path, fields, budget):
@@ -114,7 +116,9 @@ def test_a_model_without_a_classifier_gives_equal_tokens(make_model, tmp_path, t
         ("timm", {"pooling": "cls_mean"}, 32, "cls_mean"),
         ("timm", {"pooling": "pooler"}, 32, r"pooling='pooler'"),
         ("timm", {"hidden_act": "gelu_10"}, 32, "gelu_10"),
-        ("timm", {"layer_norm_eps": 1e-5}, 32, "layer_norm_eps=1e-05"),
+        ("timm", {"layer_norm_eps": 1e-4}, 32, "layer_norm_eps=0.0001"),
+        ("vit", {"pooling": "attention"}, 32, r"pooling='attention'.*timm has all of it"),
+        ("timm", {"pooling": "attention", "mlp_type": "swiglu"}, 32, "among gated MLPs"),
         ("timm", {"fc_norm": True}, 32, "before and after pooling"),
     ],
 )

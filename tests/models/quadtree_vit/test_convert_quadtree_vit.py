@@ -5,6 +5,7 @@ import torch
 from transformers import (
     CLIPVisionConfig,
     CLIPVisionModel,
+    CLIPVisionModelWithProjection,
     Dinov2Config,
     Dinov2ForImageClassification,
     ViTConfig,
@@ -12,7 +13,12 @@ from transformers import (
     ViTImageProcessor,
 )
 
-from polyscale import QuadtreeViTForImageClassification, QuadtreeViTImageProcessor, convert_checkpoint
+from polyscale import (
+    QuadtreeViTForImageClassification,
+    QuadtreeViTImageProcessor,
+    QuadtreeViTModelWithProjection,
+    convert_checkpoint,
+)
 from polyscale.models.quadtree_vit.convert_quadtree_vit import convert_quadtree_vit, load_quadtree_vit
 
 
@@ -59,6 +65,19 @@ def test_clip_tokens_equal_the_source(images):
     model, _ = load_quadtree_vit(source, max_patch_size=8)
     ours, expected = model(images, num_tokens=64), source(images)
     torch.testing.assert_close(ours.pooler_output, expected.pooler_output, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_clips_projection_is_kept(tmp_path, images):
+    source = randomised(CLIPVisionModelWithProjection(CLIPVisionConfig(**SIZES, projection_dim=24)))
+    convert_checkpoint(source, tmp_path / "out", to="quadtree_vit", max_patch_size=8, num_tokens=64)
+    model = QuadtreeViTModelWithProjection.from_pretrained(tmp_path / "out").eval()
+    outputs = model(images, output_split_scores=True)
+    torch.testing.assert_close(outputs.image_embeds, source(images).image_embeds, atol=1e-5, rtol=1e-5)
+    assert (outputs.image_embeds.shape, len(outputs.split_scores)) == ((3, 24), 1)
+    few = model(images, num_tokens=31)
+    torch.testing.assert_close(few.image_embeds, model.projection(few.pooler_output), atol=0, rtol=0)
+    assert few.patch_sizes.shape == (3, 31)
 
 
 @torch.no_grad()

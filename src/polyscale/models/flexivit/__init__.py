@@ -8,6 +8,7 @@ from .modeling_flexivit import (
     FlexiViTModel,
     FlexiViTPreTrainedModel,
 )
+from .modeling_projection_flexivit import FlexiViTModelWithProjection
 
 
 register_family(
@@ -35,5 +36,6 @@ __all__ = [
     "FlexiViTImageProcessor",
     "FlexiViTImageProcessorPil",
     "FlexiViTModel",
+    "FlexiViTModelWithProjection",
     "FlexiViTPreTrainedModel",
 ]

@@ -23,7 +23,7 @@ from ...vit_sources.timm_vit import (
     source_from_timm_model,
 )
 from ...vit_sources.transformers_vit import load_hf_source, source_from_hf_model
-from .modeling_flexivit import FlexiViTForImageClassification, FlexiViTModel
+from .modeling_flexivit import FlexiViTPreTrainedModel
 
 
 _TIMM_HUB_PREFIXES = ("hf-hub:", "hf_hub:")
@@ -107,14 +107,14 @@ def load_flexivit_source(
     return _load_name(str(source), pretrained, overrides)
 
 
-def flexivit_from_source(source: FlexiViTSource) -> FlexiViTModel | FlexiViTForImageClassification:
-    """The model of a loaded source, in evaluation mode: with its classifier where the source has one."""
+def flexivit_from_source(source: FlexiViTSource) -> FlexiViTPreTrainedModel:
+    """The model of a loaded source, in evaluation mode: with its classifier or CLIP's projection where it has one."""
     return model_from_state_dict(source.model_class, source.config, source.state_dict, "the source")
 
 
 def convert_flexivit(
     source: str | os.PathLike | torch.nn.Module, out: str | os.PathLike, **options: Any
-) -> FlexiViTModel | FlexiViTForImageClassification:
+) -> FlexiViTPreTrainedModel:
     """Writes model and image processor of a source to the folder `out`. Arguments: `load_flexivit_source`."""
     loaded = load_flexivit_source(source, **options)
     model = flexivit_from_source(loaded)

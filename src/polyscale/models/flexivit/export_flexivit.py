@@ -61,7 +61,7 @@ TIMM_ACTIVATIONS = {
     "silu": "silu",
     "relu": "relu",
 }
-TIMM_EPSILON = 1e-6
+TIMM_EPSILON, TIMM_CLIP_EPSILON = 1e-6, 1e-5
 
 
 class PlainViT(NamedTuple):
@@ -78,6 +78,16 @@ class PlainViT(NamedTuple):
     patch_grid: tuple[int, int]
     tensors: dict[str, torch.Tensor]
     image_processor: Any
+
+    @property
+    def has_projection(self) -> bool:
+        return "projection.weight" in self.tensors
+
+    @property
+    def is_timm_clip(self) -> bool:
+        """Whether timm's CLIP has the kinds of modules: their epsilon is another one than that of its other ViTs."""
+        has_another = self.config.mlp_type == "swiglu" or (self.config.use_distillation_head and self.has_head)
+        return self.config.layer_norm_eps == TIMM_CLIP_EPSILON and not has_another
 
     @property
     def registers(self) -> list[str]:
@@ -126,6 +136,7 @@ def _lacks(vit: PlainViT) -> dict[str, str]:
     uneven = any(side % patch for side, patch in zip(vit.image_size, vit.patch_size, strict=True))
     parts = {
         "pad": (config.remainder == "pad" and uneven, f"zeros around an image of {vit.image_size} (remainder='pad')"),
+        "projection": (vit.has_projection, "CLIP's projection (projection_dim)"),
         "cls": (not config.use_cls_token, "no CLS token (use_cls_token=False)"),
         "registers": (bool(vit.registers), "registers or a distillation token (num_register_tokens)"),
         "distilled": (config.use_distillation_head and vit.has_head, "a second classifier (use_distillation_head)"),
@@ -137,6 +148,11 @@ def _lacks(vit: PlainViT) -> dict[str, str]:
         "both_norms": (config.fc_norm and config.final_norm, "LayerNorms before and after pooling (fc_norm)"),
         "pooler": (config.pooling == "pooler", "a pooler between CLS and classifier (pooling='pooler')"),
         "pooling": (vit.has_head and config.pooling != "cls", f"pooling {config.pooling!r}"),
+        "attention": (config.pooling == "attention", "attention pooling (pooling='attention')"),
+        "gated_attention": (
+            config.pooling == "attention" and config.mlp_type == "swiglu",
+            "attention pooling among gated MLPs (mlp_type='swiglu')",
+        ),
         "cls_mean": (vit.has_head and config.pooling == "cls_mean", "pooling 'cls_mean'"),
         "oblong": (
             vit.image_size[0] != vit.image_size[1] or vit.patch_grid[0] != vit.patch_grid[1],
@@ -150,14 +166,18 @@ def _lacks(vit: PlainViT) -> dict[str, str]:
             config.mlp_type == "mlp" and config.hidden_act not in TIMM_ACTIVATIONS,
             f"the activation {config.hidden_act!r}",
         ),
-        "epsilon": (config.layer_norm_eps != TIMM_EPSILON, f"layer_norm_eps={config.layer_norm_eps}"),
+        "epsilon": (
+            config.layer_norm_eps != (TIMM_CLIP_EPSILON if vit.is_timm_clip else TIMM_EPSILON),
+            f"layer_norm_eps={config.layer_norm_eps}",
+        ),
     }
     return {name: text for name, (is_there, text) in parts.items() if is_there}
 
 
-_UNKNOWN_TO_VIT = ("pad", "cls", "registers", "distilled", "scale", "swiglu", "pre_norm", "final_norm", "fc_norm")
-_UNKNOWN_TO_DINOV2 = ("pad", "cls", "distilled", "pre_norm", "final_norm", "fc_norm", "pooler", "oblong", "mlp_width")
-UNKNOWN_TO_TIMM = ("pad", "both_norms", "pooler", "cls_mean", "activation", "epsilon")
+_UNKNOWN_TO_BOTH = ("projection", "pad", "cls", "distilled", "pre_norm", "final_norm", "fc_norm", "attention")
+_UNKNOWN_TO_VIT = (*_UNKNOWN_TO_BOTH, "registers", "scale", "swiglu")
+_UNKNOWN_TO_DINOV2 = (*_UNKNOWN_TO_BOTH, "pooler", "oblong", "mlp_width")
+UNKNOWN_TO_TIMM = ("pad", "both_norms", "pooler", "gated_attention", "cls_mean", "activation", "epsilon")
 
 
 def missing_parts(vit: PlainViT, unknown: Sequence[str]) -> list[str]:

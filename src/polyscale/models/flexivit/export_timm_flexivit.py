@@ -34,6 +34,13 @@ _RULES = [
     (r"pre_layernorm" + _AFFINE, r"norm_pre.\1"),
     (r"layernorm" + _AFFINE, r"norm.\1"),
     (r"pooler\.layernorm" + _AFFINE, r"fc_norm.\1"),
+    (r"pooler\.attention\.probe", "attn_pool.latent"),
+    (r"pooler\.attention\.q_proj" + _AFFINE, r"attn_pool.q.\1"),
+    (r"pooler\.attention\.kv" + _AFFINE, r"attn_pool.kv.\1"),
+    (r"pooler\.attention\.o_proj" + _AFFINE, r"attn_pool.proj.\1"),
+    (r"pooler\.attention\.layernorm" + _AFFINE, r"attn_pool.norm.\1"),
+    (r"pooler\.attention\.(fc[12])" + _AFFINE, r"attn_pool.mlp.\1.\2"),
+    (r"projection" + _AFFINE, r"head.\1"),
     (r"head\.classifier" + _AFFINE, r"head.\1"),
     (r"head\.distillation_classifier" + _AFFINE, r"head_dist.\1"),
     (r"layers\.(\d+)\.layernorm_before" + _AFFINE, r"blocks.\1.norm1.\2"),
@@ -48,7 +55,8 @@ _RULES = [
 
 
 def _join(tensors: dict[str, torch.Tensor], num_layers: int) -> None:
-    """Puts what timm keeps as one matrix together: queries, keys and values; gate and value of a gated MLP."""
+    """Puts what timm keeps as one matrix together: queries, keys and values; gate and value of a gated MLP; keys and
+    values of attention pooling."""
     joined = {"attention.qkv": ["attention.q_proj", "attention.k_proj", "attention.v_proj"]}
     joined["mlp.fc1"] = ["mlp.gate_proj", "mlp.up_proj"]
     for layer in range(num_layers):
@@ -57,10 +65,16 @@ def _join(tensors: dict[str, torch.Tensor], num_layers: int) -> None:
                 names = [f"layers.{layer}.{part}.{leaf}" for part in parts]
                 if names[0] in tensors:
                     tensors[f"layers.{layer}.{name}.{leaf}"] = torch.cat([tensors.pop(part) for part in names])
+    for leaf in ("weight", "bias"):
+        names = [f"pooler.attention.{name}_proj.{leaf}" for name in "kv"]
+        if names[0] in tensors:
+            tensors[f"pooler.attention.kv.{leaf}"] = torch.cat([tensors.pop(part) for part in names])
 
 
 def _architecture(vit: PlainViT) -> str:
     """An architecture of timm that has the kinds of modules; the sizes are arguments."""
+    if vit.is_timm_clip:
+        return "vit_base_patch16_clip_224"
     if vit.config.use_distillation_head and vit.has_head:
         return "deit_base_distilled_patch16_224"
     return "vit_giant_patch14_dinov2" if vit.config.mlp_type == "swiglu" else "vit_base_patch16_224"
@@ -73,7 +87,7 @@ def _model_args(vit: PlainViT, num_registers: int) -> dict[str, Any]:
         "img_size": list(vit.image_size),
         "patch_size": list(vit.patch_size),
         "in_chans": config.num_channels,
-        "num_classes": config.num_labels if vit.has_head else 0,
+        "num_classes": config.projection_dim if vit.has_projection else config.num_labels if vit.has_head else 0,
         "embed_dim": config.hidden_size,
         "depth": config.num_hidden_layers,
         "num_heads": config.num_attention_heads,
@@ -86,7 +100,8 @@ def _model_args(vit: PlainViT, num_registers: int) -> dict[str, Any]:
         "pre_norm": config.pre_norm,
         "final_norm": config.final_norm or config.fc_norm,
         "fc_norm": config.fc_norm,
-        "global_pool": "token" if config.pooling == "cls" else "avg",
+        "global_pool": {"cls": "token", "attention": "map"}.get(config.pooling, "avg"),
+        "pool_include_prefix": config.pooling == "attention",  # whose query reads them too
         "dynamic_img_size": False,
     }
     if not is_gated:
@@ -154,6 +169,9 @@ def export_timm(
         )
     elif not vit.config.pre_norm and bias is None:
         tensors["patch_embeddings.projection.bias"] = kernel.new_zeros(kernel.shape[0])
+    if vit.has_projection and not vit.config.projection_bias:  # timm's has one
+        projection = tensors["projection.weight"]
+        tensors["projection.bias"] = projection.new_zeros(len(projection))
     _join(tensors, vit.config.num_hidden_layers)
     state_dict = rename_keys(tensors, _RULES, "the FlexiViT")
 

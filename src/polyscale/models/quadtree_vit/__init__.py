@@ -4,6 +4,7 @@ from .feature_scoring_quadtree_vit import FeatureBasedPatchScorer
 from .gradcam_quadtree_vit import gradcam_oracle
 from .image_processing_pil_quadtree_vit import QuadtreeViTImageProcessorPil
 from .image_processing_quadtree_vit import QuadtreeViTImageProcessor
+from .modeling_projection_quadtree_vit import QuadtreeViTModelWithProjection
 from .modeling_quadtree_vit import (
     QuadtreeViTBackbone,
     QuadtreeViTForImageClassification,
@@ -29,6 +30,7 @@ register_family(
     backbone=QuadtreeViTBackbone,
     image_processors={"torchvision": QuadtreeViTImageProcessor, "pil": QuadtreeViTImageProcessorPil},
     converter=f"{__name__}.convert_quadtree_vit:convert_quadtree_vit",
+    exporters={"flexivit": f"{__name__}.export_quadtree_vit:export_flexivit"},
     drawing=f"{__name__}.plot_quadtree_vit:draw_quadtrees",
     budget_drawing=f"{__name__}.plot_quadtree_vit:draw_patches",
     training_config=f"{__name__}.training_quadtree_vit:training_config",
@@ -49,6 +51,7 @@ __all__ = [
     "QuadtreeViTImageProcessor",
     "QuadtreeViTImageProcessorPil",
     "QuadtreeViTModel",
+    "QuadtreeViTModelWithProjection",
     "QuadtreeViTPreTrainedModel",
     "RandomPatchScorer",
     "VanillaTokenizer",

@@ -19,13 +19,20 @@ from ..flexivit.convert_flexivit import load_flexivit_source
 from .configuration_quadtree_vit import QuadtreeViTConfig
 from .feature_scoring_quadtree_vit import FeatureBasedPatchScorer
 from .image_processing_quadtree_vit import QuadtreeViTImageProcessor
-from .modeling_quadtree_vit import QuadtreeViTForImageClassification, QuadtreeViTModel
+from .modeling_projection_quadtree_vit import QuadtreeViTModelWithProjection
+from .modeling_quadtree_vit import QuadtreeViTForImageClassification, QuadtreeViTModel, QuadtreeViTPreTrainedModel
 
 
 _KERNEL = "embeddings.patch_embeddings.projection.weight"
 _SCORER = "embeddings.patch_scorer."
+# What comes on top of the model, as a source says it.
+_CLASSES = {
+    "head": QuadtreeViTForImageClassification,
+    "projection": QuadtreeViTModelWithProjection,
+    None: QuadtreeViTModel,
+}
 _LABEL_FIELDS = ("id2label", "label2id", "problem_type")
-# What loses least of a converted model's answers at a smaller budget (`benchmarks/better_tokens.py`).
+# What loses least of a converted model's answers at a smaller budget (`benchmarks/better_tokens/better_tokens.py`).
 _BEST = {"reduction": "antialias", "patch_scorer": "embedding"}
 _BEST_FOR_MEAN = {"merge_layer": 2, "area_attention": 1.0, "area_pooling": True}
 
@@ -33,7 +40,7 @@ logger = logging.get_logger(__name__)
 _SOURCE_OPTIONS = ("architecture", "model_args", "pretrained")
 
 
-def _quadtree_config(source: FlexiViTConfig, has_head: bool, options: dict[str, Any]) -> QuadtreeViTConfig:
+def _quadtree_config(source: FlexiViTConfig, options: dict[str, Any]) -> QuadtreeViTConfig:
     """The source's encoder with learned positions, and patch sizes that cut its image size."""
     unknown = [name for name in options if name not in QuadtreeViTConfig.__dataclass_fields__]
     if unknown:
@@ -56,8 +63,7 @@ def _quadtree_config(source: FlexiViTConfig, has_head: bool, options: dict[str, 
     sides = to_pair(fields["image_size"], "image_size")
     smallest = fields["min_patch_size"]
     largest = next((smallest << n for n in (2, 1) if all(side % (smallest << n) == 0 for side in sides)), smallest)
-    model_class = QuadtreeViTForImageClassification if has_head else QuadtreeViTModel
-    return QuadtreeViTConfig(**{"max_patch_size": largest, **fields}, architectures=[model_class.__name__])
+    return QuadtreeViTConfig(**{"max_patch_size": largest, **fields})
 
 
 def _best_tokens(pooling: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -89,7 +95,7 @@ def _image_processor(source: object, config: QuadtreeViTConfig) -> QuadtreeViTIm
 
 def load_quadtree_vit(
     source: str | os.PathLike | torch.nn.Module, **options: Any
-) -> tuple[QuadtreeViTModel | QuadtreeViTForImageClassification, QuadtreeViTImageProcessor]:
+) -> tuple[QuadtreeViTPreTrainedModel, QuadtreeViTImageProcessor]:
     """Reads a plain ViT of another library as Quadtree ViT, in memory.
 
     With every patch split, the tokens are those of the source; with fewer, it works before any training. The way to
@@ -112,13 +118,14 @@ def load_quadtree_vit(
         OSError: if a file is missing, or something must be downloaded and cannot be.
     """
     loaded = load_flexivit_source(source, **{name: options.pop(name) for name in _SOURCE_OPTIONS if name in options})
-    has_head = any(name.startswith("head.") for name in loaded.state_dict)
-    config = _quadtree_config(loaded.config, has_head, options)
+    model_class = _CLASSES[loaded.head]
+    config = _quadtree_config(loaded.config, options)
+    config.architectures = [model_class.__name__]
     state_dict = {
         f"quadtree_vit.{name.removeprefix('flexivit.')}" if name.startswith("flexivit.") else name: tensor
         for name, tensor in loaded.state_dict.items()
     }
-    prefix = "quadtree_vit." if has_head else ""
+    prefix = "quadtree_vit." if loaded.head else ""
     kernel = state_dict[prefix + _KERNEL]
     if kernel.shape[-1] != config.min_patch_size:
         state_dict[prefix + _KERNEL] = pi_resize_patch_embed(
@@ -134,14 +141,13 @@ def load_quadtree_vit(
         )
         state_dict |= {prefix + _SCORER + name: tensor for name, tensor in scorer.state_dict().items()}
     config.dtype = kernel.dtype
-    model_class = QuadtreeViTForImageClassification if has_head else QuadtreeViTModel
     model = model_from_state_dict(model_class, config, state_dict, "the source")
     return model, _image_processor(loaded.image_processor, config)
 
 
 def convert_quadtree_vit(
     source: str | os.PathLike | torch.nn.Module, out: str | os.PathLike, **options: Any
-) -> QuadtreeViTModel | QuadtreeViTForImageClassification:
+) -> QuadtreeViTPreTrainedModel:
     """Writes model and image processor of a source to the folder `out`. Arguments: `load_quadtree_vit`."""
     model, image_processor = load_quadtree_vit(source, **options)
     model.save_pretrained(out)
