@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageClassification
 
+import polyscale
 from polyscale import S2VisionWrapper, bundled_checkpoint, sample_photographs
 from polyscale.evaluation.speed import time_alternating
 from polyscale.utils.images import open_image
@@ -24,9 +25,9 @@ from polyscale.utils.images import open_image
 SCALES = [1, 3]
 
 
-def load_crops(number: int, side: int) -> torch.Tensor:
+def load_crops(number: int, side: int, seed: int = 0) -> torch.Tensor:
     """Random crops of the bundled photographs, a third to the whole of their short side: (number, 3, side, side)."""
-    generator = np.random.default_rng(0)
+    generator = np.random.default_rng(seed)
     photographs = [open_image(path) for path in sample_photographs()]
     crops = []
     for index in range(number):
@@ -43,6 +44,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", default="flexivit-cifar10")
     parser.add_argument("--patch-size", type=int, default=4)
     parser.add_argument("--images", type=int, default=48)
+    parser.add_argument("--fit-images", type=int, default=192, help="other crops that the fill 'map' is fitted on")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--csv")
@@ -53,9 +55,11 @@ def main() -> None:
     base.config.patch_size = arguments.patch_size
     models = {
         fill: S2VisionWrapper.from_vision_model(base, scales=SCALES, tile_fill=fill, antialias=True).eval()
-        for fill in ("coarse", "first_scale")
+        for fill in ("coarse", "first_scale", "map")
     }
-    images = load_crops(arguments.images, models["coarse"].config.image_size)
+    side = models["coarse"].config.image_size
+    images = load_crops(arguments.images, side)
+    polyscale.fit_tile_map(models["map"], load_crops(arguments.fit_images, side, seed=1))
     width, prefix = base.config.hidden_size, models["coarse"].config.num_prefix_tokens
     scores = torch.rand(len(images), SCALES[-1] ** 2, generator=torch.Generator().manual_seed(0))
 

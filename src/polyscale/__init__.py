@@ -51,6 +51,7 @@ from .models.s2_vision import (
     S2VisionConfig,
     S2VisionForImageClassification,
     S2VisionWrapper,
+    fit_tile_map,
     multiscale_forward,
 )
 from .models.sparseformer import (
@@ -143,6 +144,7 @@ __all__ = [
     "classify_with_policy",
     "convert_checkpoint",
     "convert_patch_embed",
+    "fit_tile_map",
     "gradcam_oracle",
     "interpolate_resize_patch_embed",
     "multiscale_forward",

@@ -30,8 +30,9 @@ def embed(
 ) -> None:
     """Embed many images into sharded parquet files, at one token budget.
 
-    With --search also find images in it. On several processes: torchrun --nproc-per-node 2 -m polyscale embed ..., or
-    accelerate launch -m polyscale ...
+    With --search also find images in it.
+
+    On several processes: torchrun --nproc-per-node 2 -m polyscale embed ..., or accelerate launch -m polyscale ...
     """
     with reporting("embed", left="the same command goes on where it stopped"):
         from rich.console import Console
@@ -68,7 +69,7 @@ def embed(
 
 
 def _print_nearest(out: Path, query: str, top: int, device: str | None, trust_remote_code: bool) -> None:
-    """One line an image: the cosine and the file; on several processes the first prints, when all are done."""
+    """One line per image: the cosine and the file; on several processes the first prints, when all are done."""
     from accelerate import PartialState
 
     from polyscale.searching import search_embeddings

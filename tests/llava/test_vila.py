@@ -353,3 +353,45 @@ def test_training_reaches_the_norm_in_the_tower(tmp_path):
     tower = model.model.vision_tower.tower
     assert tower.norms[0].weight.grad.abs().sum() > 0
     assert tower.tower.vision_model.get_input_embeddings().weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("record", [{}, S2])
+def test_the_tower_is_one_graph(record, tmp_path):
+    write_vila(tmp_path / "vila", record)
+    tower = load_vila(tmp_path / "vila")[0].model.vision_tower.tower
+    pixels = torch.randn(2, 3, *[48 if record else 24] * 2)
+    torch.compiler.reset()
+    with torch.no_grad():
+        expected = tower(pixels).last_hidden_state  # the first call for hidden states installs transformers' recorders
+        compiled = torch.compile(tower, backend="eager", fullgraph=True)(pixels).last_hidden_state
+        torch.testing.assert_close(compiled, expected)
+
+
+def test_half_precision_and_other_scales(tmp_path):
+    write_vila(tmp_path / "vila", S2)
+    model, processor = load_vila(tmp_path / "vila", dtype="bfloat16")
+    processor = polyscale.set_token_budget(model, processor, img_sizes=[24, 72])
+    inputs = processor(images=make_photographs()[0], text=TEXT.format("<image>"), return_tensors="pt")
+    assert inputs["pixel_values"].shape == (1, 3, 72, 72)
+    assert (inputs["input_ids"] == model.config.image_token_id).sum() == 4
+    assert model.generate(**inputs, max_new_tokens=2, min_new_tokens=2, do_sample=False).shape[1] == 11
+    model.float()
+    other = processor(
+        images=make_photographs()[0], text=TEXT.format("<image>"), return_tensors="pt", img_sizes=[24, 48]
+    )
+    with torch.no_grad():
+        assert not torch.allclose(model(**inputs).logits, model(**other).logits, atol=1e-3)
+
+
+def test_another_tower_gets_another_projector(tmp_path):
+    """Four scales are as wide as four tokens brought together, and are something else."""
+    write_vila(tmp_path / "vila")
+    model, processor = load_vila(tmp_path / "vila")
+    siglip = model.model.vision_tower.tower.tower
+    tower = polyscale.S2VisionWrapper.from_vision_model(siglip, scales=[1, 2, 3, 4])
+    assert tower.config.hidden_size == model.model.multi_modal_projector.linear_1.in_features
+    with pytest.warns(UserWarning, match="it is replaced by a new one"):
+        processor = polyscale.swap_vision_tower(model, tower, processor)
+    inputs = processor(images=make_photographs()[0], text=TEXT.format("<image>"), return_tensors="pt")
+    with torch.no_grad():
+        assert torch.isfinite(model(**inputs).logits).all()

@@ -36,8 +36,8 @@ def test_images_are_placed_as_in_the_checkpoint(scales, vision, ratio, region, t
     choice = {"mm_vision_select_feature": "patch" if vision == "clip" else "cls_patch", "image_aspect_ratio": ratio}
     write_vila(tmp_path / "vila", {**scales, **choice}, vision=vision)
     _, processor = load_vila(tmp_path / "vila")
-    image = Image.new("RGB", (90, 30), (255, 0, 0))
-    image.paste((0, 0, 255), (30, 0, 60, 30))  # red, blue, red
+    image = Image.new("RGBA", (90, 30), (255, 0, 0, 255))
+    image.paste((0, 0, 255, 255), (30, 0, 60, 30))  # red, blue, red
     side = 48 if scales else 24
     pixels = processor(images=image, text="<image>", return_tensors="pt")["pixel_values"][0]
     mean, std = (torch.tensor(getattr(processor.image_processor, name)) for name in ("image_mean", "image_std"))
@@ -128,6 +128,13 @@ REFUSED = [
     ({**NVILA, "s2_resize_output_to_scale_idx": 0}, {}, "`s2_resize_output_to_scale_idx` is 0 with `dynamic_s2`"),
     ({**NVILA, "image_aspect_ratio": "resize"}, {}, "Dynamic-S2 needs 'dynamic_s2'"),
     ({**NVILA, "image_encoder": '{"_target_": "llava.x.TSPEncoder"}'}, {}, "`image_encoder` in config.json is"),
+    ({**NVILA, "image_encoder": "{"}, {}, "`image_encoder` in config.json is"),
+    ({**S2, "s2_scales": "24,,48"}, {}, "`s2_scales` in config.json"),
+    (
+        {"mm_vision_select_layer": -9},
+        {},
+        "`mm_vision_select_layer` in config.json is -9: the vision tower has 3 layers",
+    ),
     ({**NVILA, "chat_template": "mistral"}, {}, "`conversation` must be one of .*'mistral'"),
     ({}, {"token_order": "diagonal"}, "`token_order` must be one of 'rows', 'columns'"),
     ({}, {"dtype": "int8"}, "`dtype` must be a floating-point type"),

@@ -7,6 +7,7 @@ LLaVA models of transformers, are imported at first use.
 from importlib import import_module
 
 from .downsampled import DownsampledTower, DownsampledTowerConfig
+from .earlier import PerPictureLlavaProcessor
 from .packed import PackedTower, PackedTowerConfig
 from .processing import (
     BudgetLlavaNextProcessor,
@@ -39,6 +40,7 @@ __all__ = [
     "DownsampledTowerConfig",
     "PackedTower",
     "PackedTowerConfig",
+    "PerPictureLlavaProcessor",
     "ResumableCheckpoints",
     "load_vila",
     "set_token_budget",

@@ -167,7 +167,7 @@ def _image_processor(layout: VilaLayout) -> BaseImageProcessor:
         return S2ImageProcessor.for_config(scales, base, fit)
     height, width = base_image_size(layout.vision_config)
     final = {"height": height, "width": width}
-    settings = base.to_dict()
+    settings = {**base.to_dict(), "do_convert_rgb": True}
     for name in ("image_processor_type", "processor_class"):
         settings.pop(name, None)
     if fit == "pad":

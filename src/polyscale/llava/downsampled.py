@@ -68,6 +68,13 @@ class DownsampledTowerConfig(TokenBudgetMixin, PreTrainedConfig):
             self.num_dropped_tokens = base_num_prefix_tokens(self.vision_config)
         if self.downsample < 1:
             raise ValueError(f"`downsample` must be at least 1, got {self.downsample}.")
+        layer, count = self.vision_feature_layer, self.vision_config.num_hidden_layers + 1
+        is_there = -count <= layer < count if self._budgets is None else self._budgets.gives_tokens_at(layer)
+        if not is_there:
+            raise ValueError(
+                f"`vision_feature_layer` {layer} does not exist in the model inside, which has {count - 1} layers, or "
+                "has another width than its last layer."
+            )
         if not self.tokens_vary and self._inner_grid() is None:
             raise ValueError(
                 f"`vision_config` of type {self.vision_config.model_type!r} gives tokens that are no grid, which "
@@ -216,9 +223,8 @@ class DownsampledTowerConfig(TokenBudgetMixin, PreTrainedConfig):
     def budget_calls(
         self, codes: Sequence[tuple[int, ...]], counts: Sequence[int]
     ) -> list[tuple[list[int], dict[str, Any]]]:
-        return (
-            super().budget_calls(codes, counts) if self._budgets is None else self._budgets.budget_calls(codes, counts)
-        )
+        """One forward for each budget, whose images have one grid; with tokens that vary, as the tower inside."""
+        return self._budgets.budget_calls(codes, counts) if self.tokens_vary else super().budget_calls(codes, counts)
 
 
 class DownsampledTower(PreTrainedModel):

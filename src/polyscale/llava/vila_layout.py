@@ -98,6 +98,12 @@ class VilaLayout:
         self._leave_out_head()
         tower = self._tower()
         self.feature_layer = self.record.get("mm_vision_select_layer", -2)
+        count = self.vision_config.num_hidden_layers + 1
+        if not isinstance(self.feature_layer, int) or not -count <= self.feature_layer < count:
+            raise ValueError(
+                f"`mm_vision_select_layer` in config.json is {self.feature_layer!r}: the vision tower has {count - 1} "
+                "layers."
+            )
         factor, stages = _PROJECTORS[self.projector]
         width = self.record.get("mm_hidden_size") or tower.hidden_size
         if width != tower.hidden_size:
@@ -134,10 +140,13 @@ class VilaLayout:
     def around_image(self) -> tuple[str, str]:
         """Texts in front of an image and after it."""
         encoder = self.record.get("image_encoder") or {}
-        settings = json.loads(encoder) if isinstance(encoder, str) else encoder
-        target = settings.get("_target_", _ENCODER)
-        if target.rpartition(".")[2] != _ENCODER:
-            raise ValueError(f"`image_encoder` in config.json is {target!r}: only {_ENCODER!r} is converted.")
+        try:
+            settings = json.loads(encoder) if isinstance(encoder, str) else encoder
+            is_known = settings.get("_target_", _ENCODER).rpartition(".")[2] == _ENCODER
+        except (ValueError, AttributeError):
+            is_known = False
+        if not is_known:
+            raise ValueError(f"`image_encoder` in config.json is {encoder!r}: only {_ENCODER!r} is converted.")
         end = settings.get("end_tokens", "\n")
         return settings.get("start_tokens") or "", "" if end is None else end
 
@@ -177,7 +186,7 @@ class VilaLayout:
                 "are not converted. `image_aspect_ratio='resize'` converts the model with one tile an image, as it "
                 "sees the images of a prompt with several."
             )
-        if not re.fullmatch(r"[\d, ]+", str(record.get("s2_scales"))) and (record.get("s2") or self.is_dynamic):
+        if not re.fullmatch(r"\d+( *, *\d+)*", str(record.get("s2_scales"))) and (record.get("s2") or self.is_dynamic):
             raise ValueError(
                 "`s2_scales` in config.json must be numbers with commas between them, got "
                 f"{record.get('s2_scales')!r}."

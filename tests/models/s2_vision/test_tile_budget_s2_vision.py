@@ -203,7 +203,7 @@ def test_compiled_and_exported():
     [
         ({"num_tiles": 14}, "between 0 and 13"),
         ({"num_tiles": -1}, "at least 0"),
-        ({"tile_fill": "map"}, "'coarse', 'first_scale'"),
+        ({"tile_fill": "maps"}, "'coarse', 'first_scale', 'map'"),
         ({"num_tiles": 2, "dynamic": True, "resize_output_to_idx": -1}, "use `max_tiles`"),
     ],
 )

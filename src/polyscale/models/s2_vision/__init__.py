@@ -10,6 +10,7 @@ from .modeling_s2_vision import (
     S2VisionWrapper,
 )
 from .multiscale_s2_vision import multiscale_forward
+from .tile_map_s2_vision import fit_tile_map
 
 
 register_family(
@@ -33,5 +34,6 @@ __all__ = [
     "S2VisionOutput",
     "S2VisionPreTrainedModel",
     "S2VisionWrapper",
+    "fit_tile_map",
     "multiscale_forward",
 ]

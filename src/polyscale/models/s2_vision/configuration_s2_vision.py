@@ -46,7 +46,7 @@ class S2VisionConfig(CheckedConfigMixin, S2TokenBudgetMixin, BackboneConfigMixin
             registers); known for the usual models.
         output_shape (`str`, *optional*): `"bnc"` (tokens) or `"bchw"` (maps, from ConvNets); known for the usual
             models.
-        uneven (`str`, *optional*, defaults to `"resize"`): what becomes of a size that is no multiple of the tile:
+        uneven (`str`, *optional*, defaults to `"resize"`): how a size that is no multiple of the tile is cut:
             `"resize"` or `"pad"`, as in `multiscale_forward`.
         split_forward (`bool`, *optional*, defaults to `False`): whether tiles go through the model one place at a
             time: the memory of about one scale.
@@ -57,8 +57,11 @@ class S2VisionConfig(CheckedConfigMixin, S2TokenBudgetMixin, BackboneConfigMixin
         num_tiles (`int`, *optional*): how many tiles of the scales above the smallest go through the model, those that
             show most detail; all when `None`.
         tile_fill (`str`, *optional*): what stands in for the other tiles: `"coarse"` (the same tile at a cheaper
-            budget of the wrapped model) or `"first_scale"` (the features of the smallest scale, enlarged); `"coarse"`
-            where the wrapped model has a cheaper budget when `None`.
+            budget of the wrapped model), `"first_scale"` (the features of the smallest scale, enlarged) or `"map"`
+            (these, through linear maps that `fit_tile_map` fits); `"coarse"` where the wrapped model has a cheaper
+            budget, else `"first_scale"`, when `None`.
+        tile_map_layers (`list[int]`, *optional*): hidden states that the maps of `"map"` fill beside the output, as
+            `fit_tile_map` sets it; `None` where no maps were fitted.
         pooling (`str`, *optional*, defaults to `"pooler"`): what a head reads: `"pooler"` (`pooler_output`) or
             `"mean"` (over the patch tokens).
         dynamic (`bool`, *optional*, defaults to `False`): Dynamic-S2 (NVILA, arXiv 2412.04468): the last scale has as
@@ -69,6 +72,7 @@ class S2VisionConfig(CheckedConfigMixin, S2TokenBudgetMixin, BackboneConfigMixin
             weights.
         keep_all_tokens (`bool`, *optional*, defaults to `False`): whether a classifier has a wrapped model of this
             library compute every token of its last layer, also those that the classifier does not read.
+        reshape_hidden_states (`bool`, *optional*, defaults to `True`): whether a backbone gives maps, not tokens.
 
     Raises:
         ValueError: for both or neither of `scales` and `img_sizes`, an unknown choice or index, or a model that S2
@@ -113,7 +117,8 @@ class S2VisionConfig(CheckedConfigMixin, S2TokenBudgetMixin, BackboneConfigMixin
     tiles_per_forward: int | None = positive(None)
     antialias: bool | None = None
     num_tiles: int | None = non_negative(None)
-    tile_fill: Literal["coarse", "first_scale"] | None = None
+    tile_fill: Literal["coarse", "first_scale", "map"] | None = None
+    tile_map_layers: list[int] | None = None
     pooling: Literal["pooler", "mean"] = "pooler"
     dynamic: bool = False
     max_tiles: int = positive(12)

@@ -101,8 +101,8 @@ class LoraUpdates:
             match = _LORA_KEY.fullmatch(name)
             if match is None:
                 raise ValueError(
-                    f"`{folder}` holds the adapter tensor {name!r}: expected names that end in "
-                    "lora_A.weight or lora_B.weight."
+                    f"`{folder}` holds the adapter tensor {name!r}: expected names that end in lora_A.weight or "
+                    "lora_B.weight."
                 )
             self.factors.setdefault(f"{match['name']}.weight", {})[match["side"]] = tensor
 
@@ -135,8 +135,8 @@ def s2_config(record: dict[str, Any], vision_config: PreTrainedConfig) -> S2Visi
     """
     if not record.get("s2"):
         raise ValueError(
-            "The checkpoint has no `s2: true` in its config.json: it is an ordinary LLaVA, which "
-            "transformers converts itself."
+            "The checkpoint has no `s2: true` in its config.json: it is an ordinary LLaVA, which transformers "
+            "converts itself."
         )
     text = str(record.get("s2_scales", DEFAULT_SCALES))
     try:
@@ -164,9 +164,8 @@ def _check_supported(record: dict[str, Any], tower: S2VisionConfig) -> None:
     width = record.get("mm_hidden_size", tower.hidden_size)
     if width != tower.hidden_size:
         raise ValueError(
-            f"`mm_hidden_size` is {width}, but {tower.num_scales} scales of "
-            f"{tower.vision_config.model_type!r} are {tower.hidden_size} wide: "
-            "is `vision_tower` the right one?"
+            f"`mm_hidden_size` is {width}, but {tower.num_scales} scales of {tower.vision_config.model_type!r} are "
+            f"{tower.hidden_size} wide: is `vision_tower` the right one?"
         )
 
 
@@ -227,8 +226,8 @@ def _base_folder(source: Path, base: str | None, record: dict[str, Any]) -> Path
         base = read_json(source / "adapter_config.json").get("base_model_name_or_path")
     if base is None or not Path(base).is_dir():
         raise ValueError(
-            f"`source` {source} holds no language model: give the folder of its base (LLaVA-1.5: Vicuna) "
-            f"as `base`, got {base!r}."
+            f"`source` {source} holds no language model: give the folder of its base (LLaVA-1.5: Vicuna) as `base`, "
+            f"got {base!r}."
         )
     return Path(base)
 
@@ -265,8 +264,8 @@ def load_llava_s2(
     keeps_all = record.get("mm_vision_select_feature", "patch") == "cls_patch"
     if keeps_all and tower.num_prefix_tokens:
         raise ValueError(
-            "`mm_vision_select_feature` is 'cls_patch' for a tower with CLS: its tokens are no grid, S2 "
-            "cannot have been used."
+            "`mm_vision_select_feature` is 'cls_patch' for a tower with CLS: its tokens are no grid, S2 cannot have "
+            "been used."
         )
     drops_cls = tower.num_prefix_tokens == 1
     config = LlavaConfig(

@@ -27,6 +27,7 @@ from .dynamic_tiling_s2_vision import block_sizes, only_real_tiles, padded, plan
 from .multiscale_s2_vision import TileFeatures
 from .running_s2_vision import TileRunner
 from .tile_budget_s2_vision import run_best_tiles
+from .tile_map_s2_vision import make_tile_map
 from .tiling_s2_vision import TilePlan, run_tiles, token_grid
 
 
@@ -126,8 +127,7 @@ class S2VisionPreTrainedModel(CheckedModelMixin, PreTrainedModel):
         if missing:
             raise ValueError(
                 f"`pretrained_model_name_or_path` {pretrained_model_name_or_path!r} does not fit "
-                f"{type(vision_model).__name__}: it lacks "
-                f"{len(missing)} weights, {sorted(missing)[0]!r} among them."
+                f"{type(vision_model).__name__}: it lacks {len(missing)} weights, {sorted(missing)[0]!r} among them."
             )
         return cls.from_vision_model(vision_model, **kwargs)
 
@@ -138,6 +138,7 @@ class S2VisionWrapper(S2VisionPreTrainedModel):
     def __init__(self, config: S2VisionConfig, vision_model: PreTrainedModel | None = None):
         super().__init__(config)
         self.vision_model = AutoModel.from_config(config.vision_config) if vision_model is None else vision_model
+        self.tile_map = make_tile_map(config)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -212,7 +213,9 @@ class S2VisionWrapper(S2VisionPreTrainedModel):
         features = self._features(plan, pixel_values.shape[0])
         more = {}
         if num_tiles is not None:
-            more["tile_mask"] = run_best_tiles(runner, features, pixel_values, num_tiles, tile_scores, self._antialias)
+            more["tile_mask"] = run_best_tiles(
+                runner, features, pixel_values, num_tiles, tile_scores, self._antialias, self.tile_map
+            )
         else:
             if tile_scores is not None:
                 raise ValueError("`tile_scores` needs `num_tiles`, the number of tiles that run.")

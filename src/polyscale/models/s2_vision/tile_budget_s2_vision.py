@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from .multiscale_s2_vision import Part, TileFeatures, map_as_tokens, tokens_as_map
 from .running_s2_vision import TileRunner
@@ -166,12 +167,21 @@ def _slice(parts: Parts, start: int | None, stop: int | None) -> Parts:
     return {part: None if tensor is None else tensor[start:stop] for part, tensor in parts.items()}
 
 
-def _filled(runner: TileRunner, rest: torch.Tensor, first_parts: Parts, choice: TileChoice, plan: TilePlan) -> Parts:
+def _filled(
+    runner: TileRunner,
+    rest: torch.Tensor,
+    first_parts: Parts,
+    choice: TileChoice,
+    plan: TilePlan,
+    tile_map: nn.Module | None,
+) -> Parts:
     """What stands in for the tiles `rest`, which are outside of the budget."""
     config = runner.config
     coarse = config.coarse_budget(runner.options)
     if coarse is None:
         spread = first_scale_as_tiles(first_parts, plan, config.num_prefix_tokens, config.features_per_tile)
+        if config.tile_fill == "map":
+            spread = tile_map(spread, plan)
         return {part: None if tensor is None else choice.split(tensor)[1] for part, tensor in spread.items()}
     parts = runner.run_in_chunks(rest, choice.order.shape[0], **coarse)
     grid = config.features_per_tile
@@ -185,6 +195,7 @@ def run_best_tiles(
     num_tiles: int,
     tile_scores: torch.Tensor | None,
     antialias: bool,
+    tile_map: nn.Module | None = None,
 ) -> torch.Tensor:
     """Runs the tiles of the first scale and the best `num_tiles` of the others, fills the rest, and gives all of them
     to `features`.
@@ -196,16 +207,22 @@ def run_best_tiles(
         num_tiles: how many tiles of the higher scales run.
         tile_scores: (batch, tiles of the higher scales); the detail of the tiles when `None`.
         antialias: whether images are shrunk with antialias.
+        tile_map: the maps of `tile_fill="map"`.
 
     Returns:
         (batch, tiles of the higher scales), True at those that ran.
 
     Raises:
-        ValueError: for a number out of range, or scores of another shape.
+        ValueError: for a number out of range, scores of another shape, or a fill that was not fitted.
     """
     plan, batch = features.plan, features.batch
     total = sum(plan.num_tiles(scale) for scale in plan.higher_scales)
     check_num_tiles(num_tiles, total)
+    if num_tiles < total and runner.config.tile_fill == "map" and tile_map is None:
+        raise ValueError(
+            "`tile_fill='map'` needs maps, and this model has none: fit them with `polyscale.fit_tile_map(model, "
+            "images)`, or choose another fill."
+        )
     images = [whole_scale(pixel_values, plan, scale, antialias) for scale in range(len(plan.sizes))]
     if tile_scores is None:
         tile_scores = detail_scores(images, plan)
@@ -220,7 +237,9 @@ def run_best_tiles(
     first_tiles = cut_tiles(images[plan.first_scale], plan.tile_grid(plan.first_scale))
     ran = runner.run_in_chunks(torch.cat([first_tiles, chosen]), batch)
     first_parts, chosen_parts = _slice(ran, None, len(first_tiles)), _slice(ran, len(first_tiles), None)
-    filled = _filled(runner, rest, first_parts, choice, plan) if num_tiles < total else _slice(chosen_parts, 0, 0)
+    filled = (
+        _filled(runner, rest, first_parts, choice, plan, tile_map) if num_tiles < total else _slice(chosen_parts, 0, 0)
+    )
     higher = {
         part: None if tensor is None else choice.join(tensor, filled[part])
         for part, tensor in chosen_parts.items()

@@ -78,7 +78,7 @@ class S2TokenBudgetMixin(TokenBudgetMixin):
             options: the arguments of the call; a budget among them is what the cheaper one is cheaper than.
         """
         cheaper = getattr(self.vision_config, "cheaper_budget", None)
-        if cheaper is None or self.tile_fill == "first_scale":
+        if cheaper is None or self.tile_fill in ("first_scale", "map"):
             return None
         argument = budget_argument_of(self.vision_config)
         return cheaper(self.tile_size, **{name: options[name] for name in (argument,) if name in options})
