@@ -32,7 +32,7 @@ _CLASSES = {
     None: QuadtreeViTModel,
 }
 _LABEL_FIELDS = ("id2label", "label2id", "problem_type")
-# What loses least of a converted model's answers at a smaller budget (`benchmarks/better_tokens/better_tokens.py`).
+# `benchmarks/better_tokens/better_tokens.py`: for a mean this keeps most answers; for a CLS token no way is ahead.
 _BEST = {"reduction": "antialias", "patch_scorer": "embedding"}
 _BEST_FOR_MEAN = {"merge_layer": 2, "area_attention": 1.0, "area_pooling": True}
 
@@ -67,16 +67,14 @@ def _quadtree_config(source: FlexiViTConfig, options: dict[str, Any]) -> Quadtre
 
 
 def _best_tokens(pooling: str, options: dict[str, Any]) -> dict[str, Any]:
-    """The measured best way to choose and weigh patches for a pooling, as far as `options` leave it open."""
+    """The way to choose and weigh patches for a pooling, as far as `options` leave it open."""
     best = {**_BEST, **(_BEST_FOR_MEAN if pooling == "mean" else {})}
     if options.get("split_threshold") is not None:
         best.pop("merge_layer", None)  # features have no threshold that is known
     chosen = {name: value for name, value in best.items() if name not in options}
     if chosen:
         words = ", ".join(f"{name}={value!r}" for name, value in chosen.items())
-        logger.info(
-            f"Converted with {words}, the measured best for pooling={pooling!r}; the published ones on request."
-        )
+        logger.info(f"Converted with {words}, chosen for pooling={pooling!r}; the published ones on request.")
     return chosen
 
 
@@ -99,7 +97,7 @@ def load_quadtree_vit(
     """Reads a plain ViT of another library as Quadtree ViT, in memory.
 
     With every patch split, the tokens are those of the source; with fewer, it works before any training. The way to
-    choose patches is the measured best for the pooling of the source, not the published one: `reduction="antialias"`
+    choose patches follows the pooling of the source, and is not the published one: `reduction="antialias"`
     and `patch_scorer="embedding"`; for a mean over the tokens large patches take over after the second layer, by their
     features (`merge_layer=2`), and tokens count by their area (`area_attention=1.0`, `area_pooling=True`).
 
