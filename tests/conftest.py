@@ -28,6 +28,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         type=Path,
         help="write docs/tested.md's table of what works for which family to FILE, from the results of this run",
     )
+    parser.addoption(
+        "--matrix-record",
+        metavar="LIBRARY",
+        help="keep the results of this run, with LIBRARY's version and the day, for tables written without LIBRARY",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -42,6 +47,11 @@ def pytest_configure(config: pytest.Config) -> None:
         from .matrix.table import MatrixTable
 
         config.pluginmanager.register(MatrixTable(path.absolute()), "matrix_table")
+    library = config.getoption("--matrix-record")
+    if library is not None and not is_worker:
+        from .matrix.recorded import Recorder
+
+        config.pluginmanager.register(Recorder(library, config.invocation_params.args), "matrix_recorder")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

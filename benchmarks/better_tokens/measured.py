@@ -171,10 +171,11 @@ def write_table(path: Path, rows: list[dict]) -> None:
 
 
 def draw_table(path: Path, output: Path) -> None:
-    """Agreement by mean tokens and by processor time, a row of axes for each model of the table."""
+    """Agreement, with its interval, by mean tokens and by processor time: two axes for each model of the table."""
     with open(path, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     models = list(dict.fromkeys(row["model"] for row in rows))
+    everywhere = list(dict.fromkeys(row["variant"] for row in rows))
     figure, axes = make_grid(len(models), 2, cell=(7.0, 5.0))
     marks = "os^vDP*X<>hd"
     for line, model in zip(axes, models, strict=True):
@@ -186,15 +187,22 @@ def draw_table(path: Path, output: Path) -> None:
             ("tokens per image, mean of the layers", "processor time per image, ms"),
             strict=True,
         ):
-            for place, name in enumerate(names):
+            for name in names:
                 points = sorted(
-                    (float(row[field]), 100 * float(row["agreement"])) for row in own if row["variant"] == name
+                    [float(row[field]), *(100 * float(row[f"agreement{end}"]) for end in ("", "_low", "_high"))]
+                    for row in own
+                    if row["variant"] == name
                 )
-                axis.plot(
-                    *zip(*points, strict=True),
+                at, value, low, high = np.array(points).T
+                place = everywhere.index(name)
+                axis.errorbar(
+                    at,
+                    value,
+                    yerr=np.maximum([value - low, high - value], 0),
                     marker=marks[place % len(marks)],
                     color=f"C{place % 10}",
                     linestyle="-" if place < 10 else "--",
+                    elinewidth=0.5,
                     label=name,
                 )
             axis.xaxis.set_major_locator(_locator())
@@ -204,7 +212,7 @@ def draw_table(path: Path, output: Path) -> None:
             axis.set_ylabel("same answer as at all tokens, %")
             axis.set_title(model)
             axis.grid(alpha=0.3)
-        line[1].legend(fontsize=7, loc="lower right")
+        line[1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.02, 1.0), frameon=False)
     figure.savefig(output)
 
 

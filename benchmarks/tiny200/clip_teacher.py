@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from onnx import numpy_helper
 from tiny_images import class_balanced, load_split, normalize
-from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 
 def load_teacher(path: Path) -> CLIPVisionModelWithProjection:
@@ -73,11 +73,15 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=100_000)
     parser.add_argument("--size", type=int, default=160, help="pixels that images are enlarged to")
     parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--save-model", type=Path, help="folder for the tower and its image processor, as CLIP has it")
     arguments = parser.parse_args()
 
     images, labels = load_split(arguments.arrays, "train")
     order = class_balanced(labels, len(labels) // 200, torch.Generator().manual_seed(0))[: arguments.images]
     teacher = load_teacher(arguments.teacher)
+    if arguments.save_model is not None:
+        teacher.save_pretrained(arguments.save_model)
+        CLIPImageProcessor().save_pretrained(arguments.save_model)
     arguments.output.mkdir(parents=True, exist_ok=True)
     file = arguments.output / "embeddings.npy"
     done = [torch.from_numpy(np.load(file))] if file.exists() else []

@@ -6,6 +6,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 from transformers import ImageClassificationPipeline, pipeline
@@ -35,13 +36,14 @@ def as_pipeline(
     model: str | os.PathLike | LoadedModel | ImageClassificationPipeline,
     device: str | int | torch.device | None = None,
     *,
+    image_size: int | tuple[int, int] | None = None,
     trust_remote_code: bool = False,
 ) -> ImageClassificationPipeline:
     """`pipeline("image-classification")` of a model that is loaded already, or of a checkpoint (`load_classifier`)."""
     if isinstance(model, ImageClassificationPipeline):
         return model
     if not isinstance(model, LoadedModel):
-        model = load_classifier(model, device, trust_remote_code=trust_remote_code)
+        model = load_classifier(model, device, image_size=image_size, trust_remote_code=trust_remote_code)
     network, processor = model
     return pipeline("image-classification", model=network, image_processor=processor, device=network.device)
 
@@ -54,6 +56,7 @@ def classify_images(
     device: str | int | torch.device | None = None,
     repeats: int = 1,
     batch_size: int = 1,
+    image_size: int | tuple[int, int] | None = None,
     trust_remote_code: bool = False,
     progress: Callable[[int, int], object] | None = None,
 ) -> Classification:
@@ -74,6 +77,8 @@ def classify_images(
             accelerator, else the CPU, when `None`.
         repeats (`int`, *optional*, defaults to 1): calls whose median is reported.
         batch_size (`int`, *optional*, defaults to 1): images per call; those of other sizes make calls of their own.
+        image_size (`int` or `(height, width)`, *optional*): in pixels, that a model not loaded yet sees images
+            at; its own when `None`.
         trust_remote_code (`bool`, *optional*, defaults to `False`): run code that a checkpoint brings.
         progress (`Callable`, *optional*): called with the images done and their number, after each batch.
 
@@ -95,7 +100,7 @@ def classify_images(
     for name, value in (("repeats", repeats), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"`{name}` must be at least 1, got {value}.")
-    classifier = as_pipeline(model, device, trust_remote_code=trust_remote_code)
+    classifier = as_pipeline(model, device, image_size=image_size, trust_remote_code=trust_remote_code)
     budgets = default_budgets_of(classifier.model.config) if budgets is None else list(budgets)
     if not budgets:
         raise ValueError("`budgets` is empty: give at least one, or None for the model's own.")
@@ -132,8 +137,7 @@ def classify_files(
     for done in range(0, len(paths), batch_size):
         images = list(_open(paths[done : done + batch_size], result.errors))
         if images and not warm:
-            _try_budgets(classifier, images[0][1], budgets)
-            warm = True
+            warm = _try_budgets(classifier, images[0][1], budgets)
         for records, error in _classify_batch(classifier, images, ask):
             result.records.extend(records)
             result.errors.extend([error] if error else [])
@@ -152,7 +156,7 @@ def _find(paths: Iterable[str | os.PathLike], errors: list[dict]) -> list[Path]:
     return files
 
 
-def _open(files: Sequence[Path], errors: list[dict]) -> Iterator[tuple[Path, Image.Image]]:
+def _open(files: Sequence[Path], errors: list[dict]) -> Iterator[tuple[Path, Image.Image | np.ndarray]]:
     """Each readable image; what cannot be read goes to `errors`."""
     for file in files:
         try:
@@ -162,12 +166,16 @@ def _open(files: Sequence[Path], errors: list[dict]) -> Iterator[tuple[Path, Ima
 
 
 @torch.no_grad()
-def _try_budgets(classifier: ImageClassificationPipeline, image: Image.Image, budgets: Sequence) -> None:
-    """One call per budget."""
-    _, inputs = next(process_images(classifier.image_processor, [image], _channels(classifier)))
+def _try_budgets(classifier: ImageClassificationPipeline, image: Image.Image | np.ndarray, budgets: Sequence) -> bool:
+    """One call per budget; `False` for an image that is nothing for the model."""
+    try:
+        _, inputs = next(process_images(classifier.image_processor, [image], _channels(classifier), str))
+    except UnreadableImageError:
+        return False
     inputs = _on_device(inputs, classifier.model)
     for budget in budgets:
         classifier.model(**inputs, **budget_kwargs(classifier.model.config, budget))
+    return True
 
 
 def _channels(classifier: ImageClassificationPipeline) -> int:
@@ -183,7 +191,7 @@ def _on_device(inputs: Mapping[str, torch.Tensor], model: torch.nn.Module) -> di
 
 def _classify_batch(
     classifier: ImageClassificationPipeline,
-    images: Sequence[tuple[Path, Image.Image]],
+    images: Sequence[tuple[Path, Image.Image | np.ndarray]],
     ask: Callable[[dict[str, torch.Tensor]], list[list[dict]]],
 ) -> Iterator[tuple[list[dict], dict | None]]:
     """For each image its records, and an error where there is one."""

@@ -47,12 +47,28 @@ _PARSER_ERRORS = (
 )
 
 
+_LLAVA = "llava"  # a whole model of transformers, with a tower of this library in it
+
+
+def _fitting(source: Any) -> str:
+    """What a source becomes when nobody says."""
+    if not isinstance(source, str | os.PathLike) or not Path(source).is_dir():
+        return "flexivit"
+    from .llava.convert_llava import is_original_llava
+
+    return _LLAVA if is_original_llava(Path(source)) else "flexivit"
+
+
 def _converter(source: Any, to: str) -> Callable[..., Any]:
     """The function (source, out, **options) that writes into the folder `out`, which is empty: a family's reader of
     other libraries' models, or what writes its own models as those of another library or family."""
+    if to == _LLAVA:
+        from .llava.convert_llava import convert_llava
+
+        return convert_llava
     known = [name for name, family in families().items() if family.converter is not None]
     exporting = {name: family for family in families().values() for name in family.exporters if name not in known}
-    check_choice("to", to, (*known, *exporting))
+    check_choice("to", to, (*known, *exporting, _LLAVA))
     own_exporter = None if (family := _family_of_source(source)) is None else family.exporter(to)
     if own_exporter is not None:
         return own_exporter
@@ -170,7 +186,7 @@ def _readable(source: Any) -> Iterator[None]:
 def convert_checkpoint(
     source: str | os.PathLike | torch.nn.Module,
     out: str | os.PathLike,
-    to: str = "flexivit",
+    to: str | None = None,
     *,
     overwrite: bool = False,
     **options: Any,
@@ -181,9 +197,10 @@ def convert_checkpoint(
         source (`str`, `os.PathLike` or `torch.nn.Module`): what to convert: the name of a bundled checkpoint, or for
             "flexivit" see `polyscale.models.flexivit.convert_flexivit.load_flexivit_source`.
         out (`str` or `os.PathLike`): the folder to write; it appears complete, or not at all.
-        to (`str`, *optional*, defaults to `"flexivit"`): model type of the result; also of a checkpoint of another
-            family here (a Quadtree ViT becomes a FlexiViT). "vit" or "timm" write a FlexiViT at one budget
-            (`image_size=240, patch_size=16`) as a plain ViT of transformers or timm.
+        to (`str`, *optional*): model type of the result; also of a checkpoint of another family here (a Quadtree ViT
+            becomes a FlexiViT). "vit" or "timm" write a FlexiViT at one budget (`image_size=240, patch_size=16`) as
+            a plain ViT of transformers or timm; "llava" a LLaVA or VILA of the original code, whole, as a LLaVA of
+            transformers. When `None`, "llava" for a folder in such a layout, else "flexivit".
         overwrite (`bool`, *optional*, defaults to `False`): whether to replace `out` if it is a checkpoint. A folder
             that is none, or that holds the source, is never deleted.
         options: for the family's converter, for instance config fields (`patch_size=16`).
@@ -197,6 +214,7 @@ def convert_checkpoint(
             than tensors.
         OSError: if a file is missing, or a download is needed and not possible.
     """
+    to = _fitting(source) if to is None else to
     convert = _converter(source, to)
     _check_options(convert, to, options)
     if not isinstance(source, str | os.PathLike | torch.nn.Module | dict):

@@ -164,6 +164,7 @@ def show(
     budgets: Sequence | None = None,
     *,
     device: str | None = "cpu",
+    image_size: int | tuple[int, int] | None = None,
     trust_remote_code: bool = False,
 ) -> Image.Image:
     """What a model looks at in an image, drawn in the manner of its family.
@@ -179,10 +180,13 @@ def show(
             are (patch sizes of a FlexiViT, token counts of a Quadtree ViT, lists of scales of S2); the model's own
             when `None`.
         device (`str`, *optional*, defaults to `"cpu"`): where the model runs.
+        image_size (`int` or `(height, width)`, *optional*): in pixels, that the model sees the image at; its own when
+            `None`.
         trust_remote_code (`bool`, *optional*, defaults to `False`): run code that the checkpoint brings.
 
     Raises:
-        ValueError: for a model of another family, a file that is no image, or a budget that the model cannot take.
+        ValueError: for a model of another family, a file that is no image, or a budget or size that the model cannot
+            take.
         OSError: if there is no such checkpoint.
     """
     opened = to_rgb(image) if isinstance(image, Image.Image) else open_pixels(image)
@@ -193,7 +197,7 @@ def show(
         raise ValueError(
             f"`model` is of type {config.model_type!r}, which has no drawing; those that have one: {drawn}."
         )
-    network, processor = load_base_model(model, device, trust_remote_code=trust_remote_code)
+    network, processor = load_base_model(model, device, image_size=image_size, trust_remote_code=trust_remote_code)
     if budgets is not None:
         budgets = [parse_budget(network.config, budget) if isinstance(budget, str) else budget for budget in budgets]
     drawing = family.function("drawing")(network, processor, opened, budgets)

@@ -149,9 +149,9 @@ def _processor_classes(config_class: type, processor) -> tuple[str, str, dict[st
 def _plan_parts(model: PreTrainedModel, processor) -> Parts | None:
     """The models of registered families inside a model, and what holds them, where there are any."""
     inside = list(inner_configs(model.config))
-    if not any(family_of(config) is not None for config in inside):
-        return None
     inside = [config for config in inside if family_of(config) is not None or _package_of(config) == _PACKAGE]
+    if not inside:
+        return None
     is_whole = isinstance(processor, ProcessorMixin) and _package_of(processor) == _PACKAGE
     parts = Parts.of(inside, processor if is_whole else None)
     if family_of(model.config) is None:

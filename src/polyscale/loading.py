@@ -24,6 +24,7 @@ from transformers.utils import logging
 
 from .checkpoints import available_checkpoints, resolve_checkpoint
 from .models.auto import family_of
+from .utils.processors import processor_for_size
 
 
 class LoadedModel(NamedTuple):
@@ -100,6 +101,25 @@ def checkpoint_source(source: str | os.PathLike, argument: str = "model") -> str
         except (OSError, ValueError) as error:
             raise _missing(argument, resolved, "Offline: the hub cannot be reached.") from error
     return resolved
+
+
+def checkpoint_folder(source: str | os.PathLike, argument: str = "model", files: list[str] | None = None) -> Path:
+    """The folder of a checkpoint, downloaded from the hub where it is there.
+
+    Args:
+        source, argument: as in `checkpoint_source`.
+        files (`list[str]`, *optional*): patterns of the files that are needed; all when `None`.
+
+    Raises:
+        MissingCheckpointError: if there is no such checkpoint, or it cannot be downloaded.
+    """
+    resolved = checkpoint_source(source, argument)
+    if Path(resolved).exists():
+        return Path(resolved)
+    try:
+        return Path(snapshot_download(resolved, allow_patterns=files))
+    except (OSError, ValueError) as error:
+        raise _missing(argument, resolved, " ".join(str(error).split())) from error
 
 
 def _missing(argument: str, source: str, reason: object) -> MissingCheckpointError:
@@ -226,6 +246,7 @@ def load_classifier(
     *,
     dtype: torch.dtype | None = None,
     convert: bool = False,
+    image_size: int | tuple[int, int] | None = None,
     trust_remote_code: bool = False,
     **config_options: Any,
 ) -> LoadedModel:
@@ -239,6 +260,8 @@ def load_classifier(
         dtype (`torch.dtype`, *optional*): of the weights; the checkpoint's own when `None`.
         convert (`bool`, *optional*, defaults to `False`): whether an ordinary ViT becomes a FlexiViT in memory, so
             that it has budgets.
+        image_size (`int` or `(height, width)`, *optional*): in pixels, that the image processor makes; the
+            checkpoint's own when `None`.
         trust_remote_code (`bool`, *optional*, defaults to `False`): run code that the checkpoint brings.
         config_options: config fields to set, e.g. `resize_method`.
 
@@ -254,16 +277,27 @@ def load_classifier(
             source, AutoModelForImageClassification, trust_remote_code=trust_remote_code, **config_options
         )
         loaded = LoadedModel(model, load_image_processor(source, trust_remote_code=trust_remote_code))
-    return LoadedModel(loaded.model.to(device=chosen, dtype=dtype).eval(), loaded.image_processor)
+    return _sized(LoadedModel(loaded.model.to(device=chosen, dtype=dtype).eval(), loaded.image_processor), image_size)
 
 
 def load_base_model(
-    source: str | os.PathLike, device: str | int | torch.device | None = "cpu", *, trust_remote_code: bool = False
+    source: str | os.PathLike,
+    device: str | int | torch.device | None = "cpu",
+    *,
+    image_size: int | tuple[int, int] | None = None,
+    trust_remote_code: bool = False,
 ) -> LoadedModel:
     """A model without its head, and its image processor. Arguments and errors: `load_classifier`."""
     chosen = pick_device(device)
     model = load_checkpoint(source, AutoModel, trust_remote_code=trust_remote_code)
-    return LoadedModel(model.to(chosen), load_image_processor(source, trust_remote_code=trust_remote_code))
+    processor = load_image_processor(source, trust_remote_code=trust_remote_code)
+    return _sized(LoadedModel(model.to(chosen), processor), image_size)
+
+
+def _sized(loaded: LoadedModel, image_size: int | tuple[int, int] | None) -> LoadedModel:
+    if image_size is None:
+        return loaded
+    return LoadedModel(loaded.model, processor_for_size(loaded.image_processor, image_size))
 
 
 def _converted(source: str | os.PathLike, config_options: dict[str, Any]) -> LoadedModel | None:
@@ -299,6 +333,7 @@ def _model_type(source: str) -> str | None:
 __all__ = [
     "LoadedModel",
     "MissingCheckpointError",
+    "checkpoint_folder",
     "checkpoint_source",
     "is_offline",
     "load_base_model",

@@ -44,6 +44,9 @@ NumTokens = Annotated[
 Device = Annotated[
     str | None, typer.Option(help="cpu, cuda, cuda:1, mps; the accelerator, if there is one, by default.")
 ]
+ImageSize = Annotated[
+    str | None, typer.Option(metavar="N|HxW", help="Pixels that the model sees images at; its own by default.")
+]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that the checkpoint brings. Never asked for else.")
 ]
@@ -128,6 +131,7 @@ def budget_words(
 __all__ = [
     "Budgets",
     "Device",
+    "ImageSize",
     "ListGroup",
     "NumTokens",
     "PatchSizes",

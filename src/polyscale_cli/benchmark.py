@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .arguments import Budgets, Device, NumTokens, PatchSizes, TrustRemoteCode, budget_words, parse_size
+from .arguments import Budgets, Device, ImageSize, NumTokens, PatchSizes, TrustRemoteCode, budget_words, parse_size
 from .printing import quiet, reporting
 
 
@@ -14,9 +14,7 @@ def benchmark(
     budgets: Budgets = None,
     patch_sizes: PatchSizes = None,
     num_tokens: NumTokens = None,
-    image_size: Annotated[
-        str | None, typer.Option(metavar="N|HxW", help="Pixels; the model's own by default.")
-    ] = None,
+    image_size: ImageSize = None,
     batch_size: Annotated[int, typer.Option(help="Images per forward pass.", min=1)] = 8,
     rounds: Annotated[int, typer.Option(help="Timed passes per budget; the median counts.", min=1)] = 10,
     device: Device = None,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .arguments import Budgets, Device, NumTokens, PatchSizes, TrustRemoteCode, budget_words
+from .arguments import Budgets, Device, ImageSize, NumTokens, PatchSizes, TrustRemoteCode, budget_words, parse_size
 from .printing import note, progress_bar, quiet, reporting
 
 
@@ -35,6 +35,7 @@ def classify(
         ),
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Images per call of the model.", min=1)] = 1,
+    image_size: ImageSize = None,
     device: Device = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
@@ -58,7 +59,9 @@ def classify(
         excluded = [name for name, value in {**chosen, "repeats": repeats}.items() if value is not None]
         if policy is not None and excluded:
             raise ValueError(f"`policy` chooses the budgets and runs each once: leave `{excluded[0]}` out.")
-        loaded = load_classifier(model, device, trust_remote_code=trust_remote_code)
+        loaded = load_classifier(
+            model, device, image_size=image_size and parse_size(image_size), trust_remote_code=trust_remote_code
+        )
         files = files or sample_photographs()
         few = len(files) <= LONG_TABLE and not any(file.is_dir() for file in files)
         with progress_bar("Classifying") as progress:

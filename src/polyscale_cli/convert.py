@@ -13,12 +13,12 @@ def convert(
     source: Annotated[str, typer.Argument(help="Folder, file, hub name, timm name, or released npz name.")],
     out: Annotated[Path, typer.Argument(help="Folder to write; must not exist or be empty.")],
     to: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="Family of the result: flexivit, quadtree_vit, sparseformer, sparseformer_video, s2_vision; vit or "
-            "timm for a plain ViT."
+            help="Family of the result: flexivit (unless SOURCE is a LLaVA or VILA), quadtree_vit, sparseformer, "
+            "sparseformer_video, s2_vision; llava for a whole LLaVA or VILA; vit or timm for a plain ViT."
         ),
-    ] = "flexivit",
+    ] = None,
     architecture: Annotated[
         str | None, typer.Option(help="timm's name of the model, where SOURCE is a bare weights file.")
     ] = None,

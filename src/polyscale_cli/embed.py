@@ -69,7 +69,7 @@ def embed(
 
 
 def _print_nearest(out: Path, query: str, top: int, device: str | None, trust_remote_code: bool) -> None:
-    """One line an image: the cosine and the file; on several processes the first prints, when all are done."""
+    """One line per image: the cosine and the file; on several processes the first prints, when all are done."""
     from accelerate import PartialState
 
     from polyscale.searching import search_embeddings

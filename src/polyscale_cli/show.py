@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .arguments import Budgets, Device, NumTokens, PatchSizes, TrustRemoteCode, budget_words
+from .arguments import Budgets, Device, ImageSize, NumTokens, PatchSizes, TrustRemoteCode, budget_words, parse_size
 from .printing import quiet, reporting
 
 
@@ -16,6 +16,7 @@ def show(
     patch_sizes: PatchSizes = None,
     num_tokens: NumTokens = None,
     output: Annotated[Path, typer.Option(help="The image file to write.")] = Path("polyscale.png"),
+    image_size: ImageSize = None,
     device: Device = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
@@ -36,6 +37,7 @@ def show(
             file or sample_photographs()[0],
             choose_budgets(config, budget_words(budgets, patch_sizes, num_tokens)),
             device=device,
+            image_size=image_size and parse_size(image_size),
             trust_remote_code=trust_remote_code,
         )
         with written_beside(output) as scratch:

@@ -110,7 +110,7 @@ def train(
     num_workers: Annotated[int | None, typer.Option(help="Processes that read images; 2 by default.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of weights, order, augmentation, budgets; default 0.")] = None,
     save_dtype: Annotated[str | None, typer.Option(help="float16 or bfloat16: half the file size.")] = None,
-    save_steps: Annotated[int | None, typer.Option(help="Steps between checkpoints; one an epoch by default.")] = None,
+    save_steps: Annotated[int | None, typer.Option(help="Steps between checkpoints; every epoch by default.")] = None,
     trust_remote_code: Annotated[
         bool | None, typer.Option("--trust-remote-code", help="Let checkpoints run code of their own.")
     ] = None,

@@ -28,6 +28,7 @@ from polyscale import SparseFormerConfig, SparseFormerImageProcessor, SparseForm
 
 from ..llava.llava_tiny import CHAT, make_text_config, make_tokenizer
 from ..llava.test_convert import WORDS, write_lora
+from ..llava.vila_tiny import S2, write_vila
 from ..tiny_checkpoints import save_tiny_flexivit, save_tiny_sparseformer
 
 
@@ -147,6 +148,7 @@ def write_scene(root: Path) -> Path:
     write_clip(root / "openai" / "clip-vit-large-patch14-336", 336, 14)
     write_llava(root / "llava-hf" / "llava-1.5-7b-hf")
     write_llava_lora(root)
+    write_vila(root / "VILA1.5-3b-s2", S2)
     write_sparseformers(root)
     write_timm(root / "vit_base_patch16_224")
     save_tiny_flexivit(

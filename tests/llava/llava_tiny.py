@@ -236,7 +236,12 @@ TOWERS = {
         ),
         36,
     ),
+    "flexivit_merging": (
+        lambda _: FlexiViTModel(FlexiViTConfig(**ENCODER, image_size=48, base_patch_size=8, merge_tokens_to=11)),
+        11,
+    ),
     "quadtree": (lambda _: _quadtree(num_tokens=31), 31),
+    "quadtree_merging": (lambda _: _quadtree(num_tokens=31, merge_tokens_to=10), 10),
     "quadtree_threshold": (lambda _: _quadtree(split_threshold=1.0), None),
     "sparseformer": (lambda _: _sparseformer(), 5),
     "sparseformer_cls": (

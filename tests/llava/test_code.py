@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,8 +13,19 @@ from polyscale.hub import save_with_code
 from .llava_tiny import PROMPTS, make_photographs, swapped
 
 
+CASES = {
+    "llava-s2": ({"num_tiles": 2}, ("model", "processor")),
+    "llava-flexivit": ({"num_tokens": 9}, ("processor", "model")),
+    "llava-quadtree_threshold": ({}, ("model", "processor")),
+    "llava_next-flexivit": ({}, ("model", "processor")),
+    "vipllava-sparseformer": ({}, ("processor", "model")),
+}
+# A child for each case, so that what one loads is not there for the next; the imports behind them are shared.
 LOAD = """
+import json
+import os
 import sys
+import traceback
 import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -23,52 +35,63 @@ class Nowhere:
         if name.partition(".")[0] == "polyscale":
             raise ModuleNotFoundError(name)
 
+def answer(name, words, order):
+    load = {
+        "model": lambda: AutoModelForImageTextToText.from_pretrained(name, trust_remote_code=True).eval(),
+        "processor": lambda: AutoProcessor.from_pretrained(name, trust_remote_code=True),
+    }
+    loaded = {kind: load[kind]() for kind in order}
+    images = [Image.open(f"{index}.png") for index in range(2)]
+    inputs = loaded["processor"](images=images, text=PROMPTS, padding=True, return_tensors="pt", **words)
+    with torch.no_grad():
+        torch.save(loaded["model"](**inputs).logits, f"{name}.pt")
+    assert not any(module.partition(".")[0] == "polyscale" for module in sys.modules)
+
 sys.meta_path.insert(0, Nowhere())
-folder, out, *order = sys.argv[1:]
-load = {
-    "model": lambda: AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True).eval(),
-    "processor": lambda: AutoProcessor.from_pretrained(folder, trust_remote_code=True),
-}
-loaded = {name: load[name]() for name in order}
-images = [Image.open(f"{out}/{index}.png") for index in range(2)]
-inputs = loaded["processor"](images=images, text=PROMPTS, padding=True, return_tensors="pt", **WORDS)
-with torch.no_grad():
-    torch.save(loaded["model"](**inputs).logits, f"{out}/logits.pt")
-assert not any(name.partition(".")[0] == "polyscale" for name in sys.modules)
+for name, (words, order) in CASES.items():
+    child = os.fork()
+    if child == 0:
+        try:
+            answer(name, words, order)
+        except Exception:
+            traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(0)
+    os.waitpid(child, 0)
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("host", "name", "words", "order"),
-    [
-        ("llava", "s2", {"num_tiles": 2}, ("model", "processor")),
-        ("llava", "flexivit", {"num_tokens": 9}, ("processor", "model")),
-        ("llava", "quadtree_threshold", {}, ("model", "processor")),
-        ("llava_next", "flexivit", {}, ("model", "processor")),
-        ("vipllava", "sparseformer", {}, ("processor", "model")),
-    ],
-)
-def test_a_swapped_model_loads_without_polyscale(host, name, words, order, tmp_path):
-    model, processor = swapped(name, host)
-    save_with_code(model, tmp_path / "model", processor)
+@pytest.fixture(scope="session")  # a parallel run goes back and forth between modules
+def answers_without_polyscale(tmp_path_factory) -> tuple[Path, str]:
+    """The folder where a process without polyscale left the logits of each case, and what it printed."""
+    folder = tmp_path_factory.mktemp("code")
+    for case in CASES:
+        host, name = case.split("-")
+        model, processor = swapped(name, host)
+        save_with_code(model, folder / case, processor)
     for index, image in enumerate(make_photographs()):
-        image.save(tmp_path / f"{index}.png")
-    code = f"PROMPTS, WORDS = {PROMPTS!r}, {words!r}\n{LOAD}"
-    variables = {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+        image.save(folder / f"{index}.png")
+    code = f"PROMPTS, CASES = {PROMPTS!r}, {CASES!r}\n{LOAD}"
+    variables = {"HF_MODULES_CACHE": str(folder / "modules"), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "model"), str(tmp_path), *order],
-        env={**os.environ, **variables},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
+        [sys.executable, "-c", code], env={**os.environ, **variables}, cwd=folder, capture_output=True, text=True
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+    return folder, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("llava-code")
+@pytest.mark.parametrize("case", CASES)
+def test_a_swapped_model_loads_without_polyscale(case, answers_without_polyscale):
+    folder, errors = answers_without_polyscale
+    assert (folder / f"{case}.pt").is_file(), errors[-6000:]
+    host, name = case.split("-")
+    model, processor = swapped(name, host)
+    words, _ = CASES[case]
     inputs = processor(images=make_photographs(), text=PROMPTS, padding=True, return_tensors="pt", **words)
     with torch.no_grad():
         expected = model(**inputs).logits
-    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(torch.load(folder / f"{case}.pt"), expected, atol=1e-5, rtol=1e-4)
 
 
 def test_where_polyscale_is_imported_its_own_classes_are_used(tmp_path):

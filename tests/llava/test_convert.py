@@ -300,7 +300,7 @@ def test_vila(tmp_path):
     torch.testing.assert_close(features, expected, atol=1e-5, rtol=1e-4)
     projected = DownsampleProjector.from_folder(out)(features)
     hidden = torch.nn.functional.layer_norm(
-        space_to_depth(expected), (128,), tensors["layers.1.weight"], tensors["layers.1.bias"]
+        space_to_depth(expected, order="columns"), (128,), tensors["layers.1.weight"], tensors["layers.1.bias"]
     )
     hidden = torch.nn.functional.gelu(hidden @ tensors["layers.2.weight"].T + tensors["layers.2.bias"])
     torch.testing.assert_close(

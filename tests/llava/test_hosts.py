@@ -19,7 +19,7 @@ def encode(processor, **options):
 
 GRIDS = ("s2", "flexivit", "flexivit_no_cls", "flexivit_registers")
 PAIRS = [(host, name) for host in ("llava_next", "llava_onevision") for name in GRIDS]
-PAIRS += [("vipllava", name) for name in (*GRIDS, "quadtree", "sparseformer", "sparseformer_cls")]
+PAIRS += [("vipllava", name) for name in (*GRIDS, "quadtree", "quadtree_merging", "sparseformer", "sparseformer_cls")]
 
 
 @pytest.mark.parametrize(("host", "name"), PAIRS)
@@ -39,7 +39,7 @@ def test_forward_save_reload_generate(host, name, tmp_path):
 
 
 @pytest.mark.parametrize("host", ["llava_next", "llava_onevision"])
-@pytest.mark.parametrize("name", ["quadtree", "sparseformer", "s2_dynamic", "quadtree_threshold"])
+@pytest.mark.parametrize("name", ["quadtree", "flexivit_merging", "sparseformer", "s2_dynamic", "quadtree_threshold"])
 def test_hosts_with_a_grid_refuse_tokens_that_are_none(host, name):
     with pytest.raises(ValueError, match="cannot be in a LLaVA-"):
         swapped(name, host)
@@ -61,6 +61,39 @@ def test_vipllava_reads_the_tokens_of_its_tower():
         states = tower.tower(inputs["pixel_values"], output_hidden_states=True).hidden_states
         expected = model.model.multi_modal_projector(torch.cat([states[-2], states[-1]], dim=-1))
     torch.testing.assert_close(features, expected)
+
+
+@pytest.mark.parametrize(("layer", "merging"), [(-2, 2), (1, 1), ([-2, -1], 2), (-1, 3)])
+def test_all_tokens_are_merged_in_the_layers_that_a_host_reads(layer, merging):
+    host = "llava" if isinstance(layer, int) else "vipllava"
+    model, processor = HOSTS[host]()
+    tower = FlexiViTModel(FlexiViTConfig(**ENCODER, image_size=32, base_patch_size=8, merge_tokens_to=10)).eval()
+    plain = FlexiViTModel(FlexiViTConfig(**ENCODER, image_size=32, base_patch_size=8)).eval()
+    plain.load_state_dict(tower.state_dict())
+    with pytest.warns(UserWarning, match="projector"):
+        processor = swap_vision_tower(model, tower, processor, vision_feature_layer=layer, keep_projector=False)
+    assert tower.config.merge_layers == merging
+    inputs = encode(processor)
+    assert (inputs["input_ids"] == 4).sum(dim=1).tolist() == [10, 10]
+    with torch.no_grad():
+        features = model.model.get_image_features(
+            inputs["pixel_values"], **{"image_sizes": inputs["image_sizes"]} if "image_sizes" in inputs else {}
+        ).pooler_output
+        plain.config.merge_tokens_to, plain.config.merge_layers = 10, merging
+        states = plain(inputs["pixel_values"], output_hidden_states=True).hidden_states
+        read = torch.cat([states[index] for index in layer], -1) if isinstance(layer, list) else states[layer]
+        assert states[merging].shape[1] == 1 + 10
+        expected = model.model.multi_modal_projector(read[:, 1:])
+    features = torch.stack(list(features)) if isinstance(features, list | tuple) else features
+    torch.testing.assert_close(features, expected)
+
+
+def test_the_input_of_the_first_layer_has_no_merged_tokens():
+    model, processor = HOSTS["llava"]()
+    tower = FlexiViTModel(FlexiViTConfig(**ENCODER, image_size=32, base_patch_size=8, merge_tokens_to=10))
+    with pytest.raises(ValueError, match="`vision_feature_layer` 0 reads what goes into the first layer"):
+        swap_vision_tower(model, tower, processor, vision_feature_layer=0)
+    assert tower.config.merge_layers is None
 
 
 @pytest.mark.parametrize("host", ["llava_next", "llava_onevision"])

@@ -170,6 +170,7 @@ BUDGETS = [
     ("quadtree", {"num_tokens": 19}, 19),
     ("quadtree", {"image_size": 32, "num_tokens": 10}, 10),
     ("quadtree", {"split_threshold": 1.0}, None),
+    ("quadtree_merging", {"num_tokens": 40}, 10),
     ("quadtree_threshold", {"split_threshold": 0.5}, None),
     ("quadtree_threshold", {"num_tokens": 22}, 22),
     ("s2", {"img_sizes": [32, 96]}, 16),

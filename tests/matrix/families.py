@@ -344,8 +344,8 @@ def each_check(columns: dict[str, str], group: str, reported_as: str | None = No
     Tests of one process stay together in a parallel run (`--dist loadgroup`), so that it is started once.
     """
     rows = []
+    together = pytest.mark.xdist_group(group)
     for family in FAMILIES:
-        together = pytest.mark.xdist_group(f"{group}-{family.name}")
         for check, column in columns.items():
             marks = cell(column, family)
             if marks is not None:

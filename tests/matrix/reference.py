@@ -16,10 +16,11 @@ from .video import moving_frames
 
 @torch.no_grad()
 def write_reference(family: Family, folder: Path, with_code: bool) -> dict[str, Any]:
-    """Puts `checkpoint/` and `expected.safetensors` into `folder`; returns the context of the fresh process."""
+    """Puts a checkpoint and `expected.safetensors` into `folder`; returns what the fresh process has to know."""
     classifier = family.make_model()
     processor = family.make_processor()
-    checkpoint = folder / "checkpoint"
+    # Named after the family: code that comes with a checkpoint is imported by the name of its folder.
+    checkpoint = folder / f"{family.name}-checkpoint"
     if with_code:
         save_with_code(classifier, checkpoint, processor)
     else:
@@ -51,6 +52,7 @@ def write_reference(family: Family, folder: Path, with_code: bool) -> dict[str, 
         expected["feature_map"] = backbone(pixel_values).feature_maps[-1]
     save_file({name: tensor.contiguous() for name, tensor in expected.items()}, folder / "expected.safetensors")
     return {
+        "checkpoint": str(checkpoint),
         "auto_classes": auto_classes,
         "processors": names,
         "budgets": [{"knobs": budget.knobs, "num_tokens": budget.num_tokens} for budget in family.budgets],

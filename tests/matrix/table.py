@@ -1,5 +1,6 @@
 """The documentation's table of what works for which family, made from the results of the tests."""
 
+import json
 from collections import defaultdict
 from pathlib import Path
 
@@ -59,13 +60,14 @@ _COUNTED = "Hugging Face's common test-suite"
 _LACKING = ("gpu", "cuda", "accelerator", "deepspeed", "kernel", "flash", "mps", "xpu", "slow", "bitsandbytes")
 # How the reason of a skip begins where a whole row lacks a library, or a version of one.
 _NEEDS = "needs "
+# For libraries that are not installed everywhere: row -> which run found its results, family -> "" or why a gap.
+RECORDED = Path(__file__).with_name("recorded.json")
 
 
-class MatrixTable:
-    """A pytest plugin: keeps the outcome of each test with a `matrix_cell` mark and writes the table at the end."""
+class Outcomes:
+    """A pytest plugin: keeps the outcome of each test with a `matrix_cell` mark."""
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self):
         # (column, family) -> test -> outcome; a test with failed parts has failed
         self.outcomes: dict[tuple[str, str], dict[str, str]] = defaultdict(dict)
         self.reasons: dict[tuple[str, str], str] = {}
@@ -87,6 +89,14 @@ class MatrixTable:
                 if any(word in reason.lower() for word in _LACKING):
                     self.lacking[cell].add(report.nodeid)
 
+
+class MatrixTable(Outcomes):
+    """A pytest plugin that writes the table at the end."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.path = path
+
     def pytest_sessionfinish(self) -> None:
         if self.outcomes:
             self.path.write_text(self._placed(self.render()), encoding="utf-8")
@@ -101,6 +111,7 @@ class MatrixTable:
     def render(self) -> str:
         from .families import FAMILIES
 
+        recorded = json.loads(RECORDED.read_text(encoding="utf-8"))
         notes: list[str] = []
 
         def note(text: str) -> str:
@@ -128,7 +139,12 @@ class MatrixTable:
                     counts = f"{outcomes.count('passed')} / {lacking} / {outcomes.count('skipped') - lacking}"
                     cells.append(f"✓ {counts}" if column == _COUNTED else "✓")
                 elif self.reasons.get((column, family.name), "").startswith(_NEEDS):
-                    cells.append(f"not run here: {self.reasons[column, family.name]}")
+                    row = recorded.get(column, {"gaps": {}})
+                    if family.name in row["gaps"]:
+                        gap = row["gaps"][family.name]
+                        cells.append(("no" + note(gap) if gap else "✓") + note(row["by"]))
+                    else:
+                        cells.append(f"not run here: {self.reasons[column, family.name]}")
                 elif outcomes:
                     cells.append("n/a" + note(self.reasons.get((column, family.name), "skipped")))
                 else:
@@ -137,10 +153,11 @@ class MatrixTable:
         versions = f"transformers {transformers.__version__}, torch {torch.__version__.partition('+')[0]}, CPU"
         lines += [
             "",
-            f"Each ✓ is a test that ran with {versions}: `pytest tests/matrix --matrix-table docs/tested.md`.",
+            f"Each ✓ is a test that ran with {versions}: `pytest tests/matrix --matrix-table docs/tested.md`; a note "
+            "says where it was another run.",
         ]
         lines += ["", *(f"{index}. {text}" for index, text in enumerate(notes, start=1))]
         return "\n".join(lines) + "\n"
 
 
-__all__ = ["COLUMNS", "MatrixTable"]
+__all__ = ["COLUMNS", "RECORDED", "MatrixTable", "Outcomes"]

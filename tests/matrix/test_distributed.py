@@ -1,7 +1,6 @@
 """Two CPU processes started by `accelerate launch`, and one model spread over memory and disk."""
 
 import json
-from functools import lru_cache
 
 import pytest
 import torch
@@ -9,7 +8,7 @@ from accelerate.hooks import AlignDevicesHook
 from safetensors.torch import save_file
 from torch.testing import assert_close
 
-from .families import each_check, each_family, family_named
+from .families import FAMILIES, each_check, each_family
 from .running import Report, ask_worker
 from .training import make_trainer
 
@@ -26,31 +25,27 @@ _CHECKS = {
 
 
 @pytest.fixture(scope="session")  # a parallel run goes back and forth between modules
-def two_process_report(tmp_path_factory):
-    """family -> the answers of two processes, asked once."""
-
-    @lru_cache
-    def ask(name: str) -> Report:
-        family = family_named(name)
-        folder = tmp_path_factory.mktemp(name)
+def two_process_report(tmp_path_factory) -> Report:
+    """The answers of two processes about all families, asked once."""
+    root = tmp_path_factory.mktemp("two")
+    # Not Adam: it would make rounding visible in gradients that are zero, such as those of the keys' biases.
+    arguments = {"max_steps": 4, "gradient_accumulation_steps": 2, "optim": "sgd", "learning_rate": 0.01}
+    for family in FAMILIES:
+        folder = root / family.name
         family.make_model(**family.parallel_overrides).save_pretrained(folder / "checkpoint")
-        # Not Adam: it would make rounding visible in gradients that are zero, such as those of the keys' biases.
-        arguments = {"max_steps": 4, "gradient_accumulation_steps": 2, "optim": "sgd", "learning_rate": 0.01}
         trainer, tokens = make_trainer(family, folder / "one", per_device_train_batch_size=6, **arguments)
         trainer.train()
         state = {key: value.contiguous() for key, value in trainer.model.state_dict().items()}
         save_file(state, folder / "trained.safetensors")
         (folder / "tokens.json").write_text(json.dumps(tokens.counts))
-        context = {"family": name, "arguments": {**arguments, "per_device_train_batch_size": 3}}
-        return ask_worker("two_processes", folder, context, launcher=(*_LAUNCH, *_OPTIONS), ACCELERATE_USE_CPU="true")
-
-    return ask
+    facts = {family.name: {**arguments, "per_device_train_batch_size": 3} for family in FAMILIES}
+    return ask_worker("two_processes", root, facts, launcher=(*_LAUNCH, *_OPTIONS), ACCELERATE_USE_CPU="true")
 
 
 @pytest.mark.slow
 @each_check(_CHECKS, "two")
 def test_two_processes(family, check, two_process_report):
-    two_process_report(family.name).require(check)
+    two_process_report.require(family.name, check)
 
 
 @each_family("device_map with offload to disk")

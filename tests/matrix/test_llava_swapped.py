@@ -18,7 +18,7 @@ _TOWERS = {"flexivit": "flexivit", "quadtree_vit": "quadtree", "sparseformer": "
 _FACTOR = 4
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")  # a parallel run goes back and forth between modules
 def fresh_report(tmp_path_factory) -> Report:
     """The answers of one fresh process that loads them all."""
     folder = tmp_path_factory.mktemp("swapped")
@@ -32,14 +32,14 @@ def fresh_report(tmp_path_factory) -> Report:
         model.save_pretrained(folder / family)
         processor.save_pretrained(folder / family)
         save_file({**inputs, "logits": logits, "tokens": tokens}, folder / family / "expected.safetensors")
-    return ask_worker("swapped_llava", folder, {"families": list(_TOWERS)})
+    return ask_worker("swapped_llava", folder, {family: {} for family in _TOWERS})
 
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("swapped-llava")
 @each_family(_COLUMN)
 def test_in_a_fresh_process(family, fresh_report):
-    fresh_report.require(family.name)
+    fresh_report.require(family.name, "generation")
 
 
 @each_family(_COLUMN)

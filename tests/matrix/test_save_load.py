@@ -2,13 +2,12 @@
 installed, and without it from the code that travels with the weights."""
 
 from functools import lru_cache
-from pathlib import Path
 
 import pytest
 import torch
 from torch.testing import assert_close
 
-from .families import each_check, each_family, family_named
+from .families import FAMILIES, each_check, each_family
 from .reference import write_reference
 from .running import Report, ask_worker
 
@@ -29,14 +28,13 @@ _WITHOUT = "without polyscale, by the code in the checkpoint"
 
 @pytest.fixture(scope="session")  # a parallel run goes back and forth between modules
 def fresh_report(tmp_path_factory):
-    """(family, with_code) -> the answers of one fresh process, asked once."""
+    """with_code -> the answers of one fresh process that loads a checkpoint of each family, asked once."""
 
     @lru_cache
-    def ask(name: str, with_code: bool) -> Report:
-        family = family_named(name)
-        folder: Path = tmp_path_factory.mktemp(f"{name}-{with_code}")
-        context = write_reference(family, folder, with_code)
-        return ask_worker("fresh_process", folder, context, HF_MODULES_CACHE=str(folder / "modules"))
+    def ask(with_code: bool) -> Report:
+        folder = tmp_path_factory.mktemp(f"fresh-{with_code}")
+        facts = {family.name: write_reference(family, folder / family.name, with_code) for family in FAMILIES}
+        return ask_worker("fresh_process", folder, facts, HF_MODULES_CACHE=str(folder / "modules"))
 
     return ask
 
@@ -44,13 +42,13 @@ def fresh_report(tmp_path_factory):
 @pytest.mark.slow
 @each_check(_CHECKS, "fresh")
 def test_in_a_fresh_process(family, check, fresh_report):
-    fresh_report(family.name, False).require(check)
+    fresh_report(False).require(family.name, check)
 
 
 @pytest.mark.slow
 @each_check({**_CHECKS, "trust_is_asked_for": _WITHOUT}, "without", reported_as=_WITHOUT)
 def test_without_polyscale(family, check, fresh_report):
-    fresh_report(family.name, True).require(check)
+    fresh_report(True).require(family.name, check)
 
 
 @each_family("save and load in a fresh process")

@@ -9,8 +9,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer_utils import get_last_checkpoint
 
 from .families import each_family
-from .running import run_worker
+from .running import run_forked
 from .training import make_trainer
+from .workers.killed_training import train_until_killed
 
 
 @pytest.mark.slow
@@ -58,8 +59,7 @@ def test_resume_after_sigkill(family, tmp_path):
     unbroken, tokens = make_trainer(family, tmp_path / "unbroken", **arguments)
     unbroken.train()
 
-    result = run_worker("killed_training", tmp_path, {"family": family.name, "arguments": arguments})
-    assert result.returncode == -signal.SIGKILL, result.stderr
+    assert run_forked(train_until_killed, family.name, tmp_path / "run", arguments) == -signal.SIGKILL
     last = get_last_checkpoint(tmp_path / "run")
     assert last.endswith("checkpoint-3")
     resumed, resumed_tokens = make_trainer(family, tmp_path / "run", **arguments)

@@ -16,7 +16,7 @@ def bundled_checkpoint(name: str) -> Path:
     """The folder of a checkpoint that ships with the package, as `from_pretrained` takes it.
 
     Args:
-        name: one of `available_checkpoints()`, such as "flexivit-cifar10".
+        name (`str`): one of `available_checkpoints()`, such as `"flexivit-cifar10"`.
 
     Raises:
         ValueError: for an unknown name; it names those that there are.

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import CLIPModel, PreTrainedModel, Siglip2Model, SiglipModel, VisionTextDualEncoderModel
 
-from ..layers.wrapping import check_has_no_head
+from ..layers.wrapping import attention_kept, check_has_no_head, keep_weights
 from .modeling_dual_encoder import BudgetCLIPModel, BudgetSiglipModel, DualEncoderPreTrainedModel, pooled_width
 
 
@@ -61,14 +61,11 @@ def _around(
 ) -> DualEncoderPreTrainedModel:
     """The result around both encoders; their weights stay as they are."""
     parts = (tower, model.text_model)
-    implementations = [part.config._attn_implementation for part in parts]
-    config = model_class.config_class(text_config=model.text_model.config, vision_config=tower.config, **fields)
     for part in parts:
-        for module in part.modules():
-            module._is_hf_initialized = True  # keeps `post_init` from drawing new weights
-    swapped = model_class(config, vision_model=tower, text_model=model.text_model)
-    for part, implementation in zip(parts, implementations, strict=True):
-        part.config._attn_implementation = implementation  # a config around another one resets it
+        keep_weights(part)
+    with attention_kept(*parts):
+        config = model_class.config_class(text_config=model.text_model.config, vision_config=tower.config, **fields)
+        swapped = model_class(config, vision_model=tower, text_model=model.text_model)
     swapped.logit_scale = model.logit_scale
     parameter = next(model.parameters())
     return swapped.to(device=parameter.device, dtype=parameter.dtype).train(model.training)

@@ -41,7 +41,9 @@ _NAMES_OF_TRANSFORMERS = {
     *("transformers_weights", "use_cache", "out_features", "out_indices", "stage_names"),
     *("base_model_tp_plan", "base_model_fsdp_plan", "base_model_pp_plan", "base_model_ep_plan"),
 }
-# What transformers' common test suite and its tools also assign, to any config, whether it has such a field or not.
+# What transformers' common test suite and peft also assign, to any config, whether it has such a field or not. A list,
+# as these are fields of single configs of transformers, which nothing of it declares together; a name that a later
+# version of the suite assigns fails in a test here, and its error says which name it is.
 _ASSIGNED_NAMES = {
     *("batch_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon", "post_norm_eps"),
     *("rms_norm_eps", "attention_dropout", "dropout_rate", "ffn_hidden_size", "first_k_dense_replace", "head_dim"),

@@ -1,5 +1,6 @@
 """The configuration fields of the ViT encoder in `encoder.py`, inherited by the config of each family that uses it."""
 
+import math
 from typing import Literal
 
 from transformers import PreTrainedConfig
@@ -28,6 +29,14 @@ ENCODER_SIZES = {
     "large": (1024, 24, 16),
     "huge": (1280, 32, 16),
 }
+# The same for training from scratch, by the most pixels that the shorter side of an image has.
+_TRAINING_SIZES = ((64, (192, 6, 3)), (160, ENCODER_SIZES["tiny"]), (math.inf, ENCODER_SIZES["small"]))
+
+
+def training_shape(image_size: tuple[int, int]) -> dict[str, int]:
+    """Fields of an encoder to train from scratch on images of (height, width) pixels: width, layers and heads."""
+    shape = next(shape for largest, shape in _TRAINING_SIZES if min(image_size) <= largest)
+    return dict(zip(("hidden_size", "num_hidden_layers", "num_attention_heads"), shape, strict=True))
 
 
 @checked_config
@@ -78,6 +87,8 @@ class EncoderConfig(CheckedConfigMixin, TokenBudgetMixin, BackboneConfigMixin, P
             made for.
         merge_tokens_to (`int`, *optional*): merges similar tokens between the layers until this many are left after
             the last, prefix tokens not counted (ToMe, arXiv 2210.09461); nothing is merged when `None`.
+        merge_layers (`int`, *optional*): layers, the first ones, in which tokens merge; all when `None`. A host that
+            reads an earlier layer than the last finds `merge_tokens_to` tokens behind so many.
         keep_all_tokens (`bool`, *optional*, defaults to `False`): whether a classifier computes every token of the
             last layer, also those that its head does not read. Without it they are computed where
             `output_hidden_states` or `output_attentions` asks for them.
@@ -125,6 +136,7 @@ class EncoderConfig(CheckedConfigMixin, TokenBudgetMixin, BackboneConfigMixin, P
     keep_all_tokens: bool = False
     pack_tokens: bool | str = choice(("auto", True, False), "auto")
     merge_tokens_to: int | None = positive(None)
+    merge_layers: int | None = positive(None)
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
     apply_layernorm: bool = True
@@ -202,12 +214,13 @@ class EncoderConfig(CheckedConfigMixin, TokenBudgetMixin, BackboneConfigMixin, P
         """See `TokenBudgetMixin.hosted`.
 
         Raises:
-            ValueError: where tokens are merged: a host may read an earlier layer, which has more of them.
+            ValueError: where tokens are merged in all layers: a host may read an earlier one, which has more of them.
         """
-        if self.merge_tokens_to is not None:
+        if self.merge_tokens_to is not None and self.merge_layers is None:
             raise ValueError(
-                f"`merge_tokens_to` must be None in a host model, got {self.merge_tokens_to}: a host reads the tokens "
-                "of a layer before the last, where fewer are merged. Use another budget."
+                f"`merge_tokens_to` must be None in a host model that does not say which layer it reads, got "
+                f"{self.merge_tokens_to}: fewer tokens are merged in layers before the last. Set `merge_layers` too, "
+                "to the number of layers up to that one, or use another budget."
             )
         return super().hosted()
 
@@ -228,4 +241,4 @@ class EncoderConfig(CheckedConfigMixin, TokenBudgetMixin, BackboneConfigMixin, P
         return self.hidden_size
 
 
-__all__ = ["ENCODER_SIZES", "EncoderConfig"]
+__all__ = ["ENCODER_SIZES", "EncoderConfig", "training_shape"]

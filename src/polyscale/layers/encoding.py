@@ -76,6 +76,7 @@ def run_merging_layers(
     merge_tokens_to: int,
     num_prefix_tokens: int,
     key_bias: torch.Tensor | None = None,
+    num_merging: int | None = None,
     **kwargs,
 ) -> Encoded:
     """Runs layers that merge similar tokens between attention and MLP, down to an exact number (ToMe).
@@ -86,13 +87,16 @@ def run_merging_layers(
         merge_tokens_to (`int`): patch tokens after the last layer.
         num_prefix_tokens (`int`): tokens in front that are not merged.
         key_bias (`torch.Tensor`, *optional*): (batch, tokens), logarithms of sizes that tokens have from the start.
+        num_merging (`int`, *optional*): layers, the first ones, that merge; all when `None`.
         kwargs: for each layer.
 
     Raises:
         ValueError: for a number that the layers cannot reach: each merges at most half of its tokens.
     """
     sizes = None if key_bias is None else key_bias.exp()
-    schedule = merge_schedule(hidden_states.shape[1] - num_prefix_tokens, merge_tokens_to, len(layers))
+    num_merging = len(layers) if num_merging is None else min(max(num_merging, 0), len(layers))
+    schedule = merge_schedule(hidden_states.shape[1] - num_prefix_tokens, merge_tokens_to, num_merging)
+    schedule += [0] * (len(layers) - num_merging)
     for layer, num_merged in zip(layers, schedule, strict=True):
         bias = None if sizes is None else sizes.log()
         step = MergeStep(num_merged, sizes, num_prefix_tokens)

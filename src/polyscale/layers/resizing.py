@@ -207,10 +207,12 @@ def pi_resize_patch_embed(
     float32, returned in the dtype of `patch_embed`.
 
     Args:
-        patch_embed: kernel of shape (embedding width, channels, height, width), in pixels.
-        new_patch_size: int or (height, width), in pixels.
-        interpolation: "bicubic" or "bilinear" (FlexiViT's released weights: "bilinear").
-        antialias: whether the image resize that is inverted is antialiased (FlexiViT's released weights: no).
+        patch_embed (`torch.Tensor` of shape `(embedding width, channels, height, width)`): the kernel, in pixels.
+        new_patch_size (`int` or `(height, width)`): of the new kernel, in pixels.
+        interpolation (`str`, *optional*, defaults to `"bicubic"`): `"bicubic"`, or `"bilinear"` as for FlexiViT's
+            released weights.
+        antialias (`bool`, *optional*, defaults to `True`): whether the image resize that is inverted is antialiased
+            (FlexiViT's released weights: no).
 
     Returns:
         Kernel of shape (embedding width, channels, *new_patch_size).
@@ -232,8 +234,23 @@ def interpolate_resize_patch_embed(
 ) -> torch.Tensor:
     """Resizes a patch-embedding kernel as if it were an image: the weaker baseline to `pi_resize_patch_embed`.
 
-    The arguments are those of `flexivit_pytorch.interpolate_resize_patch_embed`: see `pi_resize_patch_embed`;
-    `interpolation` may be any mode of `torch.nn.functional.interpolate` for images.
+    The arguments are those of `flexivit_pytorch.interpolate_resize_patch_embed`. Differentiable; computed in float32,
+    returned in the dtype of `patch_embed`.
+
+    Args:
+        patch_embed (`torch.Tensor` of shape `(embedding width, channels, height, width)`): the kernel, in pixels.
+        new_patch_size (`int` or `(height, width)`): of the new kernel, in pixels.
+        interpolation (`str`, *optional*, defaults to `"bicubic"`): any mode of `torch.nn.functional.interpolate` for
+            images.
+        antialias (`bool`, *optional*, defaults to `True`): whether the resize is antialiased; only `"bicubic"` and
+            `"bilinear"` can be.
+
+    Returns:
+        Kernel of shape (embedding width, channels, *new_patch_size).
+
+    Raises:
+        ValueError: for a kernel that is not 4-dimensional, a size below 1, an unknown interpolation, or one that
+            cannot be antialiased.
     """
     _check_kernel(patch_embed)
     check_choice("interpolation", interpolation, (*INTERPOLATIONS, "nearest", "nearest-exact", "area"))
@@ -310,12 +327,13 @@ def resize_abs_pos_embed(
     count: a 4 x 4 grid is resized to 2 x 8.
 
     Args:
-        pos_embed: (1, num_prefix_tokens + rows * columns, width).
-        new_size: int or (rows, columns) of the new grid.
-        old_size: int or (rows, columns) of the old grid; a square by default.
-        num_prefix_tokens: positions in front that belong to no place (CLS, registers).
-        interpolation: "bicubic" or "bilinear".
-        antialias: whether a resize to a smaller grid is antialiased.
+        pos_embed (`torch.Tensor` of shape `(1, num_prefix_tokens + rows * columns, width)`): the position embeddings.
+        new_size (`int` or `(rows, columns)`): of the new grid.
+        old_size (`int` or `(rows, columns)`, *optional*): of the old grid; a square when `None`.
+        num_prefix_tokens (`int`, *optional*, defaults to 1): positions in front that belong to no place (CLS,
+            registers).
+        interpolation (`str`, *optional*, defaults to `"bicubic"`): `"bicubic"` or `"bilinear"`.
+        antialias (`bool`, *optional*, defaults to `True`): whether a resize to a smaller grid is antialiased.
 
     Returns:
         (1, num_prefix_tokens + new rows * new columns, width).

@@ -1,6 +1,7 @@
 """Models around another model: S2 around any vision model, the towers inside of LLaVA models."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -49,6 +50,25 @@ def take_flags(outer: PreTrainedModel, inner_config: PreTrainedConfig) -> None:
         setattr(outer, flag, bool(getattr(inner, flag, False)))
 
 
+@contextmanager
+def attention_kept(*models: PreTrainedModel) -> Iterator[None]:
+    """Gives the models their attention implementations back, which a config around theirs resets."""
+    implementations = [model.config._attn_implementation for model in models]
+    try:
+        yield
+    finally:
+        for model, implementation in zip(models, implementations, strict=True):
+            model.config._attn_implementation = implementation
+
+
+def keep_weights(model: PreTrainedModel) -> None:
+    """Keeps the weights of a model as they are when one around it is made: its `post_init` draws new ones where no
+    module says that it has some. Private, and transformers has no public word for it.
+    """
+    for module in model.modules():
+        module._is_hf_initialized = True
+
+
 def wrap_in_memory(
     outer_class: type[PreTrainedModel],
     model: PreTrainedModel,
@@ -61,16 +81,12 @@ def wrap_in_memory(
         model (`PreTrainedModel`): the model inside.
         make_config (`Callable`): gives the config of the result for that of `model`.
     """
-    attention = model.config._attn_implementation
-    try:
+    with attention_kept(model):
         config = make_config(model.config)
-    finally:
-        model.config._attn_implementation = attention  # a config around this one resets it
-    config._attn_implementation = attention
+    config._attn_implementation = model.config._attn_implementation
     config.dtype = model.dtype
-    for module in model.modules():
-        module._is_hf_initialized = True  # keeps `post_init` from drawing new weights
+    keep_weights(model)
     return outer_class(config, model)
 
 
-__all__ = ["check_has_no_head", "take_flags", "wrap_in_memory"]
+__all__ = ["attention_kept", "check_has_no_head", "keep_weights", "take_flags", "wrap_in_memory"]

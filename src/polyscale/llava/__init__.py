@@ -6,6 +6,8 @@ LLaVA models of transformers, are imported at first use.
 
 from importlib import import_module
 
+from .downsampled import DownsampledTower, DownsampledTowerConfig
+from .earlier import PerPictureLlavaProcessor
 from .packed import PackedTower, PackedTowerConfig
 from .processing import (
     BudgetLlavaNextProcessor,
@@ -15,7 +17,12 @@ from .processing import (
 )
 
 
-_LAZY = {"ResumableCheckpoints": ".resuming", "set_token_budget": ".swap", "swap_vision_tower": ".swap"}
+_LAZY = {
+    "ResumableCheckpoints": ".resuming",
+    "load_vila": ".convert_vila",
+    "set_token_budget": ".swap",
+    "swap_vision_tower": ".swap",
+}
 
 
 def __getattr__(name: str):
@@ -29,9 +36,13 @@ __all__ = [
     "BudgetLlavaOnevisionProcessor",
     "BudgetLlavaProcessor",
     "BudgetVipLlavaProcessor",
+    "DownsampledTower",
+    "DownsampledTowerConfig",
     "PackedTower",
     "PackedTowerConfig",
+    "PerPictureLlavaProcessor",
     "ResumableCheckpoints",
+    "load_vila",
     "set_token_budget",
     "swap_vision_tower",
 ]

@@ -86,8 +86,8 @@ def token_layout(config: PreTrainedConfig) -> TokenLayout:
     grid = None if size is None else base_feature_grid(config, size)
     if grid is None:
         raise ValueError(
-            f"`tower` of type {config.model_type!r}: its config has no `image_size` and `patch_size`, so "
-            "its tokens cannot be counted."
+            f"`tower` of type {config.model_type!r}: its config has no `image_size` and `patch_size`, so its tokens "
+            "cannot be counted."
         )
     return TokenLayout(size, base_num_prefix_tokens(config), grid[0] * grid[1], grid)
 

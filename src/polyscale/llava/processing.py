@@ -54,7 +54,7 @@ class BudgetWordsMixin:
             hint = "" if nearest is None else f" Did you mean `{nearest}`?"
             raise ValueError(
                 f"`{name}` is no argument of this processor.{hint} Budgets of its tower: "
-                f"{', '.join(config.changeable_fields)}."
+                f"{', '.join(config.changeable_fields) or 'none'}."
             )
         return budget, others
 
@@ -97,28 +97,8 @@ class FixedBudgetMixin(BudgetWordsMixin):
         return super()._get_num_multimodal_tokens(image_sizes=image_sizes, **kwargs)
 
 
-class BudgetLlavaProcessor(BudgetWordsMixin, LlavaProcessor):
-    """A `LlavaProcessor` that takes a token budget in each call; the tower follows by way of `image_sizes`.
-
-    Args:
-        image_processor: the tower's.
-        tokenizer: the model's.
-        patch_size (`int`, *optional*): pixels per token at the tower's own budget.
-        vision_feature_select_strategy (`str`, *optional*, defaults to `"full"`): as in the model's config.
-        chat_template (`str`, *optional*): the model's.
-        image_token (`str`, *optional*, defaults to `"<image>"`): the placeholder of a token.
-        num_additional_image_tokens (`int`, *optional*, defaults to 0): as in `LlavaProcessor`.
-        tower_config (`dict`, *optional*): the config of the tower.
-
-    Example:
-
-    ```python
-    >>> inputs = processor(images=photograph, text=prompt, num_tokens=100, return_tensors="pt")
-    >>> inputs = processor(images=[a, b], text=prompts, image_budgets=[{"num_tokens": 100}, {"num_tokens": 36}])
-    ```
-    """
-
-    _call_budget: tuple[dict[str, Any], Sequence[Mapping[str, Any]] | None] = ({}, None)
+class PatchSizeProcessorMixin:
+    """The constructor of the processors that count the tokens of an image by a patch size."""
 
     def __init__(
         self,
@@ -143,6 +123,30 @@ class BudgetLlavaProcessor(BudgetWordsMixin, LlavaProcessor):
             num_additional_image_tokens=num_additional_image_tokens,
             **kwargs,
         )
+
+
+class BudgetLlavaProcessor(BudgetWordsMixin, PatchSizeProcessorMixin, LlavaProcessor):
+    """A `LlavaProcessor` that takes a token budget in each call; the tower follows by way of `image_sizes`.
+
+    Args:
+        image_processor: the tower's.
+        tokenizer: the model's.
+        patch_size (`int`, *optional*): pixels per token at the tower's own budget.
+        vision_feature_select_strategy (`str`, *optional*, defaults to `"full"`): as in the model's config.
+        chat_template (`str`, *optional*): the model's.
+        image_token (`str`, *optional*, defaults to `"<image>"`): the placeholder of a token.
+        num_additional_image_tokens (`int`, *optional*, defaults to 0): as in `LlavaProcessor`.
+        tower_config (`dict`, *optional*): the config of the tower.
+
+    Example:
+
+    ```python
+    >>> inputs = processor(images=photograph, text=prompt, num_tokens=100, return_tensors="pt")
+    >>> inputs = processor(images=[a, b], text=prompts, image_budgets=[{"num_tokens": 100}, {"num_tokens": 36}])
+    ```
+    """
+
+    _call_budget: tuple[dict[str, Any], Sequence[Mapping[str, Any]] | None] = ({}, None)
 
     def __call__(self, images=None, text=None, videos=None, audio=None, *, image_budgets=None, **kwargs):
         """
@@ -234,67 +238,19 @@ class BudgetLlavaProcessor(BudgetWordsMixin, LlavaProcessor):
         return MultiModalData(num_image_tokens=[config.max_num_tokens_for()] * count, num_image_patches=[1] * count)
 
 
-class BudgetVipLlavaProcessor(FixedBudgetMixin, LlavaProcessor):
+class BudgetVipLlavaProcessor(FixedBudgetMixin, PatchSizeProcessorMixin, LlavaProcessor):
     """The processor of a VipLLaVA model with a tower of this library. Arguments: `BudgetLlavaProcessor`."""
 
     why_fixed = "a VipLLaVA model passes nothing but the images to its tower"
 
-    def __init__(
-        self,
-        image_processor=None,
-        tokenizer=None,
-        patch_size=None,
-        vision_feature_select_strategy="full",
-        chat_template=None,
-        image_token="<image>",
-        num_additional_image_tokens=0,
-        tower_config: dict | None = None,
-        **kwargs,
-    ):
-        self.tower_config = tower_config
-        super().__init__(
-            image_processor,
-            tokenizer,
-            patch_size=patch_size,
-            vision_feature_select_strategy=vision_feature_select_strategy,
-            chat_template=chat_template,
-            image_token=image_token,
-            num_additional_image_tokens=num_additional_image_tokens,
-            **kwargs,
-        )
 
-
-class BudgetLlavaNextProcessor(FixedBudgetMixin, LlavaNextProcessor):
+class BudgetLlavaNextProcessor(FixedBudgetMixin, PatchSizeProcessorMixin, LlavaNextProcessor):
     """The processor of a LLaVA-NeXT model with a tower of this library. Arguments: `BudgetLlavaProcessor`."""
 
     why_fixed = (
         "a LLaVA-NeXT model keeps `image_sizes` for the sizes of whole images, and takes the grid of its tokens from "
         "its config"
     )
-
-    def __init__(
-        self,
-        image_processor=None,
-        tokenizer=None,
-        patch_size=None,
-        vision_feature_select_strategy="full",
-        chat_template=None,
-        image_token="<image>",
-        num_additional_image_tokens=0,
-        tower_config: dict | None = None,
-        **kwargs,
-    ):
-        self.tower_config = tower_config
-        super().__init__(
-            image_processor,
-            tokenizer,
-            patch_size=patch_size,
-            vision_feature_select_strategy=vision_feature_select_strategy,
-            chat_template=chat_template,
-            image_token=image_token,
-            num_additional_image_tokens=num_additional_image_tokens,
-            **kwargs,
-        )
 
 
 class BudgetLlavaOnevisionProcessor(FixedBudgetMixin, LlavaOnevisionProcessor):

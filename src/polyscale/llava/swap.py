@@ -9,8 +9,9 @@ from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 from transformers.image_processing_utils import BaseImageProcessor
 
 from ..layers.token_budget import TokenBudgetMixin
-from ..layers.wrapping import check_has_no_head
+from ..layers.wrapping import attention_kept, check_has_no_head
 from .adapters import LlavaAdapter, adapter_of, tile_side
+from .downsampled import DownsampledTowerConfig
 from .layout import TokenLayout, token_layout
 from .packed import PackedTower, PackedTowerConfig
 from .projector import fitted_projector, share_weights
@@ -54,18 +55,44 @@ def check_processor(processor: ProcessorMixin, config: PreTrainedConfig) -> None
         )
     if processor.image_token_id != config.image_token_id:
         raise ValueError(
-            "`processor` does not belong to this model: its image token has the id "
-            f"{processor.image_token_id}, the model's is "
-            f"{config.image_token_id}."
+            f"`processor` does not belong to this model: its image token has the id {processor.image_token_id}, the "
+            f"model's is {config.image_token_id}."
         )
 
 
-def _hosted(config: PreTrainedConfig, adapter: LlavaAdapter) -> tuple[PreTrainedConfig, list[str]]:
-    """The config of a tower as the host sees it, and what changed in it."""
+def _hosted(
+    config: PreTrainedConfig, adapter: LlavaAdapter, layer: int | list[int]
+) -> tuple[PreTrainedConfig, list[str]]:
+    """The config of a tower as the host sees it, and what changed in it.
+
+    Args:
+        config: of the tower.
+        adapter: of the host.
+        layer: what the host reads.
+    """
     if not isinstance(config, TokenBudgetMixin):
         return config, []
+    if getattr(config, "merge_tokens_to", None) is not None:
+        config = copy.deepcopy(config)
+        config.merge_layers = _merging_layers(config, layer)
     hosted, notes = config.hosted()
     return PackedTowerConfig(vision_config=hosted, num_front_tokens=adapter.num_front_tokens), notes
+
+
+def _merging_layers(config: PreTrainedConfig, layer: int | list[int]) -> int:
+    """How many layers of a tower may merge tokens, so that all is merged in those that are read.
+
+    Raises:
+        ValueError: where what goes into the first layer is read.
+    """
+    count = config.num_hidden_layers
+    first = min(index % (count + 1) for index in ([layer] if isinstance(layer, int) else layer))
+    if first == 0:
+        raise ValueError(
+            f"`vision_feature_layer` {layer} reads what goes into the first layer, where no token is merged yet; "
+            f"`tower` has `merge_tokens_to={config.merge_tokens_to}`."
+        )
+    return first if config.merge_layers is None else min(first, config.merge_layers)
 
 
 @dataclass
@@ -95,7 +122,7 @@ def _plan(
     return _Plan(adapter, layout, changed, fields)
 
 
-def _set_config(model: nn.Module, old: PreTrainedConfig, new: PreTrainedConfig) -> None:
+def set_config(model: nn.Module, old: PreTrainedConfig, new: PreTrainedConfig) -> None:
     """Puts a changed config into a model in memory, and those of the models inside it."""
     replaced = {id(old): new}
     for name in old.sub_configs:
@@ -173,25 +200,26 @@ def swap_vision_tower(
     _check_tower(tower)
     if processor is not None:
         check_processor(processor, config)
-    attention = tower.config._attn_implementation
-    try:
-        outer, notes = _hosted(tower.config, adapter)
-        layer = _feature_layer(outer, vision_feature_layer, config.vision_feature_layer)
+    with attention_kept(tower):
+        layer = _feature_layer(tower.config, vision_feature_layer, config.vision_feature_layer)
+        outer, notes = _hosted(tower.config, adapter, layer)
         plan = _plan(adapter, config, outer, layer, tile_side(config.vision_config))
         new_processor = None
         if processor is not None:
             own = adapter.image_processor(processor, plan.config, plan.layout, image_processor, fit)
             new_processor = adapter.make_processor(processor, plan.config, plan.layout, own)
-        related = share_weights(llava.vision_tower, tower)
+        # Behind a tower that brings tokens together stands a projector for such tokens, whatever its weights are.
+        is_alike = isinstance(_inside(config.vision_config), DownsampledTowerConfig) == isinstance(
+            tower.config, DownsampledTowerConfig
+        )
+        related = is_alike and share_weights(llava.vision_tower, tower)
         scales = 1 if hasattr(_inside(config.vision_config), "num_scales") else getattr(tower.config, "num_scales", 1)
         projector = fitted_projector(llava, plan.config, keep_projector, related, scales)
-    finally:
-        tower.config._attn_implementation = attention
 
     for note in notes:
         warnings.warn(f"`tower` in its host: {note}", stacklevel=2)
     if isinstance(outer, PackedTowerConfig):
-        _set_config(tower, tower.config, outer.vision_config)
+        set_config(tower, tower.config, outer.vision_config)
         tower = PackedTower.around(tower, adapter.num_front_tokens)
     old_projector = llava.multi_modal_projector
     weight = old_projector.linear_1.weight
@@ -244,14 +272,14 @@ def set_token_budget(llava_model: PreTrainedModel, processor: ProcessorMixin, **
             f"The vision tower is a {old.model_type!r}, which has no token budget: put a tower of this library in its "
             "place with `swap_vision_tower`."
         )
-    outer, _ = _hosted(old.with_budget(**knobs), adapter)
+    outer, _ = _hosted(old.with_budget(**knobs), adapter, config.vision_feature_layer)
     plan = _plan(adapter, config, outer, config.vision_feature_layer, tile_side(config.vision_config))
     own = adapter.resized_image_processor(processor, plan.config, plan.layout)
     new_processor = adapter.make_processor(processor, plan.config, plan.layout, own)
 
     tower = llava.vision_tower
     inside = tower.tower if isinstance(tower, PackedTower) else tower
-    _set_config(inside, old, outer.vision_config)
+    set_config(inside, old, outer.vision_config)
     packed = PackedTower.around(inside, adapter.num_front_tokens)
     _commit(llava, config, plan.fields, packed.train(tower.training))
     if type(processor) is not type(new_processor):
@@ -260,4 +288,4 @@ def set_token_budget(llava_model: PreTrainedModel, processor: ProcessorMixin, **
     return processor
 
 
-__all__ = ["check_processor", "set_token_budget", "swap_vision_tower"]
+__all__ = ["check_processor", "set_config", "set_token_budget", "swap_vision_tower"]

@@ -232,6 +232,8 @@ def _request_budget(subject: _Subject) -> str:
         reason = getattr(processor, "why_fixed", "its tower has no token budget")
         return f"none: {reason}"
     config = processor.budget_config
+    if not config.changeable_fields:
+        return "none: its tower has no token budget"
     words = {name: getattr(config, name) for name in (budget_argument_of(config),) if name is not None}
     words = {name: value for name, value in words.items() if value is not None} or {"image_size": config.image_size}
     inputs = subject.encode(subject.images()[:1], **words)

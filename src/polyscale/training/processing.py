@@ -10,7 +10,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 from transformers.processing_utils import ImagesKwargs
 
-from ..utils.processors import options_for_size
+from ..utils.processors import processor_for_size
 from .recipe import TrainingRecipe
 from .transforms import ProcessorTransform
 
@@ -54,7 +54,7 @@ def adopt_processing(
     """
     changes = {}
     if recipe.image_size is not None:
-        changes |= options_for_size(processor, tuple(recipe.image_size))
+        processor = processor_for_size(processor, tuple(recipe.image_size))
     for name in ("image_mean", "image_std"):
         if getattr(recipe, name) is not None:
             changes[name] = list(getattr(recipe, name))

@@ -69,7 +69,7 @@ class TrainingRecipe:
         num_workers (`int`, *optional*, defaults to 2): processes that read images.
         seed (`int`, *optional*, defaults to 0): of weights, order, augmentation and drawn budgets.
         save_dtype (`str`, *optional*): "float16" or "bfloat16" halves the weights file, which still loads as float32.
-        save_steps (`int`, *optional*): optimiser steps between checkpoints to resume from; one an epoch when `None`.
+        save_steps (`int`, *optional*): optimiser steps between checkpoints to resume from; once per epoch when `None`.
         trust_remote_code (`bool`, *optional*, defaults to `False`): whether checkpoints may run code of their own.
 
     Raises:

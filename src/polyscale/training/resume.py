@@ -16,6 +16,7 @@ from .recipe import TrainingRecipe
 
 
 RUN_FILE = "run.json"
+RECORD_FILE = "training.json"  # of a finished run, in its output
 LOCK_FILE = "lock"
 WHOLE_FILE = "whole.json"
 _CHUNK = 1 << 22
@@ -92,6 +93,8 @@ class RunFolder:
         Raises:
             ValueError: if another process has it, or there is nothing (or something) to go on with.
         """
+        if resume and not self.has_run() and (self.output_dir / RECORD_FILE).is_file():
+            raise ValueError(f"`resume`: {self.output_dir} is finished, there is nothing to go on with.")
         if self.output_dir.exists() and not (resume and self.has_run()):
             raise ValueError(f"`output_dir` {self.output_dir} exists already. Name another, or remove it first.")
         if resume and not self.has_run():
@@ -150,8 +153,13 @@ class RunFolder:
             raise ValueError(f"{self.path / RUN_FILE} cannot be read ({error}): remove {self.path}.") from error
 
     def discard(self) -> None:
-        """Removes the folder."""
+        """Removes the folder; what tells that there is a run goes last, so that a killed removal can go on."""
         self.release()
+        for entry in self.path.iterdir() if self.path.is_dir() else ():
+            if entry.is_dir():
+                shutil.rmtree(entry, ignore_errors=True)
+            elif entry.name != RUN_FILE:
+                entry.unlink(missing_ok=True)
         shutil.rmtree(self.path, ignore_errors=True)
 
     def discard_if_new(self) -> None:

@@ -40,7 +40,7 @@ from .outputs import draw_curve, versions, write_card, write_record
 from .plans import Plan, make_plan, splits_for
 from .recipe import TrainingRecipe
 from .report import Reporter, default_result, result_line, summary_lines, time_of_step
-from .resume import RunFolder, WholeCheckpointCallback, check_unchanged
+from .resume import RECORD_FILE, RunFolder, WholeCheckpointCallback, check_unchanged
 from .schedule import schedule_notes, steps_of, training_arguments
 from .trainer import BudgetTrainer
 
@@ -284,7 +284,7 @@ def _run(
 
 def _finished(run: RunFolder) -> dict:
     """The metrics of a run that ended after its result was in place; only its work folder was left."""
-    record = run.output_dir / "training.json"
+    record = run.output_dir / RECORD_FILE
     facts = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
     if facts.get("id") != run.read()["id"]:
         raise ValueError(f"`output_dir` {run.output_dir} exists already. Name another, or remove it first.")
@@ -344,7 +344,7 @@ def publish(plan: Plan, processor: BaseImageProcessor, run: RunFolder, facts: di
         (final / "training_args.bin").unlink(missing_ok=True)  # a pickle, and of no use to a reader
         config = trainer.model.config
         facts["has_curve"] = draw_curve(final / "curve.png", facts["history"], facts["budget_argument"])
-        write_record(final / "training.json", facts)
+        write_record(final / RECORD_FILE, facts)
         write_card(final / "README.md", facts, config, plan.is_classifier)
         for file in final.iterdir():  # safetensors makes files that nobody else can read
             file.chmod((final / "config.json").stat().st_mode)

@@ -81,7 +81,7 @@ class ProcessorTransform:
 
 @contextmanager
 def _seeded(*entropy: int) -> Iterator[None]:
-    """torch's CPU generator seeded from the numbers given; afterwards it is where it was."""
+    """torch's CPU generator seeded from the numbers given, and put back afterwards."""
     state = torch.get_rng_state()
     # `torch.manual_seed` would seed the accelerators too, which costs more than an image
     torch.default_generator.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))

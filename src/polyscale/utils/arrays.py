@@ -31,7 +31,7 @@ def _on_cpu(array: np.ndarray | torch.Tensor) -> bool:
 
 
 def _limits(array: np.ndarray | torch.Tensor) -> tuple[float, float]:
-    return float(array.min()), float(array.max())
+    return (0.0, 0.0) if 0 in array.shape else (float(array.min()), float(array.max()))
 
 
 def _cast(array: np.ndarray | torch.Tensor, dtype: str) -> np.ndarray | torch.Tensor:

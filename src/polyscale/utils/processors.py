@@ -16,6 +16,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from .arrays import with_values_of_files
 from .images import UnreadableImageError, displayed, to_rgb
+from .validation import to_pair
 
 
 def _side_lengths(size: Any) -> dict[str, int | None]:
@@ -60,6 +61,16 @@ def options_for_size(
     if hasattr(type(processor), "options_for_size"):
         return processor.options_for_size(image_size, crop_pct)
     return plain_options_for_size(processor, image_size, crop_pct)
+
+
+def processor_for_size(processor: BaseImageProcessor, image_size: int | tuple[int, int]) -> BaseImageProcessor:
+    """A copy of an image processor that brings images to `image_size` (`options_for_size`).
+
+    Raises:
+        ValueError: for a size that the processor cannot follow.
+    """
+    options = options_for_size(processor, to_pair(image_size, "image_size"))
+    return type(processor).from_dict({**processor.to_dict(), **options})
 
 
 def plain_options_for_size(
@@ -203,5 +214,6 @@ __all__ = [
     "pixels_of",
     "plain_options_for_size",
     "process_images",
+    "processor_for_size",
     "seen_region",
 ]

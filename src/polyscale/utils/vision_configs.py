@@ -21,8 +21,8 @@ def check_base(config: PreTrainedConfig) -> None:
     """Raises ValueError for a model that cannot be applied at several scales, with the reason."""
     if getattr(config, "vision_config", None) is not None:
         raise ValueError(
-            f"`vision_config` must be that of a vision model, got one of type {config.model_type!r}: "
-            "give its `vision_config`."
+            f"`vision_config` must be that of a vision model, got one of type {config.model_type!r}: give its "
+            "`vision_config`."
         )
     missing = [name for model in model_classes_of(config)[:1] for name in _required_inputs(model)]
     if missing:
@@ -62,8 +62,8 @@ def base_width(config: PreTrainedConfig) -> int:
     width = widths[-1] if widths else getattr(config, "hidden_size", None)
     if width is None:
         raise ValueError(
-            f"`vision_config` of type {config.model_type!r} has no `hidden_size`: S2 cannot know the "
-            "width of its features."
+            f"`vision_config` of type {config.model_type!r} has no `hidden_size`: S2 cannot know the width of its "
+            "features."
         )
     return width
 

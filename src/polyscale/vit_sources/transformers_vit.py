@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoImageProcessor, PreTrainedConfig, PreTr
 from transformers.utils import logging
 
 from ..models.flexivit.image_processing_flexivit import FlexiViTImageProcessor
-from ..models.flexivit.modeling_flexivit import FlexiViTForImageClassification, FlexiViTModel
+from ..models.flexivit.modeling_flexivit import FlexiViTForImageClassification, FlexiViTModel, FlexiViTPreTrainedModel
 from ..models.flexivit.modeling_projection_flexivit import FlexiViTModelWithProjection
 from ..utils.checkpoint_files import check_hub_name, check_index, rename_keys
 from ..utils.validation import to_pair
@@ -242,9 +242,9 @@ def source_from_hf_model(
             f"A {class_name} cannot become a FlexiViT.{_foreign_positions(model.config)} What converts: "
             f"{', '.join(name for names in SUPPORTED_CLASSES.values() for name in names)}."
         )
-    model_type = model.config.model_type
-    if model_type == "flexivit":
+    if isinstance(model, FlexiViTPreTrainedModel):
         return _own_source(model, image_processor, overrides)
+    model_type = model.config.model_type
     config, state_dict = _vision_part(model)
     if not has_pooler:
         state_dict = {name: tensor for name, tensor in state_dict.items() if not name.startswith("pooler.")}

@@ -1,13 +1,14 @@
-"""Loads a saved checkpoint in a process that never saw it being made, with or without polyscale.
+"""Loads saved checkpoints in a process that never saw them being made, with or without polyscale.
 
-The folder holds `checkpoint/`, `expected.safetensors` and the context (see `reference.py`). Nothing here imports
-polyscale unless the context says so: without it, the checkpoint's own code has to do.
+A family's folder holds its checkpoint and `expected.safetensors` (see `reference.py`). Nothing here imports polyscale
+unless the facts say so: without it, the checkpoint's own code has to do.
 """
 
 import importlib.abc
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,9 +36,8 @@ class _Blocker(importlib.abc.MetaPathFinder):
 
 
 class Context:
-    def __init__(self, folder: Path):
-        facts = json.loads((folder / "context.json").read_text())
-        self.checkpoint = folder / "checkpoint"
+    def __init__(self, family: str, folder: Path, facts: dict[str, Any]):
+        self.checkpoint = Path(facts["checkpoint"])
         self.expected = load_file(folder / "expected.safetensors")
         self.auto_classes: dict[str, str] = facts["auto_classes"]
         self.processors: dict[str, str] = facts["processors"]
@@ -180,9 +180,9 @@ def check_feature_pipeline(context: Context) -> None:
 
 if __name__ == "__main__":
     _folder = Path(sys.argv[1])
-    _context = Context(_folder)
-    if _context.with_polyscale:
+    _facts = json.loads((_folder / "context.json").read_text())
+    if any(facts["with_polyscale"] for facts in _facts.values()):
         import polyscale  # noqa: F401
     else:
         sys.meta_path.insert(0, _Blocker())
-    answer_checks(dict(globals()), _folder, _context)
+    answer_checks(dict(globals()), _folder, Context)

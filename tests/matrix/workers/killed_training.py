@@ -1,10 +1,9 @@
 """Trains until it is killed, without warning, in the middle of its fifth step."""
 
-import json
 import os
 import signal
-import sys
 from pathlib import Path
+from typing import Any
 
 from transformers import TrainerCallback
 
@@ -18,8 +17,9 @@ class _Killer(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-if __name__ == "__main__":
-    _folder = Path(sys.argv[1])
-    _context = json.loads((_folder / "context.json").read_text())
-    _trainer, _ = make_trainer(family_named(_context["family"]), _folder / "run", [_Killer()], **_context["arguments"])
-    _trainer.train()
+def train_until_killed(family: str, folder: Path, arguments: dict[str, Any]) -> None:
+    trainer, _ = make_trainer(family_named(family), folder, [_Killer()], **arguments)
+    trainer.train()
+
+
+__all__ = ["train_until_killed"]

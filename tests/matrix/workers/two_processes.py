@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,11 +18,10 @@ from ..training import make_trainer
 
 
 class Context:
-    def __init__(self, folder: Path):
-        facts = json.loads((folder / "context.json").read_text())
+    def __init__(self, family: str, folder: Path, arguments: dict[str, Any]):
         self.folder = folder
-        self.family = family_named(facts["family"])
-        self.arguments = facts["arguments"]
+        self.family = family_named(family)
+        self.arguments = arguments
         self.checkpoint = folder / "checkpoint"
         self.reference = self.family.make_model(**self.family.parallel_overrides)
         self.inputs = self.family.make_inputs(batch_size=4)
@@ -82,6 +82,6 @@ def check_tensor_parallel(context: Context) -> None:
 
 if __name__ == "__main__":
     _folder = Path(sys.argv[1])
-    answer_checks(dict(globals()), _folder, Context(_folder))
+    answer_checks(dict(globals()), _folder, Context)
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -74,6 +74,22 @@ def test_frames_are_sampled_at_equal_distances():
     assert pixels[0, :, 0, 0, 0].tolist() == [0, 60, 120, 180]
 
 
+def test_videos_of_any_type_have_the_same_pixels():
+    video = np.random.default_rng(0).integers(0, 256, (2, 20, 24, 3), dtype=np.uint8)
+    processor = SparseFormerVideoProcessor(**SMALL)
+    expected = processor(video, return_tensors="pt").pixel_values
+    deep = video.astype(np.uint16) * 256 + 7
+    for other in (deep, torch.from_numpy(deep), video / 255, video.astype(np.float32), video.astype(np.int64), [deep]):
+        assert torch.equal(processor(other, return_tensors="pt").pixel_values, expected)
+    frames = [Image.fromarray(frame[..., 0]) for frame in deep]  # of 16 bits
+    grey = np.repeat(video[..., :1], 3, axis=3)
+    assert torch.equal(
+        processor(frames, return_tensors="pt").pixel_values, processor(grey, return_tensors="pt").pixel_values
+    )
+    with pytest.raises(ValueError, match="`videos` holds floats from -1 to"):
+        processor(video / 127.5 - 1, return_tensors="pt")
+
+
 def test_bad_videos_are_refused():
     processor = SparseFormerVideoProcessor(**SMALL)
     with pytest.raises(ValueError, match="zero frames"):

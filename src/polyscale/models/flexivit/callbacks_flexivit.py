@@ -29,7 +29,7 @@ class PatchSizeCallback(TrainerCallback):
     unbroken one would have had. Works for any model that holds a FlexiViT (a LLaVA tower, a PEFT or compiled model).
 
     Args:
-        seed: seed of the draws; `TrainingArguments.seed` when None.
+        seed (`int`, *optional*): seed of the draws; `TrainingArguments.seed` when `None`.
     """
 
     def __init__(self, seed: int | None = None):

@@ -87,8 +87,8 @@ class FlexiViTConfig(EncoderConfig):
         if self.position_grid is None:
             if base_patch_size[0] > image_size[0] or base_patch_size[1] > image_size[1]:
                 raise ValueError(
-                    f"`base_patch_size` {base_patch_size} is larger than `image_size` {image_size}: "
-                    "give the `position_grid` (rows, columns) too."
+                    f"`base_patch_size` {base_patch_size} is larger than `image_size` {image_size}: give the "
+                    "`position_grid` (rows, columns) too."
                 )
             self.position_grid = [image_size[0] // base_patch_size[0], image_size[1] // base_patch_size[1]]
         self.position_grid = list(to_pair(self.position_grid, "position_grid"))

@@ -119,7 +119,7 @@ class FlexiViTEmbeddings(FreezableMixin, nn.Module):
         grids = [self.config.patch_grid_for(pixel_values.shape[-2:], size) for size in sizes]
 
         pixel_values = pixel_values.to(self.position_embeddings.dtype)
-        if len(set(sizes)) == 1:
+        if len(sizes) == 1 or len(set(sizes)) == 1:
             return self.embed(pixel_values, sizes[0], grids[0]), grids[0]
         places = {size: [place for place, own in enumerate(sizes) if own == size] for size in sizes}
         parts = [self.embed(pixel_values[own], size, grids[own[0]]) for size, own in places.items()]

@@ -175,7 +175,12 @@ class FlexiViTModel(FlexiViTPreTrainedModel):
                 raise ValueError("`merge_tokens_to` needs one `patch_size` for all images: padding would be merged.")
             num_prefix = self.config.num_prefix_tokens
             hidden_states, sizes = run_merging_layers(
-                self.layers, hidden_states, merge_tokens_to, num_prefix, **kwargs
+                self.layers,
+                hidden_states,
+                merge_tokens_to,
+                num_prefix,
+                num_merging=self.config.merge_layers,
+                **kwargs,
             )
             hidden_states = self.layernorm(hidden_states)
             pooled = self.pooler(hidden_states, sizes[:, num_prefix:])

@@ -4,7 +4,6 @@ Supervision (arXiv 2103.00020).
 Faithful to transformers' `CLIPVisionModelWithProjection`, whose weights it takes over.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +14,7 @@ from transformers.utils.generic import can_return_tuple
 
 from ...layers.call_checks import check_words
 from .configuration_flexivit import FlexiViTConfig
+from .embeddings_flexivit import PatchSize
 from .modeling_flexivit import FlexiViTModel, FlexiViTPreTrainedModel
 
 
@@ -27,6 +27,7 @@ class FlexiViTEmbeddingOutput(ModelOutput):
     pooler_output: torch.FloatTensor | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
+    token_mask: torch.BoolTensor | None = None
 
 
 class FlexiViTModelWithProjection(FlexiViTPreTrainedModel):
@@ -42,7 +43,7 @@ class FlexiViTModelWithProjection(FlexiViTPreTrainedModel):
     def forward(
         self,
         pixel_values: torch.Tensor | None = None,
-        patch_size: int | Sequence[int] | None = None,
+        patch_size: PatchSize | None = None,
         pooled_only: bool = False,
         merge_tokens_to: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -50,7 +51,8 @@ class FlexiViTModelWithProjection(FlexiViTPreTrainedModel):
         """
         Args:
             pixel_values (`torch.Tensor` of shape `(batch, channels, height, width)`): images of any height and width.
-            patch_size (`int` or `(height, width)`, *optional*): as in `FlexiViTModel.forward`.
+            patch_size (`int`, `(height, width)` or a list of one for each image, *optional*): as in
+                `FlexiViTModel.forward`.
             pooled_only (`bool`, *optional*, defaults to `False`): see there.
             merge_tokens_to (`int`, *optional*): see there.
             kwargs: outputs to record, as in `FlexiViTModel.forward`.

@@ -100,7 +100,7 @@ def draw_patches(axis: "Axes", model, processor, image: Image.Image, patch_size)
 
 @torch.no_grad()
 def draw_kernels(model, patch_sizes: Sequence, count: int = 8) -> "Figure":
-    """Patch kernels of a FlexiViT, resized: a row a patch size, a column a filter (those of largest norm).
+    """Patch kernels of a FlexiViT, resized: a row per patch size, a column per filter (those of largest norm).
 
     Args:
         model: a FlexiViT whose images have one or three channels.

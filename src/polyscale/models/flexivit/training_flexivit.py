@@ -3,13 +3,10 @@
 import math
 from typing import Any
 
-from ...layers.encoder_config import ENCODER_SIZES
+from ...layers.encoder_config import training_shape
+from ...layers.token_budget import plain_size
 from ...utils.validation import to_pair
 from .configuration_flexivit import FlexiViTConfig
-
-
-# Width, layers and heads for images whose shorter side has at most so many pixels.
-_SIZES = ((64, (192, 6, 3)), (160, ENCODER_SIZES["tiny"]), (math.inf, ENCODER_SIZES["small"]))
 
 
 def default_patch_sizes(image_size: tuple[int, int]) -> list[int]:
@@ -63,19 +60,17 @@ def training_config(
     sizes.sort(key=math.prod)
     smallest, middle = sizes[0], sizes[len(sizes) // 2]
     fields: dict[str, Any] = {
-        "image_size": list(image_size) if image_size[0] != image_size[1] else image_size[0],
+        "image_size": plain_size(image_size),
         "num_channels": num_channels,
-        "base_patch_size": middle[0] if middle[0] == middle[1] else list(middle),
-        "patch_size": smallest[0] if smallest[0] == smallest[1] else list(smallest),
+        "base_patch_size": plain_size(middle),
+        "patch_size": plain_size(smallest),
         "position_grid": [side // patch for side, patch in zip(image_size, smallest, strict=True)],
         "use_cls_token": False,
         "pooling": "mean",
     }
     if preset is not None:
         return FlexiViTConfig.preset(preset, **{**fields, **options})
-    shape = next(shape for largest, shape in _SIZES if min(image_size) <= largest)
-    names = ("hidden_size", "num_hidden_layers", "num_attention_heads")
-    return FlexiViTConfig(**{**dict(zip(names, shape, strict=True)), **fields, **options})
+    return FlexiViTConfig(**{**training_shape(image_size), **fields, **options})
 
 
 __all__ = ["default_patch_sizes", "training_config"]

@@ -243,7 +243,8 @@ class QuadtreeViTConfig(EncoderConfig):
             num_tokens = self.num_tokens
         if num_tokens is None:
             return finest
-        return check_token_budget(num_tokens, coarsest, finest, self.round_num_tokens)
+        num_tokens = check_token_budget(num_tokens, coarsest, finest, self.round_num_tokens)
+        return num_tokens if self.merge_tokens_to is None else min(num_tokens, self.merge_tokens_to)
 
     def feature_grid_for(self, image_size: int | Sequence[int] | None = None) -> tuple[int, int]:
         """(rows, columns) of the dense feature maps: the smallest patches. Arguments and errors: `patch_grid_for`."""
@@ -255,12 +256,13 @@ class QuadtreeViTConfig(EncoderConfig):
         return {"max_patch_size": self.max_patch_size}
 
     def budget_code(self, image_size: tuple[int, int]) -> tuple[int, ...]:
-        """None: the number of tokens says it all."""
-        return ()
+        """None: the number of tokens says it all, unless tokens are merged: then the number before."""
+        return () if self.merge_tokens_to is None else (self.num_tokens,)
 
     def budget_from_code(self, code: Sequence[int], num_tokens: int) -> dict[str, Any]:
         """The count decides, not the threshold: scores in half precision may differ from those that were counted."""
-        return {"num_tokens": num_tokens}
+        before_merging = code[0] if code else 0
+        return {"num_tokens": before_merging or num_tokens}
 
     def budget_calls(
         self, codes: Sequence[tuple[int, ...]], counts: Sequence[int]
@@ -319,7 +321,8 @@ class QuadtreeViTConfig(EncoderConfig):
     ) -> dict[str, Any] | None:
         """About a quarter of the tokens; `None` where there is no such budget. Arguments: `num_tokens_for`."""
         coarsest, finest = self.num_tokens_range(image_size)
-        usual = self.max_num_tokens_for(image_size, num_tokens)
+        usual = num_tokens or self.num_tokens or finest
+        usual = check_token_budget(usual, coarsest, finest, self.round_num_tokens)
         cheaper = check_token_budget(max(usual // 4, coarsest), coarsest, finest, True)
         return {"num_tokens": cheaper} if cheaper < usual else None
 

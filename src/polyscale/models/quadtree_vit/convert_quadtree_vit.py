@@ -32,7 +32,7 @@ _CLASSES = {
     None: QuadtreeViTModel,
 }
 _LABEL_FIELDS = ("id2label", "label2id", "problem_type")
-# What loses least of a converted model's answers at a smaller budget (`benchmarks/better_tokens.py`).
+# What loses least of a converted model's answers at a smaller budget (`benchmarks/better_tokens/better_tokens.py`).
 _BEST = {"reduction": "antialias", "patch_scorer": "embedding"}
 _BEST_FOR_MEAN = {"merge_layer": 2, "area_attention": 1.0, "area_pooling": True}
 

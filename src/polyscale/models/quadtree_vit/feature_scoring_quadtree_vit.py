@@ -55,14 +55,17 @@ class FeatureBasedPatchScorer(PatchScorer):
     The network is frozen, and stays in evaluation mode when the model around it trains.
 
     Args:
-        min_patch_size: side in pixels of the smallest patches.
-        max_patch_size: side in pixels of the largest.
-        network: a module that maps pixels to features (batch, width, rows, columns), or a transformers backbone (its
-            last feature map is used); the paper's ShuffleNetV2 x0.5 when None.
-        stride: stride in pixels of ShuffleNetV2: 32 or 16. Other networks show theirs in their output.
-        error: "mse" or "cosine" (negative cosine similarity).
-        reduction: how images are made smaller: "bilinear" or "antialias".
-        pretrained: whether ShuffleNetV2 gets its pretrained weights, which torchvision downloads.
+        min_patch_size (`int`, *optional*, defaults to 16): side in pixels of the smallest patches.
+        max_patch_size (`int`, *optional*, defaults to 64): side in pixels of the largest.
+        network (`nn.Module`, *optional*): a module that maps pixels to features (batch, width, rows, columns), or a
+            transformers backbone (its last feature map is used); the paper's ShuffleNetV2 x0.5 when `None`.
+        stride (`int`, *optional*, defaults to 32): stride in pixels of ShuffleNetV2: 32 or 16. Other networks show
+            theirs in their output.
+        error (`str`, *optional*, defaults to `"mse"`): `"mse"` or `"cosine"` (negative cosine similarity).
+        reduction (`str`, *optional*, defaults to `"bilinear"`): how images are made smaller: `"bilinear"` or
+            `"antialias"`.
+        pretrained (`bool`, *optional*, defaults to `True`): whether ShuffleNetV2 gets its pretrained weights, which
+            torchvision downloads.
 
     Raises:
         ValueError: for a stride too coarse for the smallest patches that have scores, those of twice `min_patch_size`.

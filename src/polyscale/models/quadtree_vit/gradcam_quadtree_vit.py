@@ -59,15 +59,17 @@ def gradcam_oracle(
     averaged over each patch that can be split. A Quadtree ViT looks at the image with every patch split.
 
     Args:
-        model: an image classifier: of this library or transformers (hidden states are used), or any module that maps
-            pixels to logits, with `target_layer`. Its mode (train or eval) and parameters' gradients are left as they
-            are.
-        pixel_values: (batch, channels, height, width), normalised as `model` expects.
-        labels: (batch,) class indices.
-        target_layer: the module whose output is looked at, (batch, channels, rows, columns) or (batch, tokens, width)
-            with the tokens of a square grid last; found by itself where the model returns hidden states.
-        min_patch_size: side in pixels of the smallest patches; that of `model.config`, or 16.
-        max_patch_size: side in pixels of the largest patches; that of `model.config`, or 64.
+        model (`nn.Module`): an image classifier: of this library or transformers (hidden states are used), or any
+            module that maps pixels to logits, with `target_layer`. Its mode (train or eval) and parameters' gradients
+            are left as they are.
+        pixel_values (`torch.Tensor` of shape `(batch, channels, height, width)`): images, normalised as `model`
+            expects.
+        labels (`torch.Tensor` of shape `(batch,)`): class indices.
+        target_layer (`nn.Module`, *optional*): the module whose output is looked at, (batch, channels, rows, columns)
+            or (batch, tokens, width) with the tokens of a square grid last; found by itself where the model returns
+            hidden states.
+        min_patch_size (`int`, *optional*): side in pixels of the smallest patches; that of `model.config`, or 16.
+        max_patch_size (`int`, *optional*): side in pixels of the largest patches; that of `model.config`, or 64.
 
     Returns:
         `patch_scores` for the "precomputed" scorer: one (batch, rows, columns) tensor for each size of patch that can

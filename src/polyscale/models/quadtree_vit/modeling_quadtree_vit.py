@@ -260,8 +260,9 @@ class QuadtreeViTModel(QuadtreeViTPreTrainedModel):
             )
         num_prefix = self.config.num_prefix_tokens
         bias = self.key_bias_for(tokens)
+        merging = self.config.merge_layers and self.config.merge_layers - first
         hidden_states, sizes = run_merging_layers(
-            self.layers[first:], hidden_states, merge_tokens_to, num_prefix, bias, **kwargs
+            self.layers[first:], hidden_states, merge_tokens_to, num_prefix, bias, merging, **kwargs
         )
         hidden_states = self.layernorm(hidden_states)
         return QuadtreeViTModelOutput(

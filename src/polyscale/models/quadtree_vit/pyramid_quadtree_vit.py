@@ -137,12 +137,13 @@ def reverse_quadtree(
     """Copies each token over the area of its patch: tokens of a quadtree, in any order -> a dense map. Differentiable.
 
     Args:
-        tokens: (batch, num_tokens, width), without prefix tokens.
-        patch_centers: (batch, num_tokens, 2), (x, y) in pixels.
-        patch_sizes: (batch, num_tokens) in pixels: `min_patch_size` times a power of two.
-        image_size: (height, width) in pixels, or int.
-        min_patch_size: size in pixels of a cell of the map.
-        token_mask: (batch, num_tokens), True where a token is real; all are when None.
+        tokens (`torch.Tensor` of shape `(batch, num_tokens, width)`): without prefix tokens.
+        patch_centers (`torch.Tensor` of shape `(batch, num_tokens, 2)`): (x, y) in pixels.
+        patch_sizes (`torch.Tensor` of shape `(batch, num_tokens)`): in pixels: `min_patch_size` times a power of two.
+        image_size (`int` or `(height, width)`): in pixels.
+        min_patch_size (`int`): size in pixels of a cell of the map.
+        token_mask (`torch.Tensor` of shape `(batch, num_tokens)`, *optional*): True where a token is real; all are
+            when `None`.
 
     Returns:
         (batch, width, height / min_patch_size, width / min_patch_size); 0 where no token lies.

@@ -50,9 +50,11 @@ class PatchScorer(nn.Module):
     A scorer of your own overrides `score` and `config_fields`, and is made known by `register_patch_scorer`.
 
     Args:
-        min_patch_size: side in pixels of the smallest patches, which have no score.
-        max_patch_size: side in pixels of the largest.
-        reduction: how images are made smaller: "bilinear" or "antialias".
+        min_patch_size (`int`, *optional*, defaults to 16): side in pixels of the smallest patches, which have no
+            score.
+        max_patch_size (`int`, *optional*, defaults to 64): side in pixels of the largest.
+        reduction (`str`, *optional*, defaults to `"bilinear"`): how images are made smaller: `"bilinear"` or
+            `"antialias"`.
 
     Attributes:
         reads_embeddings (`bool`): whether it scores the model's patch embeddings (`score_embeddings`), not pixels.
@@ -147,7 +149,8 @@ class RandomPatchScorer(PatchScorer):
     """Random scores in [0, 1).
 
     Args:
-        seed: the same seed gives the same scores in every call, on every device; new ones in every call when None.
+        seed (`int`, *optional*): the same seed gives the same scores in every call, on every device; new ones in every
+            call when `None`.
     """
 
     def __init__(self, min_patch_size: int = 16, max_patch_size: int = 64, seed: int | None = None):
@@ -182,7 +185,7 @@ def _hashed(shape: tuple[int, int, int], seed: int, device: torch.device) -> tor
 
 
 class PrecomputedPatchScorer(PatchScorer):
-    """Scores that the caller gives: one map a level, or one map for all levels, averaged to their grids."""
+    """Scores that the caller gives: one map per level, or one map for all levels, averaged to their grids."""
 
     def config_fields(self) -> dict[str, object]:
         return {"patch_scorer": "precomputed"}
@@ -264,8 +267,9 @@ class EntropyPatchScorer(PatchScorer):
     arXiv 2510.18091): 512 bins over [0, 255]. The paper splits above 5.5 (two sizes of patch), or 6.0 and 4.0 (three).
 
     Args:
-        image_mean: of the normalisation of `pixel_values`, which is undone: a number, or one per channel.
-        image_std: likewise.
+        image_mean (`float` or `Sequence[float]`, *optional*, defaults to 0.5): of the normalisation of `pixel_values`,
+            which is undone: a number, or one per channel.
+        image_std (`float` or `Sequence[float]`, *optional*, defaults to 0.5): likewise.
     """
 
     NUM_BINS = 512

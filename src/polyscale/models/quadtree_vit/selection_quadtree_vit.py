@@ -359,11 +359,13 @@ def quadtree_tokens(
     the coarser level first, then raster order.
 
     Args:
-        scores: one (batch, rows, columns) tensor a level, coarsest first, each grid twice the one before; higher =
-            split sooner. The level of the smallest patches, which cannot split, has no scores.
-        num_tokens: tokens of every image: rows * columns of the coarsest grid + 3 k.
-        split_threshold: splits patches whose score is higher, so that each image has its own number of tokens,
-            padded to the longest. With `num_tokens` too, that is the maximum, and all are padded to it.
+        scores (`Sequence[torch.Tensor]`): one (batch, rows, columns) tensor per level, coarsest first, each grid twice
+            the one before; higher = split sooner. The level of the smallest patches, which cannot split, has no
+            scores.
+        num_tokens (`int`, *optional*): tokens of every image: rows * columns of the coarsest grid + 3 k.
+        split_threshold (`float`, *optional*): splits patches whose score is higher, so that each image has its own
+            number of tokens, padded to the longest. With `num_tokens` too, that is the maximum, and all are padded to
+            it.
 
     Returns:
         `QuadtreeTokens` (level, row, column), each (batch, num_tokens) int64, from coarse to fine, in raster order

@@ -77,7 +77,11 @@ class QuadtreeViTPatchEmbeddings(nn.Module):
 
 
 class PatchTokenizer(nn.Module):
-    """What both tokenizers share: from selected patches to tokens."""
+    """What both tokenizers share: from selected patches to tokens.
+
+    Args:
+        config (`QuadtreeViTConfig`): its patch sizes, budget, scorer and positions, not the encoder's fields.
+    """
 
     def __init__(self, config: QuadtreeViTConfig):
         super().__init__()
@@ -295,10 +299,7 @@ class VanillaTokenizer(PatchTokenizer):
 
 
 class QuadtreeTokenizer(PatchTokenizer):
-    """Small patches where the image is busy, large ones elsewhere: pixels -> embedded tokens.
-
-    Of the config, the encoder's fields do not matter.
-    """
+    """Small patches where the image is busy, large ones elsewhere: pixels -> embedded tokens."""
 
     def __init__(self, config: QuadtreeViTConfig):
         super().__init__(config)

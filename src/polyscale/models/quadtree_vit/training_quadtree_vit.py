@@ -3,12 +3,11 @@
 import math
 from typing import Any
 
-from ...layers.encoder_config import ENCODER_SIZES
+from ...layers.encoder_config import training_shape
+from ...layers.token_budget import plain_size
 from .configuration_quadtree_vit import QuadtreeViTConfig
 
 
-# Width, layers and heads for images whose shorter side has at most so many pixels.
-_SIZES = ((64, (192, 6, 3)), (160, ENCODER_SIZES["tiny"]), (math.inf, ENCODER_SIZES["small"]))
 _MOST_TOKENS = 256
 
 
@@ -53,16 +52,14 @@ def training_config(
     if base is not None:
         return QuadtreeViTConfig.from_dict({**base.to_dict(), **options})
     fields: dict[str, Any] = {
-        "image_size": list(image_size) if image_size[0] != image_size[1] else image_size[0],
+        "image_size": plain_size(image_size),
         "num_channels": num_channels,
     }
     if "min_patch_size" not in options and "max_patch_size" not in options:
         fields["min_patch_size"], fields["max_patch_size"] = default_patch_sizes(image_size)
     if preset is not None:
         return QuadtreeViTConfig.preset(preset, **{**fields, **options})
-    shape = next(shape for largest, shape in _SIZES if min(image_size) <= largest)
-    names = ("hidden_size", "num_hidden_layers", "num_attention_heads")
-    return QuadtreeViTConfig(**{**dict(zip(names, shape, strict=True)), **fields, **options})
+    return QuadtreeViTConfig(**{**training_shape(image_size), **fields, **options})
 
 
 __all__ = ["default_patch_sizes", "training_config"]

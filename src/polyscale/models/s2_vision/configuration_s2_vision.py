@@ -46,7 +46,7 @@ class S2VisionConfig(CheckedConfigMixin, S2TokenBudgetMixin, BackboneConfigMixin
             registers); known for the usual models.
         output_shape (`str`, *optional*): `"bnc"` (tokens) or `"bchw"` (maps, from ConvNets); known for the usual
             models.
-        uneven (`str`, *optional*, defaults to `"resize"`): what becomes of a size that is no multiple of the tile:
+        uneven (`str`, *optional*, defaults to `"resize"`): how a size that is no multiple of the tile is cut:
             `"resize"` or `"pad"`, as in `multiscale_forward`.
         split_forward (`bool`, *optional*, defaults to `False`): whether tiles go through the model one place at a
             time: the memory of about one scale.
@@ -72,6 +72,7 @@ class S2VisionConfig(CheckedConfigMixin, S2TokenBudgetMixin, BackboneConfigMixin
             weights.
         keep_all_tokens (`bool`, *optional*, defaults to `False`): whether a classifier has a wrapped model of this
             library compute every token of its last layer, also those that the classifier does not read.
+        reshape_hidden_states (`bool`, *optional*, defaults to `True`): whether a backbone gives maps, not tokens.
 
     Raises:
         ValueError: for both or neither of `scales` and `img_sizes`, an unknown choice or index, or a model that S2

@@ -8,8 +8,6 @@ Memory: the language model is made once, without values, and filled tensor by te
 read.
 """
 
-import json
-import pickle
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,6 +32,7 @@ from transformers import (
 from transformers.initialization import no_init_weights
 
 from ...utils.checkpoint_files import load_torch_file
+from ...utils.weight_files import fill_model, iterate_tensors, read_json
 from .configuration_s2_vision import S2VisionConfig
 from .image_processing_s2_vision import S2ImageProcessor
 
@@ -64,43 +63,6 @@ CHAT_TEMPLATE = (
     "{% endif %}{% endfor %}{% endif %}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Raises ValueError for a file that is missing or no JSON object."""
-    try:
-        record = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"`{path}` is missing or no readable JSON: {error}.") from error
-    if not isinstance(record, dict):
-        raise ValueError(f"`{path}` must hold a JSON object, got {type(record).__name__}.")
-    return record
-
-
-def _mapped(file: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a `.bin` file, left on disk until they are used where the file's format allows that."""
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, pickle.UnpicklingError):  # the old format cannot be mapped; a refused pickle gets its reason
-        return load_torch_file(file)
-
-
-def iterate_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of a folder's weight files, one at a time, from mapped files.
-
-    Raises:
-        ValueError: if there are none, or a pickle holds more than tensors.
-    """
-    files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
-    if not files:
-        raise ValueError(f"`{folder}` has no weights: expected model*.safetensors or pytorch_model*.bin.")
-    for file in files:
-        if file.suffix == ".safetensors":
-            with safe_open(file, framework="pt", device="cpu") as tensors:
-                for name in tensors.keys():  # noqa: SIM118
-                    yield name, tensors.get_tensor(name)
-        else:
-            yield from _mapped(file).items()
 
 
 def new_name(name: str) -> str | None:
@@ -139,8 +101,8 @@ class LoraUpdates:
             match = _LORA_KEY.fullmatch(name)
             if match is None:
                 raise ValueError(
-                    f"`{folder}` holds the adapter tensor {name!r}: expected names that end in "
-                    "lora_A.weight or lora_B.weight."
+                    f"`{folder}` holds the adapter tensor {name!r}: expected names that end in lora_A.weight or "
+                    "lora_B.weight."
                 )
             self.factors.setdefault(f"{match['name']}.weight", {})[match["side"]] = tensor
 
@@ -173,8 +135,8 @@ def s2_config(record: dict[str, Any], vision_config: PreTrainedConfig) -> S2Visi
     """
     if not record.get("s2"):
         raise ValueError(
-            "The checkpoint has no `s2: true` in its config.json: it is an ordinary LLaVA, which "
-            "transformers converts itself."
+            "The checkpoint has no `s2: true` in its config.json: it is an ordinary LLaVA, which transformers "
+            "converts itself."
         )
     text = str(record.get("s2_scales", DEFAULT_SCALES))
     try:
@@ -202,9 +164,8 @@ def _check_supported(record: dict[str, Any], tower: S2VisionConfig) -> None:
     width = record.get("mm_hidden_size", tower.hidden_size)
     if width != tower.hidden_size:
         raise ValueError(
-            f"`mm_hidden_size` is {width}, but {tower.num_scales} scales of "
-            f"{tower.vision_config.model_type!r} are {tower.hidden_size} wide: "
-            "is `vision_tower` the right one?"
+            f"`mm_hidden_size` is {width}, but {tower.num_scales} scales of {tower.vision_config.model_type!r} are "
+            f"{tower.hidden_size} wide: is `vision_tower` the right one?"
         )
 
 
@@ -230,19 +191,6 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token is None:
         tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
     return tokenizer
-
-
-def _fill(parameter: torch.Tensor, tensor: torch.Tensor, name: str) -> None:
-    """Copies a tensor; an embedding may have fewer rows than the model, whose others become the mean."""
-    is_vocabulary = name.endswith(("embed_tokens.weight", "lm_head.weight"))
-    rows = tensor.shape[0] if tensor.ndim else 0
-    if tensor.shape == parameter.shape:
-        parameter.copy_(tensor)
-    elif is_vocabulary and tensor.shape[1:] == parameter.shape[1:] and rows < parameter.shape[0]:
-        parameter[:rows].copy_(tensor)
-        parameter[rows:] = tensor.float().mean(dim=0).to(parameter.dtype)
-    else:
-        raise ValueError(f"{name!r} has the shape {tuple(tensor.shape)}, the model wants {tuple(parameter.shape)}.")
 
 
 def _trainables(source: Path) -> dict[str, torch.Tensor]:
@@ -278,30 +226,10 @@ def _base_folder(source: Path, base: str | None, record: dict[str, Any]) -> Path
         base = read_json(source / "adapter_config.json").get("base_model_name_or_path")
     if base is None or not Path(base).is_dir():
         raise ValueError(
-            f"`source` {source} holds no language model: give the folder of its base (LLaVA-1.5: Vicuna) "
-            f"as `base`, got {base!r}."
+            f"`source` {source} holds no language model: give the folder of its base (LLaVA-1.5: Vicuna) as `base`, "
+            f"got {base!r}."
         )
     return Path(base)
-
-
-def _fill_model(model: LlavaForConditionalGeneration, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
-    parameters = dict(model.named_parameters())
-    wanted = {name for name in parameters if not name.startswith("model.vision_tower.")}
-    if model.config.text_config.tie_word_embeddings:
-        wanted.discard("lm_head.weight")
-    with torch.no_grad():
-        for old, tensor in weights:
-            name = new_name(old)
-            if name is None or (name == "lm_head.weight" and name not in parameters):
-                continue
-            if name not in parameters:
-                raise ValueError(
-                    f"The checkpoint holds {old!r}, which this model does not have: is `vision_tower` the right one?"
-                )
-            _fill(parameters[name], tensor, name)
-            wanted.discard(name)
-    if wanted:
-        raise ValueError(f"The checkpoint lacks {len(wanted)} weights of the model, {sorted(wanted)[0]!r} among them.")
 
 
 def load_llava_s2(
@@ -336,8 +264,8 @@ def load_llava_s2(
     keeps_all = record.get("mm_vision_select_feature", "patch") == "cls_patch"
     if keeps_all and tower.num_prefix_tokens:
         raise ValueError(
-            "`mm_vision_select_feature` is 'cls_patch' for a tower with CLS: its tokens are no grid, S2 "
-            "cannot have been used."
+            "`mm_vision_select_feature` is 'cls_patch' for a tower with CLS: its tokens are no grid, S2 cannot have "
+            "been used."
         )
     drops_cls = tower.num_prefix_tokens == 1
     config = LlavaConfig(
@@ -357,7 +285,9 @@ def load_llava_s2(
     clip = AutoModel.from_pretrained(vision_name, config=vision_config, dtype=dtype)
     model.model.vision_tower.vision_model.load_state_dict(clip.state_dict())
     del clip
-    _fill_model(model, _weights(source, base))
+    tied = ("lm_head.weight",) if text_config.tie_word_embeddings else ()
+    hint = ": is `vision_tower` the right one?"
+    fill_model(model, _weights(source, base), new_name, "model.vision_tower.", tied, hint)
     model.tie_weights()
     generation = base or source
     if (generation / "generation_config.json").is_file():
@@ -383,4 +313,4 @@ def _image_processor(vision_name: str):
     return AutoImageProcessor.from_pretrained(vision_name, trust_remote_code=False)
 
 
-__all__ = ["iterate_tensors", "load_llava_s2", "read_json", "s2_config"]
+__all__ = ["load_llava_s2", "s2_config"]

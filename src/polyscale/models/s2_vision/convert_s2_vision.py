@@ -10,16 +10,15 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoImageProcessor
 
-from .convert_llava_s2_vision import iterate_tensors, load_llava_s2, read_json, s2_config
+from ...utils.weight_files import iterate_tensors, read_json
+from .convert_llava_s2_vision import load_llava_s2, s2_config
 from .image_processing_s2_vision import S2ImageProcessor
 from .modeling_s2_vision import S2VisionWrapper
-from .projector_s2_vision import PROJECTOR_FILE
+from .projector_s2_vision import PROJECTOR_FILE, token_order_of
 
 
 def _convert_vila(source: Path, out: Path) -> None:
-    """VILA-1.5 with S2: the folders `vision_tower` (a SigLIP) and `mm_projector`; the language model stays what
-    it is.
-    """
+    """VILA-1.5 with S2: the folders `vision_tower` (a SigLIP) and `mm_projector`, without the language model."""
     record = read_json(source / "config.json")
     projector = read_json(source / "mm_projector" / "config.json").get("mm_projector_type")
     if projector not in ("mlp_downsample", "mlp_downsample_2x2_fix"):
@@ -48,7 +47,7 @@ def _convert_vila(source: Path, out: Path) -> None:
         )
     model.save_pretrained(out)
     _save_image_processor(model, vision, out, "squash")
-    save_file(tensors, out / PROJECTOR_FILE)
+    save_file(tensors, out / PROJECTOR_FILE, {"token_order": token_order_of(record, projector)})
 
 
 def _save_image_processor(model: S2VisionWrapper, source: Path, out: Path, fit: str | None = None) -> None:

@@ -127,8 +127,7 @@ class S2VisionPreTrainedModel(CheckedModelMixin, PreTrainedModel):
         if missing:
             raise ValueError(
                 f"`pretrained_model_name_or_path` {pretrained_model_name_or_path!r} does not fit "
-                f"{type(vision_model).__name__}: it lacks "
-                f"{len(missing)} weights, {sorted(missing)[0]!r} among them."
+                f"{type(vision_model).__name__}: it lacks {len(missing)} weights, {sorted(missing)[0]!r} among them."
             )
         return cls.from_vision_model(vision_model, **kwargs)
 

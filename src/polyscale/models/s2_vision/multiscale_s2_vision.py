@@ -109,7 +109,7 @@ class TileFeatures:
             scales.append(self._merged_scale(joined[:needed], len(scales)))
 
     def _merged_scale(self, features: torch.Tensor, scale: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """One vector or map an image, and the mean prefix tokens if `features` are tokens."""
+        """One vector or map per image, and the mean prefix tokens if `features` are tokens."""
         if features.ndim == 2:
             return self._tile_mean(features), None
         prefix = None
@@ -161,9 +161,9 @@ def features_of(output: object, output_shape: str) -> torch.Tensor:
             output = named["feature_maps"][-1]
         elif "logits" in named:
             raise ValueError(
-                "`model` gives a classifier's logits where features are expected: pass the model without "
-                "its head, or a function that returns "
-                "the features (`lambda x: model(x, output_hidden_states=True).hidden_states[-1]`)."
+                "`model` gives a classifier's logits where features are expected: pass the model without its head, "
+                "or a function that returns the features (`lambda x: model(x, "
+                "output_hidden_states=True).hidden_states[-1]`)."
             )
         elif isinstance(output, tuple | list) and output and isinstance(output[0], torch.Tensor):
             output = output[0]
@@ -175,16 +175,16 @@ def features_of(output: object, output_shape: str) -> torch.Tensor:
     expected = {"bnc": 3, "bchw": 4}[output_shape]
     if output.ndim == 2:
         raise ValueError(
-            "`model` gives a classifier's logits, or another single vector an image, of shape "
-            f"{tuple(output.shape)} where features are "
-            "expected: (batch, tokens, width) or (batch, width, rows, columns). Pass the model without its head."
+            f"`model` gives a classifier's logits, or another single vector per image, of shape {tuple(output.shape)} "
+            "where features are expected: (batch, tokens, width) or (batch, width, rows, columns). Pass the model "
+            "without its head."
         )
     if output.ndim != expected:
         fitting = {3: "bnc", 4: "bchw"}.get(output.ndim)
         hint = f" Use `output_shape={fitting!r}`." if fitting else ""
         raise ValueError(
-            f"`output_shape={output_shape!r}` expects features with {expected} dimensions, the model "
-            f"gives {tuple(output.shape)}.{hint}"
+            f"`output_shape={output_shape!r}` expects features with {expected} dimensions, the model gives "
+            f"{tuple(output.shape)}.{hint}"
         )
     return output
 
@@ -206,26 +206,31 @@ def multiscale_forward(
     """Features of an image at several scales, concatenated on channels: the token count is that of one scale.
 
     Each scale is the input resized (bicubic, not antialiased), cut into tiles of `max_split_size`, and given to the
-    model; the tiles' features are joined to one map a scale, and all maps resized ("area") to one grid. The
+    model; the tiles' features are joined to one map per scale, and all maps resized ("area") to one grid. The
     arguments are those of `s2wrapper.forward`.
 
     Args:
-        model: a function or model from images (n, channels, height, width) to features: (n, tokens, width) or (n,
-            width, rows, columns), an output object with `last_hidden_state`, or a tuple that begins with one of these.
-        input: images of shape (batch, channels, height, width), any height and width.
-        scales: the scales, as factors of the input's height and width.
-        img_sizes: in place of `scales`, the size in pixels at each scale: int (a square) or (height, width).
-        max_split_size: size in pixels of the tiles, int or (height, width); the input's size when None.
-        resize_output_to_idx: the scale (its place in the list) whose feature grid the output has.
-        num_prefix_token: tokens in front of the model's output that have no place in the image (CLS, registers).
-            They are averaged over the tiles of a scale.
-        output_shape: "bnc" (tokens: a ViT) or "bchw" (maps: a ConvNet); the model's output and this function's.
-        split_forward: whether the tiles go through the model one place at a time (`batch` tiles): the memory of
-            about one scale.
-        uneven: how a size that is no multiple of `max_split_size` is cut, so that the model still sees tiles of that
-            size: "resize" enlarges the scaled image to whole tiles, "pad" adds zeros at its bottom and right. The
-            feature grid is that of the scaled image in both cases.
-        tiles_per_forward: how many tiles go through the model at a time; all when None.
+        model (`Callable`): a function or model from images (n, channels, height, width) to features: (n, tokens,
+            width) or (n, width, rows, columns), an output object with `last_hidden_state`, or a tuple that begins with
+            one of these.
+        input (`torch.Tensor` of shape `(batch, channels, height, width)`): images of any height and width.
+        scales (`Sequence[float]`, *optional*): the scales, as factors of the input's height and width.
+        img_sizes (`Sequence`, *optional*): in place of `scales`, the size in pixels at each scale: int (a square) or
+            (height, width).
+        max_split_size (`int` or `(height, width)`, *optional*): size in pixels of the tiles; the input's size when
+            `None`.
+        resize_output_to_idx (`int`, *optional*, defaults to 0): the scale (its place in the list) whose feature grid
+            the output has.
+        num_prefix_token (`int`, *optional*, defaults to 0): tokens in front of the model's output that have no place
+            in the image (CLS, registers). They are averaged over the tiles of a scale.
+        output_shape (`str`, *optional*, defaults to `"bnc"`): `"bnc"` (tokens: a ViT) or `"bchw"` (maps: a ConvNet);
+            the model's output and this function's.
+        split_forward (`bool`, *optional*, defaults to `False`): whether the tiles go through the model one place at a
+            time (`batch` tiles): the memory of about one scale.
+        uneven (`str`, *optional*, defaults to `"resize"`): how a size that is no multiple of `max_split_size` is cut,
+            so that the model still sees tiles of that size: `"resize"` enlarges the scaled image to whole tiles,
+            `"pad"` adds zeros at its bottom and right. The feature grid is that of the scaled image in both cases.
+        tiles_per_forward (`int`, *optional*): how many tiles go through the model at a time; all when `None`.
 
     Returns:
         (batch, num_prefix_token + tokens, scales * width), or (batch, scales * width, rows, columns).

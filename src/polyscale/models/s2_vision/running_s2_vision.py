@@ -22,7 +22,7 @@ def _wanted(output_hidden_states: bool | int | Sequence[int] | None, count: int)
 
 
 def _pooled(outputs: ModelOutput, num_prefix_tokens: int) -> torch.Tensor:
-    """One vector a tile: the model's own, else CLS, else the mean over its tokens."""
+    """One vector per tile: the model's own, else CLS, else the mean over its tokens."""
     if outputs.get("pooler_output") is not None:
         return outputs["pooler_output"].flatten(1)
     features = outputs["last_hidden_state"]

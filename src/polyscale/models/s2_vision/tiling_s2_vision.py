@@ -25,7 +25,7 @@ class TilePlan:
     Args:
         sizes: (height, width) in pixels of the image at each scale.
         tile: (height, width) in pixels of every tile.
-        uneven: what becomes of a size that is no multiple of the tile: "resize" or "pad".
+        uneven: how a size that is no multiple of the tile is cut: "resize" or "pad".
     """
 
     sizes: tuple[tuple[int, int], ...]
@@ -99,9 +99,8 @@ def _scaled_size(input_size: Sequence[int], scale: float) -> tuple[int, int]:
     height, width = (int(side * scale) for side in input_size)
     if height < 1 or width < 1:
         raise ValueError(
-            f"`scales` holds {scale!r}, which leaves an empty tile of an image of {tuple(input_size)} "
-            "pixels (height, width): "
-            "use a larger scale or a larger image."
+            f"`scales` holds {scale!r}, which leaves an empty tile of an image of {tuple(input_size)} pixels (height, "
+            "width): use a larger scale or a larger image."
         )
     return height, width
 
@@ -232,9 +231,8 @@ def token_grid(num_tokens: int, tile: tuple[int, int]) -> tuple[int, int]:
                 if grid[0] * grid[1] == num_tokens:
                     return grid
     raise ValueError(
-        f"The model gives {num_tokens} tokens for a tile of {height} x {width} pixels, which is no grid. "
-        "If some are prefix tokens (CLS, "
-        "registers), say how many: `num_prefix_token` (`num_prefix_tokens` in a config)."
+        f"The model gives {num_tokens} tokens for a tile of {height} x {width} pixels, which is no grid. If some are "
+        "prefix tokens (CLS, registers), say how many: `num_prefix_token` (`num_prefix_tokens` in a config)."
     )
 
 
@@ -277,9 +275,8 @@ def check_num_tiles(num_tiles: int, total: int) -> None:
 def check_scale_index(resize_output_to_idx: int, num_scales: int) -> None:
     if not -num_scales <= check_int("resize_output_to_idx", resize_output_to_idx) < num_scales:
         raise ValueError(
-            f"`resize_output_to_idx` must name one of the {num_scales} scales ({-num_scales} to "
-            f"{num_scales - 1}), got "
-            f"{resize_output_to_idx}."
+            f"`resize_output_to_idx` must name one of the {num_scales} scales ({-num_scales} to {num_scales - 1}), "
+            f"got {resize_output_to_idx}."
         )
 
 

@@ -105,7 +105,8 @@ class ClampGradient(torch.autograd.Function):
 
 
 def sample_features(features: torch.Tensor, points: torch.Tensor, padding: str) -> torch.Tensor:
-    """Linear interpolation of features at points.
+    """Linear interpolation of features at points. On a CPU `cpu_sparseformer.sample_features_on_cpu` takes its place:
+    another interpolation goes into both.
 
     Args:
         features: (batch, height, width, channels) or (batch, frames, height, width, channels), float32. Channels last:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from ...layers.token_budget import plain_size
 from .configuration_sparseformer import SparseFormerConfig, v1_operations
 
 
@@ -40,7 +41,7 @@ def training_config(
     if base is not None:
         return SparseFormerConfig.from_dict({**base.to_dict(), **options})
     fields: dict[str, Any] = {
-        "image_size": list(image_size) if image_size[0] != image_size[1] else image_size[0],
+        "image_size": plain_size(image_size),
         "num_channels": num_channels,
         "restrict_grad_norm": True,
     }

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from PIL import Image
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling
 from transformers.processing_utils import Unpack, VideosKwargs
@@ -11,11 +12,18 @@ from transformers.utils.import_utils import is_torchcodec_usable
 from transformers.video_processing_utils import BaseVideoProcessor
 from transformers.video_utils import VideoInput, VideoMetadata, load_video
 
+from ...utils.arrays import check_finite, map_images, with_values_of_files
+from ...utils.images import to_rgb
+
 
 try:
     import av
 except ImportError:  # files are then read by torchcodec, or refused
     av = None
+
+
+# Options of a call that say what its values are.
+_VALUES = ("do_rescale", "rescale_factor", "do_convert_rgb")
 
 
 def count_frames(video: str) -> int:
@@ -76,18 +84,18 @@ class SparseFormerVideoProcessor(BaseVideoProcessor):
         for video in videos:
             if len(video) == 0:
                 raise ValueError("`videos` holds a video of zero frames; at least one frame is needed.")
-            values = np.asarray(video) if not isinstance(video, torch.Tensor) else video
-            if isinstance(values, np.ndarray):
-                finite = not np.issubdtype(values.dtype, np.floating) or bool(np.isfinite(values).all())
-            else:
-                on_cpu = values.is_floating_point() and values.device.type == "cpu"
-                finite = not on_cpu or bool(torch.isfinite(values).all())
-            if not finite:
-                raise ValueError("`videos` holds NaN or infinite pixel values: expected finite numbers.")
         return super()._prepare_input_videos(videos, **kwargs)
 
     def preprocess(self, videos: VideoInput, **kwargs: Unpack[VideosKwargs]) -> BatchFeature:
-        """One video or a list of them, each an array (frames, height, width, channels) or a list of images."""
+        """One video or a list of them, each an array (frames, height, width, channels) or a list of images.
+
+        Images of PIL and values of arrays are read as image processors do: see `FiniteImagesMixin`.
+        """
+        videos = map_images(videos, lambda frame: to_rgb(frame) if isinstance(frame, Image.Image) else frame)
+        check_finite(videos, "videos")
+        own = {name: getattr(self, name) if kwargs.get(name) is None else kwargs[name] for name in _VALUES}
+        if own["do_rescale"] and own["rescale_factor"] == 1 / 255:
+            videos = with_values_of_files(videos, "videos", without_alpha=bool(own["do_convert_rgb"]))
         batch = super().preprocess(videos, **kwargs)
         batch["pixel_values"] = batch.pop("pixel_values_videos")
         return batch

@@ -1,0 +1,123 @@
+"""Folders of weight files, whole or in shards, read one tensor at a time into a model that is there already."""
+
+import json
+import pickle
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from .checkpoint_files import check_index, load_torch_file
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Raises ValueError for a file that is missing or no JSON object."""
+    try:
+        record = json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"`{path}` is missing or no readable JSON: {error}.") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"`{path}` must hold a JSON object, got {type(record).__name__}.")
+    return record
+
+
+def _check_shards(folder: Path) -> None:
+    """Refuses an index of shards that names files outside of the folder, or files that are not there."""
+    check_index(folder)
+    for index in folder.glob("*.index.json"):
+        names = sorted(set(read_json(index)["weight_map"].values()))
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            raise ValueError(
+                f"`{folder}` is incomplete: {index.name} names {len(names)} files of weights, and {missing[0]!r} is "
+                "not there. Download it again."
+            )
+
+
+def _mapped(file: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a `.bin` file, left on disk until they are used where the file's format allows that."""
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, pickle.UnpicklingError):  # the old format cannot be mapped; a refused pickle gets its reason
+        return load_torch_file(file)
+
+
+def iterate_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of a folder's weight files, one at a time, from mapped files.
+
+    Raises:
+        ValueError: if there are none, a shard is missing, a file is damaged, or a pickle holds more than tensors.
+    """
+    files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    if not files:
+        raise ValueError(f"`{folder}` has no weights: expected model*.safetensors or pytorch_model*.bin.")
+    _check_shards(folder)
+    for file in files:
+        if file.suffix == ".safetensors":
+            try:
+                with safe_open(file, framework="pt", device="cpu") as tensors:
+                    for name in tensors.keys():  # noqa: SIM118
+                        yield name, tensors.get_tensor(name)
+            except SafetensorError as error:
+                raise ValueError(f"`{file}` is not a readable safetensors file: {error}.") from error
+        else:
+            yield from _mapped(file).items()
+
+
+def fill_parameter(parameter: torch.Tensor, tensor: torch.Tensor, name: str) -> None:
+    """Copies a tensor; an embedding may have fewer rows than the model, whose others become the mean.
+
+    Raises:
+        ValueError: for another shape.
+    """
+    is_vocabulary = name.endswith(("embed_tokens.weight", "lm_head.weight"))
+    rows = tensor.shape[0] if tensor.ndim else 0
+    if tensor.shape == parameter.shape:
+        parameter.copy_(tensor)
+    elif is_vocabulary and tensor.shape[1:] == parameter.shape[1:] and rows < parameter.shape[0]:
+        parameter[:rows].copy_(tensor)
+        parameter[rows:] = tensor.mean(dim=0, dtype=torch.float32).to(parameter.dtype)
+    else:
+        raise ValueError(f"{name!r} has the shape {tuple(tensor.shape)}, the model wants {tuple(parameter.shape)}.")
+
+
+def fill_model(
+    model: nn.Module,
+    weights: Iterable[tuple[str, torch.Tensor]],
+    new_name: Callable[[str], str | None],
+    filled: str,
+    tied: tuple[str, ...] = (),
+    hint: str = "",
+) -> None:
+    """Copies tensors into the parameters of a model, one at a time.
+
+    Args:
+        model (`nn.Module`): with memory for its parameters.
+        weights (`Iterable[tuple[str, torch.Tensor]]`): names and tensors; of a name that comes twice the later counts.
+        new_name (`Callable`): gives the name in `model` of a tensor's name; `None` for what is no weight.
+        filled (`str`): beginning of the names of parameters that hold their values already.
+        tied (`tuple[str, ...]`, *optional*): names of parameters that are others of the model.
+        hint (`str`, *optional*): what an error about a tensor that does not belong ends with.
+
+    Raises:
+        ValueError: for a tensor that does not belong, one of another shape, or parameters that were not filled.
+    """
+    parameters = dict(model.named_parameters())
+    wanted = {name for name in parameters if not name.startswith(filled) and name not in tied}
+    with torch.no_grad():
+        for old, tensor in weights:
+            name = new_name(old)
+            if name is None or name in tied:
+                continue
+            if name not in parameters:
+                raise ValueError(f"The checkpoint holds {old!r}, which this model does not have{hint or '.'}")
+            fill_parameter(parameters[name], tensor, name)
+            wanted.discard(name)
+    if wanted:
+        raise ValueError(f"The checkpoint lacks {len(wanted)} weights of the model, {sorted(wanted)[0]!r} among them.")
+
+
+__all__ = ["fill_model", "fill_parameter", "iterate_tensors", "read_json"]
