@@ -14,7 +14,8 @@ from torch import nn
 
 from ..utils.checkpoint_files import check_state_dict, load_state_dict_file
 from .common import FlexiViTSource
-from .timm_vit import check_supported, import_timm, is_timm_name, source_from_timm_model
+from .timm_parts import check_supported
+from .timm_vit import import_timm, is_timm_name, source_from_timm_model
 
 
 # What a folder may say about its model: the parts that a `VisionTransformer` is made of, and no files.

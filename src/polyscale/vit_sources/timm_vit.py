@@ -4,7 +4,6 @@ What a model is made of is read from its modules, not from its name; a part that
 """
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from .common import (
     make_image_processor,
     make_source,
 )
+from .timm_parts import activation_name, attention_pooling, check_supported, is_absent, layer_norms, mlp_kind
 
 
 logger = logging.get_logger(__name__)
@@ -52,14 +52,6 @@ _RULES = [
     (r"head" + _AFFINE, r"head.classifier.\1"),
     (r"head_dist" + _AFFINE, r"head.distillation_classifier.\1"),
 ]
-# Activation classes of torch and timm by the names that transformers gives them.
-_ACTIVATIONS = {
-    "GELU": "gelu",
-    "GELUTanh": "gelu_pytorch_tanh",
-    "QuickGELU": "quick_gelu",
-    "SiLU": "silu",
-    "ReLU": "relu",
-}
 
 
 def import_timm() -> Any:
@@ -85,142 +77,15 @@ def is_timm_name(name: str) -> bool:
     return timm.is_model(name.split(".")[0])
 
 
-def _layer_norms(model: nn.Module) -> Iterator[nn.Module]:
-    for block in model.blocks:
-        yield from (block.norm1, block.norm2)
-    yield from (model.norm_pre, model.norm, model.fc_norm)
-    yield getattr(_attention_pooling(model), "norm", None)
-
-
-def _attention_pooling(model: nn.Module) -> nn.Module | None:
-    return getattr(model, "attn_pool", None)
-
-
-def _is_absent(module: nn.Module | None) -> bool:
-    return module is None or isinstance(module, nn.Identity)
-
-
-def _activation_name(block: nn.Module) -> str | None:
-    """Of the MLP of a block, or of attention pooling."""
-    activation = block.mlp.act
-    if isinstance(activation, nn.GELU) and activation.approximate == "tanh":
-        return "gelu_pytorch_tanh"
-    return _ACTIVATIONS.get(type(activation).__name__)
-
-
-def _mlp_kind(block: nn.Module) -> str | None:
-    """ "mlp", "swiglu" (timm's SwiGLU), "packed" (gate and value in one matrix), or None for another one."""
-    kind, mlp = type(block.mlp).__name__, block.mlp
-    if kind == "Mlp":
-        return "mlp"
-    if kind == "SwiGLU" and isinstance(mlp.act, nn.SiLU):
-        return "swiglu"
-    if kind == "GluMlp" and isinstance(mlp.act, nn.SiLU) and not mlp.gate_last:
-        return "packed"
-    return None
-
-
-def _unsupported_block_parts(block: nn.Module) -> Iterator[str]:
-    if type(block).__name__ != "Block":
-        yield f"blocks of type {type(block).__name__}"
-        return
-    if type(block.attn).__name__ != "Attention":
-        yield f"attention of type {type(block.attn).__name__}"
-        return
-    attention = block.attn
-    if not _is_absent(attention.q_norm) or not _is_absent(attention.k_norm):
-        yield "normalised queries and keys (qk_norm)"
-    if not _is_absent(getattr(attention, "norm", None)):
-        yield "a norm inside the attention (scale_attn_norm)"
-    if not _is_absent(getattr(attention, "gate", None)):
-        yield "gated attention"
-    if attention.proj.bias is None:
-        yield "projections without bias (proj_bias=False)"
-    if attention.num_heads * attention.head_dim != attention.proj.out_features:
-        yield "heads that do not fill the width (attn_head_dim)"
-    if _mlp_kind(block) is None:
-        yield f"an MLP of type {type(block.mlp).__name__} with {type(block.mlp.act).__name__}"
-    elif _mlp_kind(block) == "mlp" and _activation_name(block) is None:
-        yield f"the activation {type(block.mlp.act).__name__}"
-    if not _is_absent(getattr(block.mlp, "norm", None)):
-        yield "a norm inside the MLP (scale_mlp_norm)"
-
-
-def _unsupported_pooling_parts(model: nn.Module) -> Iterator[str]:
-    """What timm's attention pooling has that ours, which is SigLIP's, does not."""
-    pool, block = model.attn_pool, model.blocks[0]
-    if type(pool).__name__ != "AttentionPoolLatent":
-        yield f"attention pooling of type {type(pool).__name__} (global_pool={model.global_pool!r})"
-        return
-    if model.num_prefix_tokens and not model.pool_include_prefix:
-        yield "attention pooling that leaves prefix tokens out (pool_include_prefix=False)"
-    if pool.pos_embed is not None:
-        yield "positions in the attention pooling (pos_embed)"
-    if pool.latent_len != 1:
-        yield f"attention pooling with {pool.latent_len} queries (latent_len)"
-    if not isinstance(pool.q, nn.Linear) or pool.q.bias is None:
-        yield "attention pooling without a projection of its query, or a bias in it (q_proj, qkv_bias)"
-    if not _is_absent(pool.q_norm) or not _is_absent(pool.k_norm):
-        yield "normalised queries and keys in the attention pooling (qk_norm)"
-    if pool.num_heads != block.attn.num_heads:
-        yield f"attention pooling with {pool.num_heads} heads, the blocks {block.attn.num_heads} (num_heads)"
-    if pool.mlp is None or _is_absent(pool.norm):
-        yield "attention pooling without an MLP or its norm"
-    elif (_mlp_kind(pool), _activation_name(pool)) != ("mlp", _activation_name(block)):
-        yield "attention pooling with another kind of MLP than the blocks"
-    elif pool.mlp.fc2.in_features != block.mlp.fc2.in_features:
-        yield "attention pooling with an MLP of another width than the blocks (mlp_ratio)"
-
-
-def _unsupported_parts(model: nn.Module) -> Iterator[str]:
-    """What a timm model has that FlexiViT does not, by timm's names."""
-    if type(model).__name__ not in ("VisionTransformer", "VisionTransformerDistilled"):
-        yield f"the architecture {type(model).__name__}"
-        return
-    if type(model.patch_embed).__name__ != "PatchEmbed":
-        yield f"patch embeddings of type {type(model.patch_embed).__name__}"
-    elif not _is_absent(model.patch_embed.norm):
-        yield "a norm in the patch embedding (embed_norm_layer)"
-    if model.pos_embed is None:
-        yield "no learned positions (pos_embed)"
-    if _attention_pooling(model) is not None:
-        yield from _unsupported_pooling_parts(model)
-    elif model.global_pool not in ("token", "avg", ""):
-        yield f"pooling global_pool={model.global_pool!r}"
-    elif model.global_pool == "" and not _is_absent(model.head):
-        yield "a classifier on every token (global_pool='')"
-    if model.global_pool == "avg" and model.pool_include_prefix and model.num_prefix_tokens:
-        yield "pooling over prefix tokens (pool_include_prefix)"
-    for block in model.blocks:
-        yield from _unsupported_block_parts(block)
-    norms = [norm for norm in _layer_norms(model) if not _is_absent(norm)]
-    for norm in norms:
-        if not isinstance(norm, nn.LayerNorm):
-            yield f"norms of type {type(norm).__name__}"
-        elif norm.weight is None or norm.bias is None:
-            yield "norms without weight or bias"
-    if len({getattr(norm, "eps", None) for norm in norms}) > 1:
-        yield "norms with different epsilons"
-    if len({_is_absent(getattr(block, scale, None)) for block in model.blocks for scale in ("ls1", "ls2")}) > 1:
-        yield "layer scale in some layers only"
-
-
-def check_supported(model: nn.Module, source: str) -> None:
-    """Raises ValueError naming each part of a timm model that FlexiViT does not have."""
-    parts = list(dict.fromkeys(_unsupported_parts(model)))
-    if parts:
-        raise ValueError(f"{source} cannot become a FlexiViT, which does not have: {'; '.join(parts)}.")
-
-
 def _config_fields(model: nn.Module, architecture: str) -> dict[str, Any]:
     block, patch_embed = model.blocks[0], model.patch_embed
     has_distillation = getattr(model, "dist_token", None) is not None
-    mlp_kind = _mlp_kind(block)
+    kind = mlp_kind(block)
     is_flexivit = "flexivit" in architecture
-    eps = next(norm.eps for norm in _layer_norms(model) if not _is_absent(norm))
+    eps = next(norm.eps for norm in layer_norms(model) if not is_absent(norm))
     # What timm itself does when the size of the image changes: at run time, or when it loads the weights.
     bicubic = model.dynamic_img_size or not is_flexivit
-    if _attention_pooling(model) is not None:
+    if attention_pooling(model) is not None:
         pooling = "attention"
     else:
         pooling = "mean" if model.global_pool == "avg" or model.cls_token is None else "cls"
@@ -229,15 +94,15 @@ def _config_fields(model: nn.Module, architecture: str) -> dict[str, Any]:
         "num_hidden_layers": len(model.blocks),
         "num_attention_heads": block.attn.num_heads,
         "intermediate_size": block.mlp.fc2.in_features,
-        "mlp_type": "mlp" if mlp_kind == "mlp" else "swiglu",
-        "hidden_act": _activation_name(block) if mlp_kind == "mlp" else "silu",
+        "mlp_type": "mlp" if kind == "mlp" else "swiglu",
+        "hidden_act": activation_name(block) if kind == "mlp" else "silu",
         "qkv_bias": block.attn.qkv.bias is not None,
         "layer_norm_eps": eps,
-        "layer_scale_init_value": None if _is_absent(block.ls1) else float(getattr(block.ls1, "init_values", 1e-5)),
+        "layer_scale_init_value": None if is_absent(block.ls1) else float(getattr(block.ls1, "init_values", 1e-5)),
         "drop_path_rate": float(getattr(model.blocks[-1].drop_path1, "drop_prob", 0.0) or 0.0),
-        "pre_norm": not _is_absent(model.norm_pre),
-        "final_norm": not _is_absent(model.norm),
-        "fc_norm": not _is_absent(model.fc_norm),
+        "pre_norm": not is_absent(model.norm_pre),
+        "final_norm": not is_absent(model.norm),
+        "fc_norm": not is_absent(model.fc_norm),
         "pooling": pooling,
         "use_cls_token": model.cls_token is not None,
         "use_distillation_token": has_distillation,
@@ -367,15 +232,15 @@ def source_from_timm_model(
     source = f"timm's {architecture or type(model).__name__}"
     check_supported(model, source)
     fields = _config_fields(model, architecture)
-    mlp_kind = _mlp_kind(model.blocks[0])
-    state_dict = _split_fused(model.state_dict(), packed_mlp=mlp_kind == "packed")
-    if mlp_kind != "mlp":
+    kind = mlp_kind(model.blocks[0])
+    state_dict = _split_fused(model.state_dict(), packed_mlp=kind == "packed")
+    if kind != "mlp":
         state_dict = _name_swiglu(state_dict)
     state_dict = rename_keys(state_dict, _RULES, source)
-    if not _is_absent(model.head) and _is_projection(model, architecture, pretrained_cfg):
+    if not is_absent(model.head) and _is_projection(model, architecture, pretrained_cfg):
         state_dict, projection = _as_projection(state_dict)
         fields |= projection
-    elif not _is_absent(model.head):
+    elif not is_absent(model.head):
         num_labels = model.head.out_features
         fields |= label_maps(_labels(pretrained_cfg, num_labels), num_labels)
     processor = timm_image_processor(pretrained_cfg, tuple(model.patch_embed.img_size), fields["num_channels"])
@@ -407,7 +272,6 @@ def load_timm_name(name: str, pretrained: bool = True, **overrides: Any) -> Flex
 
 
 __all__ = [
-    "check_supported",
     "import_timm",
     "is_timm_model",
     "is_timm_name",

@@ -239,7 +239,7 @@ def source_from_hf_model(
     class_name = type(model).__name__
     if class_name not in {name for names in SUPPORTED_CLASSES.values() for name in names}:
         raise ValueError(
-            f"A {class_name} cannot become a FlexiViT. What converts: "
+            f"A {class_name} cannot become a FlexiViT.{_foreign_positions(model.config)} What converts: "
             f"{', '.join(name for names in SUPPORTED_CLASSES.values() for name in names)}."
         )
     if isinstance(model, FlexiViTPreTrainedModel):
@@ -308,12 +308,24 @@ def _load_image_processor(source: str, config: PreTrainedConfig) -> FlexiViTImag
     return convert_image_processor(processor, vision.image_size, vision.num_channels)
 
 
+def _foreign_positions(config: PreTrainedConfig) -> str:
+    """What a config says about positions that FlexiViT does not have, as a sentence; "" where it says none."""
+    vision = getattr(config, "vision_config", config)
+    relative = ("use_relative_position_bias", "use_shared_relative_position_bias", "use_rel_pos")
+    parts = []
+    if any(getattr(vision, name, None) is not None for name in ("rope_theta", "rope_parameters")):
+        parts.append("rotary positions (RoPE)")
+    if any(getattr(vision, name, False) for name in relative):
+        parts.append("a relative position bias")
+    return f" FlexiViT does not have: {'; '.join(parts)}." if parts else ""
+
+
 def _class_of(config: PreTrainedConfig, source: str) -> type[PreTrainedModel]:
     classes = SUPPORTED_CLASSES.get(config.model_type)
     if classes is None:
         raise ValueError(
-            f"`{source}` is a model of type {config.model_type!r}, which cannot become a FlexiViT. What converts: "
-            f"{', '.join(SUPPORTED_CLASSES)}."
+            f"`{source}` is a model of type {config.model_type!r}, which cannot become a FlexiViT."
+            f"{_foreign_positions(config)} What converts: {', '.join(SUPPORTED_CLASSES)}."
         )
     named = (config.architectures or [classes[0]])[0]
     every_class = {name for names in SUPPORTED_CLASSES.values() for name in names}

@@ -305,6 +305,26 @@ def test_other_models_are_refused_by_name(tmp_path, class_name, config):
         load_flexivit_source(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("class_name", "config", "missing"),
+    [
+        ("DINOv3ViTModel", lambda: transformers.DINOv3ViTConfig(**MLP), "rotary positions"),
+        (
+            "BeitModel",
+            lambda: transformers.BeitConfig(**MLP, use_shared_relative_position_bias=True),
+            "a relative position bias",
+        ),
+    ],
+)
+def test_positions_that_a_flexivit_lacks_are_named(tmp_path, class_name, config, missing):
+    model = getattr(transformers, class_name)(config())
+    with pytest.raises(ValueError, match=f"{class_name} cannot become a FlexiViT. FlexiViT does not have: {missing}"):
+        load_flexivit_source(model)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"cannot become a FlexiViT. FlexiViT does not have: {missing}"):
+        load_flexivit_source(tmp_path)
+
+
 def test_modules_of_no_library_are_refused():
     with pytest.raises(ValueError, match="Linear"):
         load_flexivit_source(torch.nn.Linear(2, 2))

@@ -170,7 +170,10 @@ def test_padding_equals_timms_dynamic_img_pad(randomise):
         ("vit_tiny_patch16_224", {"act_layer": "hard_swish"}, "activation"),
         ("vit_tiny_patch16_224", {"block_fn": vision_transformer.ResPostBlock}, "ResPostBlock"),
         ("vit_tiny_patch16_224", {"attn_layer": "diff"}, "DiffAttention"),
-        ("eva02_tiny_patch14_224", {"img_size": 56}, "Eva"),
+        ("eva02_tiny_patch14_224", {"img_size": 56}, r"Eva; rotary positions \(RoPE\)"),
+        ("vit_small_patch16_dinov3", {}, r"rotary positions \(RoPE\)"),
+        ("beit_base_patch16_224", {}, "Beit; a relative position bias"),
+        ("vit_relpos_small_patch16_224", {}, "a relative position bias"),
     ],
 )
 def test_parts_that_flexivit_lacks_are_refused_by_name(randomise, architecture, kwargs, message):
