@@ -57,6 +57,8 @@ def embed(
             note("embed", entry["error"])
         there = f", {summary.found} were there already" if summary.found else ""
         typer.echo(f"Embedded {summary.written} images into {out}{there}; {len(summary.damaged)} could not be read.")
+        if not summary.written + summary.found:
+            raise typer.Exit(1)
 
 
 __all__ = ["embed"]
