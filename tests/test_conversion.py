@@ -1,6 +1,8 @@
 """`convert_checkpoint` and `convert_patch_embed`: whole outputs or none, safe inputs, the command line."""
 
+import errno
 import json
+import os
 import pickle
 from pathlib import Path
 
@@ -201,6 +203,30 @@ def test_two_conversions_to_one_place_do_not_meet(vit, tmp_path):
         polyscale.convert_checkpoint(folder, other)
     assert contents(tmp_path) == ["other", "vit"]
     polyscale.convert_checkpoint(folder, out)
+
+
+@pytest.mark.parametrize(("number", "said"), [(errno.ENOSPC, "No space left"), (errno.EROFS, "Read-only")])
+def test_a_disk_that_takes_no_more_is_said_to_be_that(vit, tmp_path, monkeypatch, number, said):
+    def fail(*args, **kwargs):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", fail)
+    result = run("convert", vit[0], tmp_path / "out", "--to", "quadtree_vit", "--set", "max_patch_size=16")
+    assert result.exit_code == 2
+    assert f"`out` {tmp_path / 'out'} cannot be written: {said}" in result.stderr.replace("\n", " ")
+    assert contents(tmp_path) == ["vit"]
+
+
+@pytest.mark.parametrize("name", ["source", "out", "to", "overwrite"])
+def test_arguments_of_the_conversion_are_no_fields(vit, tmp_path, name):
+    result = run("convert", vit[0], tmp_path / "out", "--set", f"{name}=1")
+    assert result.exit_code == 2
+    assert f"{name} is no field" in result.stderr
+
+
+def test_a_name_that_the_hub_cannot_have_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="`source` 'timm/' is no path, and no name"):
+        polyscale.convert_checkpoint("timm/", tmp_path / "out")
 
 
 def test_bundled_names_convert(tmp_path):

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
@@ -36,6 +36,7 @@ from .utils.checkpoint_files import (
     load_safetensors_file,
     load_torch_file,
 )
+from .utils.outputs import check_output, write_failure
 from .utils.validation import check_choice, closest_name
 
 
@@ -102,6 +103,18 @@ def _workplace(out: Path) -> Iterator[Path]:
         for parent in made:
             if not any(parent.iterdir()):
                 parent.rmdir()
+
+
+@contextmanager
+def _writable(out: Path, name: str) -> Iterator[None]:
+    """A full or read-only disk is said to be that, and no fault of the source."""
+    try:
+        yield
+    except Exception as error:
+        reason = write_failure(error, out.with_name(f".{out.name}"))  # the workplace begins so
+        if reason is None or (isinstance(error, SafetensorError) and "serializing" not in str(error)):
+            raise
+        raise ValueError(f"`{name}` {out} cannot be written: {reason}. Nothing was left there.") from error
 
 
 def _move_into_place(result: Path, out: Path, workplace: Path) -> None:
@@ -173,8 +186,10 @@ def _readable(source: Any) -> Iterator[None]:
     """What breaks a parser at a file is the file's fault, and said so."""
     try:
         yield
+    except HFValidationError as error:
+        raise ValueError(f"`source` {source!r} is no path, and no name that the hub can have: {error}") from error
     except _PARSER_ERRORS as error:
-        if isinstance(error, ValueError | OSError):
+        if isinstance(error, ValueError | OSError) or "Error while serializing" in str(error):
             raise
         if not isinstance(source, str | os.PathLike | dict):
             raise
@@ -228,7 +243,8 @@ def convert_checkpoint(
     out = Path(out).expanduser().absolute()
     with _only_writer(out):
         _check_free(out, "out", overwrite, path)
-        with _workplace(out) as workplace:
+        check_output(out, "out", folder=True)
+        with _writable(out, "out"), _workplace(out) as workplace:
             result = workplace / out.name
             result.mkdir()
             with _readable(source):
@@ -316,7 +332,7 @@ def convert_patch_embed(
         )
     old_shape = tuple(holder[name].shape)
     holder[name] = pi_resize_patch_embed(holder[name].detach(), patch_size, interpolation, antialias).contiguous()
-    with _workplace(output) as workplace:
+    with _writable(output, "output"), _workplace(output) as workplace:
         result = workplace / output.name
         if is_safetensors:
             save_file(checkpoint, result, metadata=metadata)

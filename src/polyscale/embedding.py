@@ -160,6 +160,9 @@ def _check_record(out: Path, record: dict[str, Any]) -> None:
     """Writes what is being embedded, or refuses to go on with something else."""
     path = out / RECORD
     if not path.exists():
+        others = sorted(entry.name for entry in out.iterdir() if not entry.name.startswith("."))
+        if others:
+            raise ValueError(f"`out` {out} holds other files, such as {others[0]}: name a new or empty folder.")
         write_text(path, json.dumps(record, indent=2) + "\n")
         return
     before = json.loads(path.read_text(encoding="utf-8"))

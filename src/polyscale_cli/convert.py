@@ -38,6 +38,9 @@ def convert(
 ) -> None:
     """Turn a checkpoint of transformers, timm or the authors into one of polyscale, or a FlexiViT into a plain ViT."""
     options = parse_fields(set_)
+    for name in ("source", "out", "to", "overwrite"):
+        if name in options:
+            raise typer.BadParameter(f"{name} is no field of a config", param_hint="--set")
     for name, value in (("image_size", image_size), ("patch_size", patch_size)):
         if value is not None:
             options[name] = parse_size(value)

@@ -64,6 +64,8 @@ def embed(
             note("embed", entry["error"])
         there = f", {summary.found} were there already" if summary.found else ""
         typer.echo(f"Embedded {summary.written} images into {out}{there}; {len(summary.damaged)} could not be read.")
+        if not summary.written + summary.found:
+            raise typer.Exit(1)
         if search is not None:
             _print_nearest(out, search, top, device, trust_remote_code)
 

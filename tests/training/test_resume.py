@@ -23,8 +23,8 @@ from polyscale.training import (
     make_recipe,
     train,
 )
-from polyscale.training.interruption import write_failure
 from polyscale.training.resume import RunFolder, damage_of, mark_whole
+from polyscale.utils.outputs import write_failure
 
 from .kills import SHAPE, write_images
 

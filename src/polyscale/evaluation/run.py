@@ -8,10 +8,11 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
+from datasets import Dataset
 
 from ..layers.token_budget import choose_budgets, format_budget
-from ..loading import load_classifier
-from .accuracy import BudgetResult, evaluate_budgets
+from ..loading import load_classifier, load_config
+from .accuracy import BudgetResult, class_indices, evaluate_budgets
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,23 @@ def library_versions() -> dict[str, str]:
     return versions
 
 
+def _check_classes(
+    source: str | os.PathLike, rows: Dataset, label_map: Mapping | None, trust_remote_code: bool
+) -> None:
+    """Refuses a model that does not know the classes of the data, before another one is scored.
+
+    What has no config of transformers (a timm name, a `.npz`) is looked at when it is loaded.
+    """
+    try:
+        config = load_config(source, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError):
+        return
+    try:
+        class_indices(rows, config.id2label, label_map)
+    except ValueError as error:
+        raise ValueError(f"`model` {os.fspath(source)}: {error}") from error
+
+
 def evaluate_checkpoints(
     models: Sequence[str | os.PathLike],
     data: str | os.PathLike,
@@ -94,6 +112,8 @@ def evaluate_checkpoints(
     splits = load_image_dataset(data)
     name = evaluation_split(splits, split) or next(iter(splits))
     rows = sample_rows(splits[name], limit, seed)
+    for source in models if len(models) > 1 else ():
+        _check_classes(source, rows, options.get("label_map"), trust_remote_code)
     evaluations = []
     for source in models:
         loaded = load_classifier(

@@ -18,10 +18,12 @@ from datasets import (
     concatenate_datasets,
     load_dataset,
 )
+from datasets import config as datasets_config
 from datasets.data_files import DataFilesDict, EmptyDatasetError, get_data_patterns
 from datasets.exceptions import DatasetNotFoundError
 from PIL import Image as PILImage
 
+from ..loading import is_offline
 from ..utils.images import ARRAY_SUFFIX, UnreadableImageError, files_below, is_image_file, open_pixels, read_image
 from .labels import listed, unify_labels
 
@@ -101,6 +103,10 @@ def _read(source: str | Path, labelled: bool) -> list[tuple[str, list[Dataset]]]
 
 
 def _load(name: str, **options) -> DatasetDict:
+    is_on_the_hub = not options and not Path(name).exists()
+    kept = Path(datasets_config.HF_DATASETS_CACHE, name.replace("/", "___"))
+    if is_on_the_hub and not kept.exists() and is_offline():  # where the hub would be asked again and again
+        raise ValueError(f"`dataset` {name!r} is no folder or file here, and cannot be read from the hub: offline.")
     try:
         return load_dataset(name, **options)
     except (DatasetNotFoundError, ConnectionError, EmptyDatasetError) as error:

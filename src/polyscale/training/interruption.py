@@ -1,27 +1,11 @@
 """Runs that end early: on a signal, or because nothing more can be written. Each says how to go on."""
 
-import errno
 import signal
 import threading
-from pathlib import Path
 from types import FrameType
 
 import torch
-from safetensors import SafetensorError
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-
-
-_UNWRITABLE = {
-    errno.ENOSPC,
-    errno.EROFS,
-    errno.EACCES,
-    errno.EPERM,
-    errno.EDQUOT,
-    errno.EIO,
-    errno.ENOENT,
-    errno.ENOTDIR,
-    errno.EFBIG,
-}
 
 
 class TrainingInterrupted(KeyboardInterrupt):
@@ -88,21 +72,6 @@ class Interruption(TrainerCallback):
         self.is_patient = False
 
 
-def write_failure(error: BaseException, folder: Path) -> str | None:
-    """Why nothing more can be written to a folder, if that is what an error says; torch and safetensors have errors of
-    their own for it.
-    """
-    text = str(error)
-    if isinstance(error, OSError) and error.errno in _UNWRITABLE:
-        is_elsewhere = error.filename is not None and not str(error.filename).startswith(str(folder))
-        return None if is_elsewhere else error.strerror
-    if isinstance(error, SafetensorError) and ("os error" in text or "I/O error" in text):
-        return text.splitlines()[0]
-    if isinstance(error, RuntimeError) and ("PytorchStreamWriter" in text or "inline_container" in text):
-        return "no space left, or the disk fails"
-    return None
-
-
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that there is no memory for a batch."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
@@ -124,5 +93,4 @@ __all__ = [
     "TrainingStopped",
     "is_out_of_memory",
     "worker_failure",
-    "write_failure",
 ]

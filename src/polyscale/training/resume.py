@@ -94,7 +94,9 @@ class RunFolder:
             ValueError: if another process has it, or there is nothing (or something) to go on with.
         """
         if resume and not self.has_run() and (self.output_dir / RECORD_FILE).is_file():
-            raise ValueError(f"`resume`: {self.output_dir} is finished, there is nothing to go on with.")
+            raise ValueError(
+                f"`output_dir` {self.output_dir} exists already: its run is finished, and `resume` has nothing to do."
+            )
         if self.output_dir.exists() and not (resume and self.has_run()):
             raise ValueError(f"`output_dir` {self.output_dir} exists already. Name another, or remove it first.")
         if resume and not self.has_run():

@@ -25,6 +25,7 @@ from transformers import PrinterCallback, set_seed
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import logging
 
+from ..utils.outputs import write_failure
 from .callbacks import DatasetEpochCallback
 from .data import evaluation_split, load_image_dataset
 from .ema import EMACallback
@@ -34,7 +35,6 @@ from .interruption import (
     TrainingStopped,
     is_out_of_memory,
     worker_failure,
-    write_failure,
 )
 from .outputs import draw_curve, versions, write_card, write_record
 from .plans import Plan, make_plan, splits_for

@@ -1,10 +1,26 @@
 """Files that commands write: their places checked before the work, and each file whole or not there."""
 
+import errno
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
+
+
+_UNWRITABLE = {
+    errno.ENOSPC,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EDQUOT,
+    errno.EIO,
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EFBIG,
+}
 
 
 def check_output(path: str | os.PathLike, name: str = "output", folder: bool = False) -> Path:
@@ -36,6 +52,21 @@ def check_output(path: str | os.PathLike, name: str = "output", folder: bool = F
     return path
 
 
+def write_failure(error: BaseException, folder: Path) -> str | None:
+    """Why nothing more can be written to a folder, if that is what an error says; torch and safetensors have errors of
+    their own for it.
+    """
+    text = str(error)
+    if isinstance(error, OSError) and error.errno in _UNWRITABLE:
+        is_elsewhere = error.filename is not None and not str(error.filename).startswith(str(folder))
+        return None if is_elsewhere else error.strerror
+    if isinstance(error, SafetensorError) and ("os error" in text or "I/O error" in text):
+        return text.splitlines()[0]
+    if isinstance(error, RuntimeError) and ("PytorchStreamWriter" in text or "inline_container" in text):
+        return "no space left, or the disk fails"
+    return None
+
+
 @contextmanager
 def written_beside(path: str | os.PathLike) -> Iterator[Path]:
     """A name beside `path` to write to, which takes its place when the `with` block ends well, and else goes.
@@ -58,6 +89,11 @@ def written_beside(path: str | os.PathLike) -> Iterator[Path]:
         os.replace(scratch, path)
     except OSError as error:
         raise ValueError(f"{path} cannot be written: {error.strerror or error}.") from error
+    except Exception as error:
+        reason = write_failure(error, path.parent)
+        if reason is None:
+            raise
+        raise ValueError(f"{path} cannot be written: {reason}.") from error
     finally:
         if scratch is not None and os.path.exists(scratch):
             os.unlink(scratch)
@@ -69,4 +105,4 @@ def write_text(path: str | os.PathLike, text: str) -> None:
         scratch.write_text(text, encoding="utf-8")
 
 
-__all__ = ["check_output", "write_text", "written_beside"]
+__all__ = ["check_output", "write_failure", "write_text", "written_beside"]
