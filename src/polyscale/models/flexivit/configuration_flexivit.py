@@ -135,8 +135,8 @@ class FlexiViTConfig(EncoderConfig):
         if not any(isinstance(size, list | tuple) for size in patch_size):
             if len(patch_size) == batch != 2:
                 raise ValueError(
-                    f"`patch_size` must hold a pair (height, width) for each image, got {list(patch_size)}: an int for "
-                    f"each image does not say which; give [(size, size), ...]."
+                    f"`patch_size` must be an int, (height, width), or a list of one (height, width) for each of the "
+                    f"{batch} images, got {list(patch_size)}: give {[(size, size) for size in patch_size]}."
                 )
             return None
         if len(patch_size) != batch:
