@@ -146,7 +146,9 @@ def _check_free(out: Path, name: str, overwrite: bool, source: Path | None) -> N
     if not out.exists() or is_empty_folder:
         return
     if not overwrite:
-        raise ValueError(f"`{name}` {out} exists already. Name another, or overwrite it with `overwrite=True`.")
+        raise ValueError(
+            f"`{name}` {out} exists already. Name another, or overwrite it: `overwrite=True` (`--overwrite`)."
+        )
     if source is not None and source.exists() and source.resolve().is_relative_to(out.resolve()):
         raise ValueError(f"`{name}` {out} holds the source {source}, which would be deleted. Name another.")
     if out.is_dir() and not _is_checkpoint(out):

@@ -377,6 +377,7 @@ def test_patch_sizes_that_are_all_the_same_need_no_mask(images):
     ("sizes", "options", "message"),
     [
         (SIZES[:3], {}, "4 images, got 3"),
+        ([8, 4, 8, 8], {}, r"got \[8, 4, 8, 8\]: give \[\(8, 8\), \(4, 4\)"),
         ([(8, 8), (4, 4), (64, 64), (8, 8)], {}, "larger than the image"),
         ([(8, 8), (4, 4), (0, 8), (8, 8)], {}, "at least 1 pixel"),
         (SIZES, {"merge_tokens_to": 4}, "padding would be merged"),

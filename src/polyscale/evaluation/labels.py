@@ -61,7 +61,7 @@ def match_labels(
     if theirs is None and ours is not None and count != len(id2label) and not mapped:
         raise ValueError(
             f"The data has {count} classes ({_listed(keys)}) and the model {len(id2label)} without names: nobody "
-            "knows which is which. Name their counterparts with `label_map`."
+            "knows which is which. Name their counterparts with `label_map` (`--label-map`)."
         )
     if theirs is None or ours is None:
         found = {key: int(key) if key.isdecimal() and ours is None else label for label, key in enumerate(keys)}
@@ -74,7 +74,8 @@ def match_labels(
         raise ValueError(
             f"{len(missing)} of the data's {count} classes are none of the model's {len(id2label)}: "
             f"{_listed(missing)}. Classes of the data: {_listed(keys)}. Of the model: "
-            f"{_listed([id2label[index] for index in sorted(id2label)])}. Name their counterparts with `label_map`."
+            f"{_listed([id2label[index] for index in sorted(id2label)])}. "
+            "Name their counterparts with `label_map` (`--label-map`)."
         )
     indices = [found[key] for key in keys]
     if len(set(indices)) < len(indices) and not mapped:

@@ -128,9 +128,16 @@ class FlexiViTConfig(EncoderConfig):
         """(height, width) of the patches of each image, where `patch_size` holds one for each; else None.
 
         Raises:
-            ValueError: for a list of another length than `batch`, the number of images.
+            ValueError: for a list of another length than `batch`, the number of images, or of ints instead of pairs.
         """
-        if not isinstance(patch_size, list | tuple) or not any(isinstance(size, list | tuple) for size in patch_size):
+        if not isinstance(patch_size, list | tuple):
+            return None
+        if not any(isinstance(size, list | tuple) for size in patch_size):
+            if len(patch_size) == batch != 2:
+                raise ValueError(
+                    f"`patch_size` must be an int, (height, width), or a list of one (height, width) for each of the "
+                    f"{batch} images, got {list(patch_size)}: give {[(size, size) for size in patch_size]}."
+                )
             return None
         if len(patch_size) != batch:
             raise ValueError(
