@@ -1,13 +1,14 @@
 """FlexiViT against timm: one image in half precision first, then every patch size, and what a new size costs.
 
     python benchmarks/flexivit.py [--rounds 5] [--threads 2] [--device cuda] [--processor-time] [--quick]
-        [--only small-batches resizing attention patch-sizes first-calls memory]
+        [--only small-batches linear-layers compiled int8 resizing attention patch-sizes first-calls memory]
 
 The plain ViTs of timm have the same width, depth and heads, and the patch size built in. Both sides run in one
 process, in turn; a ratio is the median of those within a round.
 """
 
 import argparse
+import copy
 import sys
 from functools import partial
 from statistics import median
@@ -25,7 +26,10 @@ IMAGE_SIZE = 240
 BATCH_SIZE = 8
 PATCH_SIZES = (8, 10, 12, 15, 20, 24, 30, 40, 48)
 LABELS = 1000
-SECTIONS = ("small-batches", "resizing", "attention", "patch-sizes", "first-calls", "memory")
+SECTIONS = (
+    *("small-batches", "linear-layers", "compiled", "int8"),
+    *("resizing", "attention", "patch-sizes", "first-calls", "memory"),
+)
 
 
 def plain_vit(patch_size: int) -> torch.nn.Module:
@@ -59,6 +63,56 @@ def small_batches(arguments: argparse.Namespace, settings: dict) -> None:
             ours.freeze_budget(IMAGE_SIZE, 16)
             compare(f"{title}, frozen", run, partial(theirs, pixels), goal=goal, **settings)
             ours.unfreeze_budget()
+
+
+def linear_layers(arguments: argparse.Namespace, settings: dict) -> None:
+    """How many times the time of its linear layers alone a forward pass of FlexiViT-B takes, batch 8."""
+    config = FlexiViTConfig.preset("flexivit_base", num_labels=LABELS)
+    model = FlexiViTForImageClassification(config).eval().to(arguments.device)
+    for dtype in (torch.bfloat16, torch.float32):
+        model.to(dtype)
+        pixels = torch.randn(BATCH_SIZE, 3, IMAGE_SIZE, IMAGE_SIZE).to(arguments.device, dtype)
+        tokens = torch.randn(BATCH_SIZE, config.max_num_tokens_for(IMAGE_SIZE, patch_size=16), config.hidden_size)
+        wide = torch.randn(*tokens.shape[:2], config.intermediate_size).to(arguments.device, dtype)
+        tokens = tokens.to(arguments.device, dtype)
+        layers = [module for module in model.flexivit.layers.modules() if isinstance(module, torch.nn.Linear)]
+
+        def products(layers=layers, tokens=tokens, wide=wide):
+            for layer in layers:
+                layer(tokens if layer.in_features == tokens.shape[-1] else wide)
+
+        title = f"products / model, FlexiViT-B, {str(dtype).removeprefix('torch.')}"
+        compare(title, partial(model, pixels, patch_size=16), products, goal=1 / 1.65, **settings)
+
+
+def compiled(arguments: argparse.Namespace, settings: dict) -> None:
+    """FlexiViT-B at batch 8, both sides under `torch.compile`."""
+    ours = FlexiViTForImageClassification(FlexiViTConfig.preset("flexivit_base", num_labels=LABELS)).eval()
+    theirs = timm.create_model("flexivit_base", num_classes=LABELS).eval()
+    for dtype in (torch.bfloat16, torch.float32):
+        place = {"device": arguments.device, "dtype": dtype}
+        pixels = torch.randn(BATCH_SIZE, 3, IMAGE_SIZE, IMAGE_SIZE).to(**place)
+        sides = [torch.compile(model.to(**place)) for model in (ours, theirs)]
+        title = f"FlexiViT-B compiled, {str(dtype).removeprefix('torch.')}"
+        compare(title, partial(sides[0], pixels, patch_size=16), partial(sides[1], pixels), goal=1.15, **settings)
+
+
+def int8(arguments: argparse.Namespace, settings: dict) -> None:
+    """One image through FlexiViT-B in int8 by torchao, against bfloat16 and float32."""
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
+
+    config = FlexiViTConfig.preset("flexivit_base", num_labels=LABELS)
+    plain = FlexiViTForImageClassification(config).eval().to(arguments.device)
+    pixels = torch.randn(1, 3, IMAGE_SIZE, IMAGE_SIZE).to(arguments.device)
+    ways = {"weights": Int8WeightOnlyConfig(), "weights and activations": Int8DynamicActivationInt8WeightConfig()}
+    for way, quantization in ways.items():
+        quantized = copy.deepcopy(plain)
+        quantize_(quantized, quantization)
+        for dtype in (torch.bfloat16, torch.float32):
+            other = copy.deepcopy(plain).to(dtype)
+            title = f"int8 {way} against {str(dtype).removeprefix('torch.')}"
+            calls = (partial(quantized, pixels, patch_size=16), partial(other, pixels.to(dtype), patch_size=16))
+            compare(title, *calls, goal=1.0, **settings)
 
 
 def resizing(arguments: argparse.Namespace, settings: dict) -> None:

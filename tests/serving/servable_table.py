@@ -25,8 +25,10 @@ TOWER_TITLES = {
     "flexivit": "FlexiViT",
     "flexivit_registers": "FlexiViT with registers",
     "flexivit_no_cls": "FlexiViT without CLS",
+    "flexivit_merging": "FlexiViT, tokens merged",
     "quadtree": "Quadtree ViT, `num_tokens`",
     "quadtree_threshold": "Quadtree ViT, `split_threshold`",
+    "quadtree_merging": "Quadtree ViT, tokens merged",
     "sparseformer": "SparseFormer",
     "sparseformer_cls": "SparseFormer with CLS",
 }
