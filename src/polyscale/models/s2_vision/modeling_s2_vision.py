@@ -122,9 +122,7 @@ class S2VisionPreTrainedModel(CheckedModelMixin, PreTrainedModel):
                 "vision model that it was made of."
             )
         config = getattr(config, "vision_config", None) or config
-        S2VisionConfig(
-            vision_config=config, **kwargs
-        )  # what is wrong with the arguments is said before anything is loaded
+        S2VisionConfig(vision_config=config, **kwargs)  # errors in arguments come before anything is loaded
         vision_model, info = AutoModel.from_pretrained(
             pretrained_model_name_or_path, config=config, output_loading_info=True, **options
         )
