@@ -163,8 +163,30 @@ def test_what_cannot_be_is_refused(tmp_path, classifier):
         calibrate_policy([], classifier)
     with pytest.raises(ValueError, match="expected 1, got 0"):
         BudgetPolicy([16, 4], [], "patch_size")
-    with pytest.raises(ValueError, match="numbers of at least 0"):
-        BudgetPolicy([16, 4], ["much"], "patch_size")
+    for margin in ("much", True, None, -1, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="numbers of at least 0"):
+            BudgetPolicy([16, 4], [margin], "patch_size")
+    with pytest.raises(ValueError, match="`budget_argument` of a policy must be a name, got 3"):
+        BudgetPolicy([16, 4], [0.5], 3)
+    for budgets in ([], (16, 4), "16", None):
+        with pytest.raises(ValueError, match="must be a list of at least one budget"):
+            BudgetPolicy(budgets, [0.5], "patch_size")
+    for name in ("wanted_agreement", "agreement", "mean_tokens", "full_tokens", "images"):
+        for value in ("much", True, -1, float("nan")):
+            with pytest.raises(ValueError, match=f"`{name}` of a policy must be a number"):
+                BudgetPolicy([16, 4], [0.5], "patch_size", **{name: value})
+    (tmp_path / "nan.json").write_text('{"budgets": [16, 4], "margins": [NaN], "budget_argument": "patch_size"}')
+    with pytest.raises(ValueError, match=r"`policy` .*nan\.json: `margins` of a policy must be a list of numbers"):
+        BudgetPolicy.load(tmp_path / "nan.json")
+    for path in (5, "", None):
+        with pytest.raises(ValueError, match="`policy` must be a path or a name"):
+            BudgetPolicy.load(path)
+    for size in (0, True, 1.5, "1"):
+        with pytest.raises(ValueError, match="`batch_size` must be"):
+            classify_with_policy(sample_photographs(), policy, "flexivit-cifar10", batch_size=size)
+    for budget, message in ((40, "must not be larger than the image"), (True, "must be an int or a pair")):
+        with pytest.raises(ValueError, match=f"`patch_size` {message}"):
+            classify_with_policy(sample_photographs(), BudgetPolicy([budget, 4], [0.5], "patch_size"))
     for text in ("{", "[]", '{"budgets": [4]}'):
         (tmp_path / "bad.json").write_text(text)
         with pytest.raises(ValueError, match=r"`policy` .*bad\.json is n"):

@@ -383,3 +383,11 @@ def test_a_hub_that_cannot_be_reached_is_not_waited_for(checkpoint, tmp_path, mo
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(OSError, match=r"'some/model' cannot be loaded: .* Offline: the hub cannot be reached"):
         load_classifier("some/model")
+
+
+@pytest.mark.parametrize("files", ["x.png", ".", b"x", 5, None])
+def test_one_path_is_no_list_of_files(checkpoint, files):
+    with pytest.raises(ValueError, match="`files` must be a list of image files and folders, got"):
+        classify_images(files, checkpoint, [8])
+    with pytest.raises(ValueError, match="`files` must be a path or a name, got"):
+        classify_images([files if isinstance(files, bytes | int | None) else ""], checkpoint, [8])

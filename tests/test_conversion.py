@@ -18,6 +18,8 @@ import polyscale
 from polyscale.cli import app
 from polyscale.conversion import _only_writer, convert_patch_embed
 
+from .tiny_checkpoints import save_tiny_s2
+
 
 SHAPE = {
     "hidden_size": 16,
@@ -337,3 +339,10 @@ def test_patch_kernel_of_a_malicious_pickle(tmp_path):
     with pytest.raises(ValueError, match="refused"):
         convert_patch_embed(tmp_path / "in.pt", tmp_path / "out.pt", patch_size=10)
     assert contents(tmp_path) == ["in.pt"]
+
+
+def test_several_scales_of_several_scales_are_refused(tmp_path):
+    source = save_tiny_s2(tmp_path / "s2")
+    with pytest.raises(ValueError, match="s2 is an S2 model, which has several scales already"):
+        polyscale.convert_checkpoint(source, tmp_path / "out", to="s2_vision")
+    assert contents(tmp_path) == ["s2"]

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from polyscale.embedding import embed_images
 from polyscale.loading import load_base_model
+from polyscale.searching import search_embeddings
 from polyscale.utils.images import open_image
 from polyscale_cli import app
 
@@ -118,13 +119,100 @@ def test_the_command(checkpoint, folder, tmp_path):
     assert "7 were there already" in again.output
     for wrong, message in (
         (["embed", str(tmp_path / "none"), str(out)], "none"),
-        ([*arguments[:-1], "nine"], "nine"),
+        ([*arguments[:-1], "nine"], "`budget` of a FlexiViT must be patch sizes such as 16 or 10x15, got 'nine'"),
         ([*arguments[:2], str(folder / "0.png"), *arguments[3:]], "0.png"),
     ):
         result = CliRunner().invoke(app, wrong)
         assert result.exit_code == 2
         assert message in result.output
         assert "Traceback" not in result.output
+
+
+def test_a_folder_of_other_files_is_left_alone(checkpoint, folder, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("kept")
+    result = CliRunner().invoke(app, ["embed", str(folder), str(tmp_path / "out"), "--model", str(checkpoint)])
+    assert result.exit_code == 2
+    assert "holds other files, such as thesis.txt: name a new or empty folder" in result.output
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.txt"]
+
+
+def test_the_command_fails_where_nothing_could_be_read(checkpoint, folder, tmp_path):
+    for file in folder.rglob("*.png"):
+        file.write_bytes(b"no image")
+    command = ["embed", str(folder), str(tmp_path / "out"), "--model", str(checkpoint)]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 1
+    assert "Embedded 0 images" in result.output
+    assert "7 could not be read" in result.output
+    assert read(tmp_path / "out") == ([], [])
+    assert len(json.loads((tmp_path / "out" / "damaged-00000.json").read_text())) == 7
+
+
+def test_an_array_of_other_channels_is_listed_and_the_others_embedded(checkpoint, folder, tmp_path):
+    np.save(folder / "odd.npy", np.zeros((8, 8, 7), np.uint8))
+    result = CliRunner().invoke(app, ["embed", str(folder), str(tmp_path / "out"), "--model", str(checkpoint)])
+    assert result.exit_code == 0, result.output
+    assert "Embedded 7 images" in result.stdout
+    assert "odd.npy" in result.stderr
+    names, rows = read(tmp_path / "out")
+    assert names == sorted(str(file) for file in folder.rglob("*.png"))
+    np.testing.assert_allclose(rows[2], expected(checkpoint, names[2]).pooler_output[0].numpy(), atol=1e-5, rtol=1e-5)
+    (listed,) = json.loads((tmp_path / "out" / "damaged-00000.json").read_text())
+    assert listed["file"] == str(folder / "odd.npy")
+
+
+def test_a_run_that_came_to_nothing_binds_nobody(checkpoint, folder, tmp_path):
+    with pytest.raises(ValueError, match="`patch_size` must not be larger"):
+        embed_images(folder, tmp_path / "out", checkpoint, 40)
+    assert embed_images(folder, tmp_path / "out", checkpoint, 8).written == 7
+    assert json.loads((tmp_path / "out" / "embedding.json").read_text())["budget"] == 8
+
+
+def test_damaged_outputs_are_named(checkpoint, folder, tmp_path):
+    out = tmp_path / "out"
+    embed_images(folder, out, checkpoint, shard_size=4)
+    (out / "part-00001.parquet").write_bytes(b"PAR1")
+    with pytest.raises(ValueError, match=r"part-00001\.parquet is damaged .*: remove it, and embed the images again"):
+        embed_images(folder, out, checkpoint, shard_size=4)
+    with pytest.raises(ValueError, match=r"part-00001\.parquet is damaged"):
+        search_embeddings(out, folder / "0.png")
+    (out / "part-00001.parquet").unlink()
+    assert embed_images(folder, out, checkpoint, shard_size=4).written == 3
+    for text in ("", "{", "[]", "null", "{}", '{"tokens": false}', "[" * 100_000):
+        (out / "embedding.json").write_text(text)
+        for call in (
+            lambda: embed_images(folder, out, checkpoint, shard_size=4),
+            lambda: search_embeddings(out, folder / "0.png"),
+        ):
+            with pytest.raises(ValueError, match=r"`out` .* holds a damaged embedding\.json"):
+                call()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"source": 5}, "`source` must be a path or a name, got 5"),
+        ({"source": ""}, "`source` must be a path or a name, got ''"),
+        ({"source": None}, "`source` must be a path or a name, got None"),
+        ({"source": b"images"}, "`source` must be a path or a name, got b'images'"),
+        ({"out": 5}, "`out` must be a path or a name, got 5"),
+        ({"model": 5}, "`model` must be a path or a name, got 5"),
+        ({"model": ""}, "`model` must be a path or a name, got ''"),
+        ({"budget": True}, "`patch_size` must be an int or a pair .*, got True"),
+        ({"budget": float("nan")}, "`patch_size` must be an int or a pair .*, got nan"),
+        ({"budget": -3}, "`patch_size` must be at least 1"),
+        ({"budget": [4, 8, 8]}, "`patch_size` must be an int or a pair"),
+        ({"tokens": "no"}, "`tokens` must be True or False, got 'no'"),
+        ({"batch_size": True}, "`batch_size` must be an int of at least 1, got True"),
+        ({"shard_size": 0}, "`shard_size` must be an int of at least 1, got 0"),
+        ({"num_workers": 1.5}, "`num_workers` must be an int of at least 1, got 1.5"),
+    ],
+)
+def test_arguments_that_are_none(checkpoint, folder, tmp_path, change, message):
+    arguments = {"source": folder, "out": tmp_path / "out", "model": checkpoint} | change
+    with pytest.raises(ValueError, match=message):
+        embed_images(**arguments)
 
 
 @pytest.mark.slow

@@ -155,6 +155,34 @@ def test_a_copy_has_a_number_of_its_own(pixel_values):
         assert copied(pixel_values).last_hidden_state.shape[1] == 31
 
 
+@torch.no_grad()
+def test_a_stored_model_merges_as_before(pixel_values, tmp_path):
+    model, _ = make_model("vit")
+    whole = model(pixel_values).last_hidden_state
+    merged = apply_token_merging(model, num_tokens=20)(pixel_values).last_hidden_state
+    torch.save(model, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert torch.equal(loaded(pixel_values).last_hidden_state, merged)
+    assert torch.equal(remove_token_merging(loaded)(pixel_values).last_hidden_state, whole)
+    assert torch.equal(model(pixel_values).last_hidden_state, merged)  # the other is as it was
+
+
+@torch.no_grad()
+def test_twice_is_once_and_numbers_above_the_tokens_change_nothing(pixel_values):
+    model, _ = make_model("vit")
+    whole = model(pixel_values).last_hidden_state
+    once = apply_token_merging(model, num_tokens=20)(pixel_values).last_hidden_state
+    assert torch.equal(apply_token_merging(model, num_tokens=20)(pixel_values).last_hidden_state, once)
+    for number in (64, 65, 1 << 70):
+        assert torch.equal(apply_token_merging(model, num_tokens=number)(pixel_values).last_hidden_state, whole)
+    for number in (0, -1, True, 2.0, float("nan"), "4", None, [4]):
+        with pytest.raises(ValueError, match="`num_tokens` must be an int of at least 1"):
+            apply_token_merging(model, num_tokens=number)
+    for _ in range(2):
+        assert torch.equal(remove_token_merging(model)(pixel_values).last_hidden_state, whole)
+    assert model.config._attn_implementation == "sdpa"
+
+
 def test_it_compiles_to_one_graph(pixel_values):
     model, _ = make_model("vit")
     apply_token_merging(model, num_tokens=20)

@@ -21,10 +21,16 @@ from transformers import ImageClassificationPipeline
 from .classification import Classification, answer_batch, as_pipeline, classify_files
 from .layers.token_budget import budget_argument_of, budget_ladder_of, plain_size
 from .loading import LoadedModel
+from .utils.outputs import write_text
+from .utils.validation import check_int, check_path
 
 
 _MOST_TRIES = 3  # budgets that a policy runs on one image at most
 _RISKS = 64  # how many risks calibration tries
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
@@ -59,17 +65,27 @@ class BudgetPolicy:
         if not isinstance(self.budgets, list) or not self.budgets:
             raise ValueError(f"`budgets` of a policy must be a list of at least one budget, got {self.budgets!r}.")
         is_list = isinstance(self.margins, list)
-        if not is_list or not all(isinstance(value, int | float) and value >= 0 for value in self.margins):
+        if not is_list or not all(_is_number(value) and 0 <= value < math.inf for value in self.margins):
             raise ValueError(f"`margins` of a policy must be a list of numbers of at least 0, got {self.margins!r}.")
         if len(self.margins) != len(self.budgets) - 1:
             raise ValueError(
                 f"`margins` of a policy must hold one number for each budget but the last: expected "
                 f"{len(self.budgets) - 1}, got {len(self.margins)}."
             )
+        if not isinstance(self.budget_argument, str):
+            raise ValueError(f"`budget_argument` of a policy must be a name, got {self.budget_argument!r}.")
+        for name in ("wanted_agreement", "agreement", "mean_tokens", "full_tokens", "images"):
+            value = getattr(self, name)
+            if value is not None and not (_is_number(value) and 0 <= value < math.inf):
+                raise ValueError(f"`{name}` of a policy must be a number of at least 0, or None, got {value!r}.")
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes it as JSON."""
-        Path(path).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+        """Writes it as JSON, whole or not at all.
+
+        Raises:
+            ValueError: for a place where nothing can be written.
+        """
+        write_text(check_path("path", path), json.dumps(asdict(self), indent=2, allow_nan=False) + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "BudgetPolicy":
@@ -79,17 +95,21 @@ class BudgetPolicy:
             ValueError: for a file that holds no policy.
             OSError: for a file that cannot be read.
         """
+        path = check_path("policy", path)
         try:
             fields = json.loads(Path(path).read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"`policy` {os.fspath(path)} is not JSON: {error}.") from None
+            raise ValueError(f"`policy` {path} is not JSON: {error}.") from None
         needed, known = {"budgets", "margins", "budget_argument"}, set(cls.__dataclass_fields__)
         if not isinstance(fields, dict) or not needed <= fields.keys() <= known:
             raise ValueError(
-                f"`policy` {os.fspath(path)} is no policy: expected an object with `budgets`, `margins` and "
+                f"`policy` {path} is no policy: expected an object with `budgets`, `margins` and "
                 "`budget_argument`, as `polyscale calibrate` writes it."
             )
-        return cls(**fields)
+        try:
+            return cls(**fields)
+        except ValueError as error:
+            raise ValueError(f"`policy` {path}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -149,8 +169,7 @@ def calibrate_policy(
     >>> records, errors = polyscale.classify_with_policy(["photograph.jpg"], policy, "flexivit-cifar10")
     ```
     """
-    if batch_size < 1:
-        raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+    check_int("batch_size", batch_size, minimum=1)
     if isinstance(agreement, bool) or not isinstance(agreement, int | float) or not 0 < agreement <= 1:
         raise ValueError(f"`agreement` must be a share above 0 and at most 1, got {agreement!r}.")
     classifier = as_pipeline(model, device, trust_remote_code=trust_remote_code)
@@ -285,8 +304,7 @@ def classify_with_policy(
     >>> sum(record["tokens"] for record in records) / len(records)
     ```
     """
-    if batch_size < 1:
-        raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+    check_int("batch_size", batch_size, minimum=1)
     if not isinstance(policy, BudgetPolicy):
         policy = BudgetPolicy.load(policy)
     classifier = as_pipeline(model, device, trust_remote_code=trust_remote_code)

@@ -17,6 +17,7 @@ from .loading import LoadedModel, load_classifier
 from .utils.images import UnreadableImageError, find_images, open_pixels
 from .utils.processors import process_images
 from .utils.timing import device_wait, timed
+from .utils.validation import check_path
 
 
 class Classification(NamedTuple):
@@ -131,7 +132,13 @@ def classify_files(
             without "file".
         batch_size (`int`, *optional*, defaults to 1): images per batch.
         progress (`Callable`, *optional*): called with the images done and their number, after each batch.
+
+    Raises:
+        ValueError: for files that are no list, or no paths.
     """
+    if isinstance(files, str | bytes | os.PathLike) or not isinstance(files, Iterable):
+        raise ValueError(f"`files` must be a list of image files and folders, got {files!r}.")
+    files = [check_path("files", file) for file in files]
     result = Classification([], [])
     paths, warm = _find(files, result.errors), False
     for done in range(0, len(paths), batch_size):

@@ -22,6 +22,7 @@ from .loading import LoadedModel, load_base_model
 from .utils.images import UnreadableImageError, find_images, open_pixels
 from .utils.outputs import check_output, write_text, written_beside
 from .utils.processors import process_images
+from .utils.validation import check_path
 
 
 RECORD = "embedding.json"
@@ -49,7 +50,7 @@ class _Item(NamedTuple):
 
 def _items(source: str | os.PathLike) -> list[_Item]:
     """The images of a folder, or the rows of parquet files and data sets of a hub."""
-    path = Path(source)
+    path = Path(check_path("source", source))
     if path.is_dir() and not any(path.glob("*.parquet")):
         return [_Item(str(file), lambda file=file: open_pixels(file)) for file in find_images(path)]
     if path.is_file() and path.suffix != ".parquet":
@@ -156,6 +157,34 @@ def _table(names: list[str], rows: list[np.ndarray], tokens: bool) -> pa.Table:
     return pa.table({"file": pa.array(names, pa.string()), "embedding": values})
 
 
+def read_record(out: Path) -> dict[str, Any]:
+    """What a folder holds the embeddings of.
+
+    Raises:
+        ValueError: for a file that does not say so.
+        OSError: where there is none.
+    """
+    try:
+        record = json.loads((out / RECORD).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        record = None
+    if not isinstance(record, dict) or not {"source", "images", "model", "budget", "tokens"} <= record.keys():
+        raise ValueError(f"`out` {out} holds a damaged {RECORD}: name another folder, or remove it.")
+    return record
+
+
+def open_shard(file: Path) -> pq.ParquetFile:
+    """A file of embeddings.
+
+    Raises:
+        ValueError: for a damaged one.
+    """
+    try:
+        return pq.ParquetFile(file)
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{file} is damaged ({error}): remove it, and embed the images again.") from error
+
+
 def _check_record(out: Path, record: dict[str, Any]) -> None:
     """Writes what is being embedded, or refuses to go on with something else."""
     path = out / RECORD
@@ -165,7 +194,10 @@ def _check_record(out: Path, record: dict[str, Any]) -> None:
             raise ValueError(f"`out` {out} holds other files, such as {others[0]}: name a new or empty folder.")
         write_text(path, json.dumps(record, indent=2) + "\n")
         return
-    before = json.loads(path.read_text(encoding="utf-8"))
+    if not any(out.glob("part-*.parquet")):  # a run that came to nothing binds nobody
+        write_text(path, json.dumps(record, indent=2) + "\n")
+        return
+    before = read_record(out)
     different = [name for name in record if before.get(name) != record[name]]
     if different:
         told = "; ".join(f"{name} was {before.get(name)!r} and is {record[name]!r}" for name in different)
@@ -219,6 +251,8 @@ def embed_images(
     for name, value in (("batch_size", batch_size), ("shard_size", shard_size), ("num_workers", num_workers)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"`{name}` must be an int of at least 1, got {value!r}.")
+    if not isinstance(tokens, bool):
+        raise ValueError(f"`tokens` must be True or False, got {tokens!r}.")
     out = check_output(out, "out", folder=True)
     items = _items(source)
     if isinstance(model, LoadedModel):
@@ -245,7 +279,7 @@ def embed_images(
     for number in range(state.process_index, len(shards), state.num_processes):
         place, listed = out / f"part-{number:05d}.parquet", out / f"damaged-{number:05d}.json"
         if place.exists():
-            found += pq.ParquetFile(place).metadata.num_rows
+            found += open_shard(place).metadata.num_rows
             damaged += json.loads(listed.read_text(encoding="utf-8")) if listed.exists() else []
             continue
         own = [items[index] for index in shards[number]]
@@ -268,4 +302,12 @@ def embed_images(
     return EmbeddingSummary(written, found, damaged)
 
 
-__all__ = ["RECORD", "EmbeddingSummary", "embed_images", "image_outputs", "takes_texts"]
+__all__ = [
+    "RECORD",
+    "EmbeddingSummary",
+    "embed_images",
+    "image_outputs",
+    "open_shard",
+    "read_record",
+    "takes_texts",
+]

@@ -25,6 +25,7 @@ from transformers.utils import logging
 from .checkpoints import available_checkpoints, resolve_checkpoint
 from .models.auto import family_of
 from .utils.processors import processor_for_size
+from .utils.validation import check_path
 
 
 class LoadedModel(NamedTuple):
@@ -88,9 +89,10 @@ def checkpoint_source(source: str | os.PathLike, argument: str = "model") -> str
         argument (`str`, *optional*, defaults to `"model"`): what an error calls it.
 
     Raises:
+        ValueError: for no path or name.
         MissingCheckpointError: for a path where nothing is, and offline for a name that was never loaded.
     """
-    resolved = resolve_checkpoint(source)
+    resolved = resolve_checkpoint(check_path(argument, source))
     if resolved.startswith((".", "/", "~")) or resolved.count("/") > 1:
         resolved = os.path.expanduser(resolved)
         if not Path(resolved).exists():
@@ -127,6 +129,14 @@ def _missing(argument: str, source: str, reason: object) -> MissingCheckpointErr
         f"`{argument}` {source!r} cannot be loaded: it is neither a bundled checkpoint "
         f"({', '.join(available_checkpoints())}) nor a complete one in a local folder or on the hub. {reason}"
     )
+
+
+def _why_unread(source: str, error: OSError) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "There is no such file or folder."
+    if not Path(source).exists() and is_offline():
+        return "Offline: the hub cannot be reached."
+    return " ".join(str(error).split())
 
 
 @contextmanager
@@ -304,7 +314,7 @@ def _converted(source: str | os.PathLike, config_options: dict[str, Any]) -> Loa
     """A plain ViT as a FlexiViT; `None` for a checkpoint that has budgets already, or cannot have any."""
     from .models.flexivit.convert_flexivit import flexivit_from_source, load_flexivit_source
 
-    resolved = resolve_checkpoint(source)
+    resolved = resolve_checkpoint(check_path("model", source))
     model_type = _model_type(resolved)
     if model_type is not None and family_of(model_type) is not None:
         return None
@@ -314,6 +324,8 @@ def _converted(source: str | os.PathLike, config_options: dict[str, Any]) -> Loa
         if model_type is None:
             raise
         return None  # not a ViT: it runs as it is
+    except OSError as error:
+        raise _missing("model", resolved, _why_unread(resolved, error)) from error
     if loaded.config.architectures != ["FlexiViTForImageClassification"]:
         raise ValueError(f"`model` {resolved!r} has no classifier: an image-classification checkpoint is needed.")
     if loaded.image_processor is None:

@@ -1,22 +1,21 @@
 """Search in what `polyscale embed` wrote: the images nearest to an image, or to words."""
 
 import heapq
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 from transformers import AutoTokenizer
 
-from .embedding import RECORD, image_outputs, takes_texts
+from .embedding import RECORD, image_outputs, open_shard, read_record, takes_texts
 from .layers.token_budget import budget_kwargs
 from .loading import LoadedModel, checkpoint_source, load_base_model, reading
 from .utils.images import IMAGE_SUFFIXES, open_image
 from .utils.processors import process_images
+from .utils.validation import check_path
 
 
 _ROWS = 8192  # that are compared at once
@@ -36,8 +35,8 @@ class SearchResult(NamedTuple):
 
 def _record(out: Path) -> dict:
     try:
-        record = json.loads((out / RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        record = read_record(out)
+    except OSError as error:
         raise ValueError(f"`out` {out} holds no embeddings ({RECORD}): write them with `embed_images`.") from error
     if record["tokens"]:
         raise ValueError(
@@ -49,7 +48,7 @@ def _record(out: Path) -> dict:
 def _rows(out: Path) -> Iterator[tuple[list[str], np.ndarray]]:
     """Names and vectors of length 1, some thousands at a time."""
     for file in sorted(out.glob("part-*.parquet")):
-        for batch in pq.ParquetFile(file).iter_batches(batch_size=_ROWS):
+        for batch in open_shard(file).iter_batches(batch_size=_ROWS):
             column = batch.column("embedding")
             vectors = column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), -1)
             yield batch.column("file").to_pylist(), _normalized(vectors)
@@ -123,7 +122,8 @@ def search_embeddings(
     """
     if isinstance(top, bool) or not isinstance(top, int) or top < 1:
         raise ValueError(f"`top` must be an int of at least 1, got {top!r}.")
-    out = Path(out)
+    out = Path(check_path("out", out))
+    check_path("query", query)
     record = _record(out)
     loaded = load_base_model(record["model"], device, trust_remote_code=trust_remote_code)
     vector = _normalized(_query_embedding(query, record, loaded, record["model"]))

@@ -59,6 +59,9 @@ class _MergingLayer:
     merging: _Merging
     place: int
 
+    def __reduce__(self):
+        return _new_layer, (type(self).__mro__[2],), self.__dict__
+
     def __call__(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs):
         merging = self.merging
         if self.place == 0:
@@ -76,6 +79,16 @@ class _MergingLayer:
             )
         merging.keys = None
         return hidden_states
+
+
+def _merging_class(layer_class: type) -> type:
+    return type(layer_class.__name__, (_MergingLayer, layer_class), {})
+
+
+def _new_layer(layer_class: type) -> nn.Module:
+    """A layer without its state, for copies and pickles: the class of a merging layer has no place in a module."""
+    merging_class = _merging_class(layer_class)
+    return merging_class.__new__(merging_class)
 
 
 def _attention_of(layer: nn.Module) -> nn.Module | None:
@@ -147,7 +160,7 @@ def apply_token_merging(model: PreTrainedModel, *, num_tokens: int) -> PreTraine
     model.set_attn_implementation(_PREFIX + implementation)
     merging = _Merging(num_tokens, len(layers), base_num_prefix_tokens(model.config))
     for place, layer in enumerate(layers):
-        layer.__class__ = type(type(layer).__name__, (_MergingLayer, type(layer)), {})
+        layer.__class__ = _merging_class(type(layer))
         layer.merging = _attention_of(layer).merging = merging
         layer.place = place
     return model

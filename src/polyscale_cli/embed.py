@@ -39,19 +39,18 @@ def embed(
         from rich.progress import Progress
 
         from polyscale.embedding import embed_images
-        from polyscale.layers.token_budget import choose_budgets
         from polyscale.loading import load_config
 
         quiet()
         config = load_config(model, trust_remote_code=trust_remote_code)
-        budgets = choose_budgets(config, {"budgets": None if budget is None else [budget]})
+        chosen = None if budget is None else _parsed(config, budget)
         with Progress(console=Console(stderr=True), transient=True) as bar:
             task = bar.add_task("embed", total=None)
             summary = embed_images(
                 images,
                 out,
                 model,
-                None if budgets is None else budgets[0],
+                chosen,
                 tokens=tokens,
                 batch_size=batch_size,
                 shard_size=shard_size,
@@ -68,6 +67,15 @@ def embed(
             raise typer.Exit(1)
         if search is not None:
             _print_nearest(out, search, top, device, trust_remote_code)
+
+
+def _parsed(config, budget: str):
+    from polyscale.layers.token_budget import parse_budget
+
+    try:
+        return parse_budget(config, budget)
+    except ValueError as error:  # other commands take several
+        raise ValueError(str(error).replace("`budgets`", "`budget`")) from error
 
 
 def _print_nearest(out: Path, query: str, top: int, device: str | None, trust_remote_code: bool) -> None:

@@ -2,8 +2,11 @@
 
 import json
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
+from transformers import AutoImageProcessor, AutoModelForImageClassification
 from typer.testing import CliRunner
 
 from polyscale.assets import sample_photographs
@@ -92,6 +95,61 @@ def test_show_writes_a_picture(checkpoint, tmp_path):
     assert done.stdout.replace("\n", "") == f"Wrote {output}"
     with Image.open(output) as picture:
         assert picture.format == "PNG"
+
+
+def test_classify_at_another_image_size(checkpoint):
+    photograph = sample_photographs()[0]
+    done = run("classify", photograph, "--model", checkpoint, "--budgets", "8", "--image-size", "48x64", "--json")
+    assert done.exit_code == 0, done.output
+    (record,) = json.loads(done.stdout)
+    processor = AutoImageProcessor.from_pretrained(checkpoint, size={"height": 48, "width": 64})
+    model = AutoModelForImageClassification.from_pretrained(checkpoint)
+    with torch.no_grad(), Image.open(photograph) as image:
+        scores = model(**processor(image, return_tensors="pt"), patch_size=8).logits[0].softmax(0)
+    assert record["tokens"] == 6 * 8
+    assert record["label"] == model.config.id2label[scores.argmax().item()]
+    assert record["score"] == pytest.approx(scores.max().item(), abs=2e-6)
+    own = json.loads(run("classify", photograph, "--model", checkpoint, "--budgets", "8", "--json").stdout)[0]
+    assert own["tokens"] == 16
+    assert own["score"] != pytest.approx(record["score"], abs=2e-5)
+
+
+def test_show_at_another_image_size(checkpoint, tmp_path):
+    """The same drawing as of a checkpoint whose processor makes images of that size."""
+    larger = save_tiny_flexivit(tmp_path / "larger")
+    AutoImageProcessor.from_pretrained(larger, size={"height": 64, "width": 64}).save_pretrained(larger)
+
+    def drawn(model, *arguments):
+        output = tmp_path / "show.png"
+        arguments = ("--model", model, "--budgets", "8", "--output", output, *arguments)
+        assert run("show", sample_photographs()[0], *arguments).exit_code == 0
+        with Image.open(output) as image:
+            return np.asarray(image.convert("RGB"))
+
+    changed = drawn(checkpoint, "--image-size", "64")
+    np.testing.assert_array_equal(changed, drawn(larger))
+    own = drawn(checkpoint)
+    assert own.shape != changed.shape or (own != changed).mean() > 0.01
+
+
+@pytest.mark.parametrize("command", ["classify", "show"])
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        ("big", "got 'big'"),
+        ("1x2x3", "got '1x2x3'"),
+        ("0", "at least 1"),
+        ("-8", "at least 1"),
+        ("99999999", "at most"),
+    ],
+)
+def test_an_image_size_that_is_none(checkpoint, command, size, message, tmp_path):
+    output = tmp_path / "out.png"
+    done = run(command, sample_photographs()[0], "--model", checkpoint, f"--image-size={size}", "--output", output)
+    assert done.exit_code == 2
+    assert message in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr
+    assert not output.exists()
 
 
 def test_benchmark_prints_a_row_a_budget(checkpoint):

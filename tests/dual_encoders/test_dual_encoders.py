@@ -25,7 +25,7 @@ from transformers import (
 )
 
 import polyscale
-from polyscale.dual_encoders import BudgetCLIPModel, BudgetSiglipModel, swap_dual_encoder_tower
+from polyscale.dual_encoders import BudgetCLIPConfig, BudgetCLIPModel, BudgetSiglipModel, swap_dual_encoder_tower
 from polyscale.models.flexivit.convert_flexivit import flexivit_from_source, load_flexivit_source
 from polyscale.models.quadtree_vit.convert_quadtree_vit import load_quadtree_vit
 
@@ -217,3 +217,50 @@ def test_a_siglip_scores_pairs_by_its_own_rule(inputs, tmp_path):
         AutoModel.from_pretrained(tmp_path)(**inputs).logits_per_image, outputs.logits_per_image
     )
     assert "siglip" in swapped.config.model_type  # transformers' pipeline pads and scores by that
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"input_ids": [[1, 2]]}, r"`input_ids` must be a tensor of shape \(texts, tokens\), got a list"),
+        ({"input_ids": torch.ones(5, dtype=torch.long)}, r"`input_ids` must be a tensor of shape .*, got \(5,\)"),
+        ({"input_ids": torch.ones(3, 0, dtype=torch.long)}, r"`input_ids` must be a tensor of shape .*, got \(3, 0\)"),
+        ({"input_ids": torch.ones(3, 5)}, r"`input_ids` must be a tensor of ints, got torch\.float32"),
+        ({"input_ids": torch.ones(3, 5, dtype=torch.bool)}, r"`input_ids` must be a tensor of ints, got torch\.bool"),
+        ({"input_ids": torch.full((3, 5), 10**6)}, "`input_ids` must be from 0 to [0-9]+, got 1000000"),
+        ({"input_ids": torch.full((3, 5), -1)}, "`input_ids` must be from 0 to [0-9]+, got -1"),
+        ({"attention_mask": torch.ones(3, 50)}, r"`attention_mask` must have the shape of `input_ids`, \("),
+        ({"attention_mask": [[1]]}, r"`attention_mask` must be a tensor of shape \(texts, tokens\), got a list"),
+        ({"pixel_values": [1]}, "`pixel_values` must be a tensor of shape"),
+        ({"patch_size": True}, "`patch_size` must be an int or a pair"),
+        ({"patch_size": [(8, 8)] * 99}, "a list of one .* for each of the [0-9]+ images, got 99 of them"),
+        ({"num_tokens": 4}, "`num_tokens` is no argument of FlexiViTModel: its budget is set by `patch_size`"),
+        ({"patchsize": 4}, r"`patchsize` is no argument of FlexiViTModel. Did you mean `patch_size`\?"),
+    ],
+)
+def test_inputs_that_are_none(clip, inputs, change, message):
+    model = polyscale.swap_vision_tower(clip, make_tower(clip, "flexivit"))
+    with pytest.raises(ValueError, match=message):
+        model(**(inputs | change))
+
+
+def test_a_loss_needs_pairs(clip, inputs):
+    model = polyscale.swap_vision_tower(clip, make_tower(clip, "flexivit"))
+    with pytest.raises(ValueError, match=r"`return_loss` needs pairs: .*, got 2 texts and 3 images"):
+        model(**inputs, return_loss=True)
+    assert model(**inputs).logits_per_image.shape == (3, 2)
+
+
+def test_models_of_texts_and_of_images_have_their_places(clip):
+    for tower in (clip.text_model, clip):
+        with pytest.raises(ValueError, match="`tower` must be of a model that takes `pixel_values`, got CLIP"):
+            polyscale.swap_vision_tower(clip, tower)
+    own = clip.config.text_config.to_dict()
+    with pytest.raises(ValueError, match="`vision_config` must be of a model that takes `pixel_values`"):
+        BudgetCLIPModel(BudgetCLIPConfig(text_config=own, vision_config=own))
+    with pytest.raises(ValueError, match="`text_config` must be of a model that takes `input_ids`"):
+        BudgetCLIPModel(BudgetCLIPConfig(text_config={"model_type": "flexivit"}))
+    with pytest.raises(
+        ValueError, match="A config inside BudgetCLIPConfig: Field 'hidden_size' expected int, got str"
+    ):
+        BudgetCLIPConfig(text_config={"hidden_size": "wide"})

@@ -324,6 +324,35 @@ def test_several_models_are_measured_on_the_same_images(split, checkpoint, tmp_p
     assert "[/red]" in table.output
 
 
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_model_of_other_classes_is_refused_before_any_is_scored(split, checkpoint, tmp_path, monkeypatch, place):
+    split.to_parquet(tmp_path / "test.parquet")
+    other = save_checkpoint(tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    config |= {"id2label": {"0": "a", "1": "b", "2": "z"}, "label2id": {"a": 0, "b": 1, "z": 2}}
+    (other / "config.json").write_text(json.dumps(config))
+
+    def forward(*_, **__):
+        raise AssertionError("a model was run")
+
+    monkeypatch.setattr(FlexiViTForImageClassification, "forward", forward)
+    models = [checkpoint, other] if place else [other, checkpoint]
+    done = run(*models, tmp_path / "test.parquet", "--output", tmp_path / "out")
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert f"`model` {other}: 1 of the data's 3 classes are none of the model's 3: 'c'." in done.stderr
+    assert "Of the model: 'a', 'b', 'z'." in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_models_are_named_as_every_command_names_them(split, checkpoint, tmp_path):
+    split.to_parquet(tmp_path / "test.parquet")
+    for models in (["nowhere"], ["some/where"], [tmp_path / "nowhere"], [checkpoint, "nowhere"]):
+        done = run(*models, tmp_path / "test.parquet")
+        assert done.exit_code == 2
+        assert f"`model` '{models[-1]}' cannot be loaded: it is neither a bundled checkpoint" in done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

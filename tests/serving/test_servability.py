@@ -76,8 +76,12 @@ def test_what_a_server_could_not_use_is_said():
 
 
 def test_another_model_is_refused():
-    with pytest.raises(ValueError, match="must be one of LlavaForConditionalGeneration"):
+    with pytest.raises(ValueError, match="`model` must be one of LlavaForConditionalGeneration"):
         check_servable(CLIPVisionModel(CLIPVisionConfig(**CLIP)), None)
+    model, _ = swapped("flexivit")
+    for processor in (None, "processor", model):
+        with pytest.raises(ValueError, match="`processor` must be a processor of texts and images, got"):
+            check_servable(model, processor)
 
 
 def test_the_plugin_is_declared():

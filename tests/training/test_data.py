@@ -1,6 +1,9 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
+from datasets import DatasetDict
 from PIL import Image
 
 from polyscale.training.data import check_images, evaluation_split, load_image_dataset, sample_rows
@@ -213,3 +216,43 @@ def test_pixels_of_images_and_arrays():
     ):
         with pytest.raises(ValueError, match=message):
             pixels_of(bad, channels)
+
+
+def test_a_short_name_is_never_what_a_local_folder_left_in_the_cache(tmp_path, monkeypatch):
+    make_split(2).to_parquet(tmp_path / "train.parquet")
+    kept, asked = tmp_path / "cache", []
+    (kept / "folder").mkdir(parents=True)
+    monkeypatch.setattr("polyscale.training.data.datasets_config.HF_DATASETS_CACHE", kept)
+    monkeypatch.setattr("polyscale.training.data.is_offline", lambda: False)
+    monkeypatch.chdir(kept)
+
+    def full(self, name):
+        if name != "short":
+            raise OSError("404")
+        return SimpleNamespace(id="owner/short")
+
+    def load(name, **_):
+        asked.append(name)
+        return DatasetDict(train=make_split(2))
+
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", full)
+    monkeypatch.setattr("polyscale.training.data.load_dataset", load)
+    with pytest.raises(ValueError, match="`dataset` 'long' is no folder or file here, and cannot be read"):
+        load_image_dataset("long")
+    assert asked == []
+    assert load_image_dataset("short")["train"].num_rows == 6
+    assert asked == ["owner/short"]
+    monkeypatch.setattr("polyscale.training.data.is_offline", lambda: True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"`dataset` 'folder' is no folder or file here, .* offline"):
+        load_image_dataset("folder")
+    assert asked == ["owner/short"]
+
+
+@pytest.mark.parametrize("name", ["some/data", "data", "some/data-set_1.0"])
+def test_a_hub_that_cannot_be_reached_is_not_waited_for(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("polyscale.training.data.is_offline", lambda: True)
+    monkeypatch.setattr("polyscale.training.data.load_dataset", lambda *_, **__: pytest.fail("the hub was asked"))
+    with pytest.raises(ValueError, match=f"`dataset` '{name}' is no folder or file here, .* offline"):
+        load_image_dataset(name)

@@ -125,3 +125,32 @@ def test_a_trainer_takes_it(tmp_path):
     assert expected[: len(sampler)] != expected[len(sampler) :]
     for batch, examples in zip(seen, expected, strict=True):
         assert torch.equal(batch, images[examples])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        *(({"lengths": value}, "`lengths` must be a sequence of ints") for value in (None, 5, "345", {1: 2})),
+        *(({"lengths": [1, value]}, "`lengths` must be") for value in (0, -1, True, 2.0, float("nan"), "3", None)),
+        ({"lengths": []}, "`lengths` is empty"),
+        ({"lengths": [1, 2, 11]}, "`max_tokens` must be at least 11, the tokens of the longest example, got 10"),
+        *(({"max_tokens": value}, "`max_tokens` must be an int") for value in (True, 2.0, float("nan"), "5", None)),
+        *(({"seed": value}, "`seed` must be an int") for value in ("a", float("nan"), True, None)),
+        *(({"shuffle": value}, "`shuffle` must be True or False") for value in ("no", 0, None)),
+        *(({"num_replicas": value}, "`num_replicas` must be") for value in (0, True, "2")),
+        *(({"rank": value}, "`rank` must be") for value in (1, -1, True, "0")),
+    ],
+)
+def test_arguments_that_are_none(change, message):
+    with pytest.raises(ValueError, match=message):
+        TokenBatchSampler(**({"lengths": [1, 2], "max_tokens": 10} | change))
+
+
+def test_epochs_are_ints_of_any_size():
+    sampler = TokenBatchSampler([1, 2, 3], 10)
+    for epoch in ("1", float("nan"), 1.5, True, None):
+        with pytest.raises(ValueError, match="`epoch` must be an int"):
+            sampler.set_epoch(epoch)
+    for epoch in (-1, 1 << 80):
+        sampler.set_epoch(epoch)
+        assert sorted(example for batch in sampler for example in batch) == [0, 1, 2]

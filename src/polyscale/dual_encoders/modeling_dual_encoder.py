@@ -16,6 +16,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
+from ..utils.validation import check_tensor
 from .configuration_dual_encoder import BudgetCLIPConfig, BudgetSiglipConfig, DualEncoderConfig
 
 
@@ -46,6 +47,37 @@ def pooled_width(config: PreTrainedConfig) -> int:
     return getattr(config, "pooled_size", config.hidden_size)
 
 
+def check_takes(kind: str, model: PreTrainedModel, name: str) -> None:
+    """Refuses a model of images in the place of one of texts, and the other way round; `name` is of the argument."""
+    if model.main_input_name != kind:
+        raise ValueError(
+            f"`{name}` must be of a model that takes `{kind}`, got {type(model).__name__}, which takes "
+            f"`{model.main_input_name}`."
+        )
+
+
+def _check_texts(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, vocabulary: int) -> None:
+    """Refuses anything but the tokens of texts, and a mask that does not fit them.
+
+    Raises:
+        ValueError: for another type or shape, or, on a CPU, tokens that the vocabulary does not have.
+    """
+    check_tensor("input_ids", input_ids, ("texts", "tokens"), floating=False)
+    if input_ids.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"`input_ids` must be a tensor of ints, got {input_ids.dtype}.")
+    if attention_mask is not None:
+        check_tensor("attention_mask", attention_mask, ("texts", "tokens"), floating=False)
+        if attention_mask.shape != input_ids.shape:
+            raise ValueError(
+                f"`attention_mask` must have the shape of `input_ids`, {tuple(input_ids.shape)}, got "
+                f"{tuple(attention_mask.shape)}."
+            )
+    if input_ids.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere a look would wait
+        low, high = input_ids.min().item(), input_ids.max().item()
+        if low < 0 or high >= vocabulary:
+            raise ValueError(f"`input_ids` must be from 0 to {vocabulary - 1}, got {low if low < 0 else high}.")
+
+
 class DualEncoderPreTrainedModel(PreTrainedModel):
     """What both models share: two encoders, embeddings of length 1, their similarities."""
 
@@ -66,6 +98,8 @@ class DualEncoderPreTrainedModel(PreTrainedModel):
         super().__init__(config)
         self.vision_model = AutoModel.from_config(config.vision_config) if vision_model is None else vision_model
         self.text_model = self.make_text_model(config.text_config) if text_model is None else text_model
+        check_takes("pixel_values", self.vision_model, "vision_config")
+        check_takes("input_ids", self.text_model, "text_config")
 
     def make_text_model(self, config: PreTrainedConfig) -> PreTrainedModel:
         return AutoModel.from_config(config)
@@ -133,6 +167,7 @@ class DualEncoderPreTrainedModel(PreTrainedModel):
         Returns:
             What the text model gives; `pooler_output` (batch, projection_dim) is the embedding, not yet of length 1.
         """
+        _check_texts(input_ids, attention_mask, self.config.text_config.vocab_size)
         outputs = self.text_model(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs
         )
@@ -159,7 +194,7 @@ class DualEncoderPreTrainedModel(PreTrainedModel):
             kwargs: the budget of the vision tower, and what else either model takes.
 
         Raises:
-            ValueError: without texts or images.
+            ValueError: without texts or images, for what is none, and for a loss of unequal numbers of them.
         """
         for name, value in (("input_ids", input_ids), ("pixel_values", pixel_values)):
             if value is None:
@@ -172,6 +207,11 @@ class DualEncoderPreTrainedModel(PreTrainedModel):
         image_embeds = F.normalize(vision_outputs.pooler_output, dim=-1)
         text_embeds = F.normalize(text_outputs.pooler_output, dim=-1)
         logits_per_text = self.logits(text_embeds @ image_embeds.t().to(text_embeds.device))  # (texts, images)
+        if return_loss and len(text_embeds) != len(image_embeds):
+            raise ValueError(
+                f"`return_loss` needs pairs: as many texts as images, got {len(text_embeds)} texts and "
+                f"{len(image_embeds)} images."
+            )
         return DualEncoderOutput(
             loss=self.contrastive_loss(logits_per_text) if return_loss else None,
             logits_per_image=logits_per_text.t(),

@@ -7,7 +7,13 @@ from torch import nn
 from transformers import CLIPModel, PreTrainedModel, Siglip2Model, SiglipModel, VisionTextDualEncoderModel
 
 from ..layers.wrapping import attention_kept, check_has_no_head, keep_weights
-from .modeling_dual_encoder import BudgetCLIPModel, BudgetSiglipModel, DualEncoderPreTrainedModel, pooled_width
+from .modeling_dual_encoder import (
+    BudgetCLIPModel,
+    BudgetSiglipModel,
+    DualEncoderPreTrainedModel,
+    check_takes,
+    pooled_width,
+)
 
 
 CLIP_KINDS = (CLIPModel, VisionTextDualEncoderModel, BudgetCLIPModel)
@@ -52,6 +58,7 @@ def swap_dual_encoder_tower(model: PreTrainedModel, tower: PreTrainedModel) -> D
         )
     if not isinstance(tower, PreTrainedModel):
         raise ValueError(f"`tower` must be a vision model without a head, got {type(tower).__name__}.")
+    check_takes("pixel_values", tower, "tower")
     check_has_no_head(tower, "tower")
     return _swapped_clip(model, tower) if isinstance(model, CLIP_KINDS) else _swapped_siglip(model, tower)
 

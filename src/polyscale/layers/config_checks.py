@@ -125,6 +125,8 @@ def checked_config(cls: type) -> type:
             for new, old in old_names.items():
                 message = message.replace(f"`{new}`", f"`{new}` (`{old}`)")
             raise ConfigError(message) from error.__cause__
+        except StrictDataclassError as error:
+            raise ConfigError(f"A config inside {type(self).__name__}: {error.__cause__ or error}.") from error
 
     @wraps(strict_validate)
     def validate(self) -> None:

@@ -237,8 +237,8 @@ def tile_side(config: PreTrainedConfig) -> int:
 ADAPTERS = (LlavaAdapter(), LlavaNextAdapter(), LlavaOnevisionAdapter(), VipLlavaAdapter())
 
 
-def adapter_of(model: object) -> LlavaAdapter:
-    """The adapter for a model.
+def adapter_of(model: object, name: str = "llava_model") -> LlavaAdapter:
+    """The adapter for a model, which errors call `name`.
 
     Raises:
         ValueError: for a model of another kind; it lists those that there are.
@@ -247,7 +247,7 @@ def adapter_of(model: object) -> LlavaAdapter:
         if type(model) in adapter.model_classes:
             return adapter
     kinds = ", ".join(adapter.model_classes[0].__name__ for adapter in ADAPTERS)
-    raise ValueError(f"`llava_model` must be one of {kinds}, or its model without a head; got {type(model).__name__}.")
+    raise ValueError(f"`{name}` must be one of {kinds}, or its model without a head; got {type(model).__name__}.")
 
 
 __all__ = [

@@ -271,7 +271,7 @@ def check_servable(model: PreTrainedModel, processor: ProcessorMixin) -> Serving
         `ServingReport`: true where all answers can be used; `print(report)` shows each of them.
 
     Raises:
-        ValueError: for another kind of model.
+        ValueError: for another kind of model, or what is no processor.
 
     Example:
 
@@ -280,7 +280,10 @@ def check_servable(model: PreTrainedModel, processor: ProcessorMixin) -> Serving
     >>> print(report)
     ```
     """
-    subject = _Subject(model, processor, adapter_of(model))
+    adapter = adapter_of(model, "model")
+    if not isinstance(processor, ProcessorMixin):
+        raise ValueError(f"`processor` must be a processor of texts and images, got {type(processor).__name__}.")
+    subject = _Subject(model, processor, adapter)
     checks = []
     was_training = model.training
     model.eval()

@@ -21,6 +21,7 @@ from datasets import (
 from datasets import config as datasets_config
 from datasets.data_files import DataFilesDict, EmptyDatasetError, get_data_patterns
 from datasets.exceptions import DatasetNotFoundError
+from huggingface_hub import HfApi
 from PIL import Image as PILImage
 
 from ..loading import is_offline
@@ -105,15 +106,27 @@ def _read(source: str | Path, labelled: bool) -> list[tuple[str, list[Dataset]]]
 def _load(name: str, **options) -> DatasetDict:
     is_on_the_hub = not options and not Path(name).exists()
     kept = Path(datasets_config.HF_DATASETS_CACHE, name.replace("/", "___"))
-    if is_on_the_hub and not kept.exists() and is_offline():  # where the hub would be asked again and again
+    if is_on_the_hub and is_offline() and ("/" not in name or not kept.exists()):  # else it is asked again and again
         raise ValueError(f"`dataset` {name!r} is no folder or file here, and cannot be read from the hub: offline.")
     try:
-        return load_dataset(name, **options)
+        return load_dataset(_full_name(name) if is_on_the_hub else name, **options)
     except (DatasetNotFoundError, ConnectionError, EmptyDatasetError) as error:
         raise ValueError(
             f"`dataset` {name!r} is no folder or file here, and cannot be read from the hub: offline, or no such data "
             f"set ({type(error).__name__})."
         ) from error
+
+
+def _full_name(name: str) -> str:
+    """Owner and name of a data set of the hub; a short name is what `datasets` also calls a local folder that it keeps
+    in its cache, which is another data set.
+    """
+    if "/" in name:
+        return name
+    try:
+        return HfApi().dataset_info(name).id
+    except Exception as error:  # of the network, or that there is none
+        raise ConnectionError(f"{name} is not found") from error
 
 
 def _read_parquet(path: str) -> Dataset:

@@ -1,7 +1,7 @@
 """Batches drawn by their number of tokens, for images with token counts of their own."""
 
 import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch.utils.data import Sampler
@@ -50,6 +50,8 @@ class TokenBatchSampler(Sampler[list[int]]):
         num_replicas: int = 1,
         rank: int | None = None,
     ):
+        if isinstance(lengths, str | Mapping) or not isinstance(lengths, Iterable):
+            raise ValueError(f"`lengths` must be a sequence of ints, got {lengths!r}.")
         self.lengths = [check_int("lengths", length, minimum=1) for length in lengths]
         if not self.lengths:
             raise ValueError("`lengths` is empty: it must hold the number of tokens of each example.")
@@ -62,8 +64,10 @@ class TokenBatchSampler(Sampler[list[int]]):
         check_int("num_replicas", num_replicas, minimum=1)
         if rank is not None and not 0 <= check_int("rank", rank) < num_replicas:
             raise ValueError(f"`rank` must be from 0 to {num_replicas - 1}, got {rank}.")
+        if not isinstance(shuffle, bool):
+            raise ValueError(f"`shuffle` must be True or False, got {shuffle!r}.")
         self.shuffle = shuffle
-        self.seed = seed
+        self.seed = check_int("seed", seed)
         self.num_replicas = num_replicas
         self.rank = rank
         self.epoch = 0
@@ -74,7 +78,7 @@ class TokenBatchSampler(Sampler[list[int]]):
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the order of an epoch."""
-        self.epoch = epoch
+        self.epoch = check_int("epoch", epoch)
 
     def __len__(self) -> int:
         return self.num_batches if self.rank is None else self.num_batches // self.num_replicas
@@ -82,9 +86,8 @@ class TokenBatchSampler(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         order = range(len(self.lengths))
         if self.shuffle:
-            order = torch.randperm(
-                len(order), generator=torch.Generator().manual_seed(self.seed + self.epoch)
-            ).tolist()
+            generator = torch.Generator().manual_seed((self.seed + self.epoch) % (1 << 63))
+            order = torch.randperm(len(order), generator=generator).tolist()
         batches = [[] for _ in range(self.num_batches)]
         fewest = [(0, 0, batch) for batch in range(self.num_batches)]  # tokens, examples, batch
         for example in order:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from .validation import check_path
+
 
 _UNWRITABLE = {
     errno.ENOSPC,
@@ -35,9 +37,9 @@ def check_output(path: str | os.PathLike, name: str = "output", folder: bool = F
         `Path`: the place.
 
     Raises:
-        ValueError: for a folder in a file's place or a file in a folder's, and where one may not write.
+        ValueError: for no path, a folder in a file's place or a file in a folder's, and where one may not write.
     """
-    path = Path(path)
+    path = Path(check_path(name, path))
     if path.is_dir() != folder and path.exists():
         raise ValueError(
             f"`{name}` {path} is a {'file' if folder else 'folder'}: give a {'folder' if folder else 'file'}."

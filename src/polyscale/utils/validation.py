@@ -1,6 +1,7 @@
 """Checks of what users give: choices, sizes, pixel values, images. Sizes are (height, width) in pixels."""
 
 import difflib
+import os
 from collections.abc import Iterable, Sequence
 from operator import index
 
@@ -40,6 +41,13 @@ def check_number(name: str, value: object) -> None:
         raise ValueError(f"`{name}` must be a number, got {value!r}.")
     if value != value:
         raise ValueError(f"`{name}` is NaN: expected a number.")
+
+
+def check_path(name: str, value: object) -> str:
+    """A path, or a name in its place, as text; raises ValueError naming `name` for anything else."""
+    if not isinstance(value, (str, os.PathLike)) or not isinstance(os.fspath(value), str) or not os.fspath(value):
+        raise ValueError(f"`{name}` must be a path or a name, got {value!r}.")
+    return os.fspath(value)
 
 
 def check_tensor(name: str, value: object, axes: tuple[str, ...], floating: bool = True) -> None:
@@ -225,6 +233,7 @@ __all__ = [
     "check_choice",
     "check_int",
     "check_number",
+    "check_path",
     "check_pixel_values",
     "check_tensor",
     "check_video",

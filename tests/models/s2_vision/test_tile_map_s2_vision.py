@@ -122,3 +122,36 @@ def test_what_was_not_fitted_and_cannot_be_is_refused():
     dynamic = wrapped("clip", dynamic=True, resize_output_to_idx=-1)
     with pytest.raises(ValueError, match="`dynamic=True`"):
         polyscale.fit_tile_map(dynamic, batch)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"images": None}, "`images` must be a tensor, or batches of them, got a NoneType"),
+        ({"images": 5}, "`images` must be a tensor, or batches of them, got a int"),
+        ({"images": "photographs"}, "`images` must be a tensor, or batches of them, got a str"),
+        ({"images": [None]}, "`pixel_values` is required"),
+        ({"images": [torch.rand(3, 64, 64)]}, "`pixel_values` must have the shape"),
+        ({"images": [torch.full((1, 3, 64, 64), float("nan"))]}, "`images` holds NaN or infinite values"),
+        ({"ridge": float("nan")}, "`ridge` is NaN"),
+        ({"ridge": float("inf")}, "`ridge` must be finite"),
+        ({"ridge": "much"}, "`ridge` must be a number, got 'much'"),
+        ({"layers": "all"}, "`layers` must be an int or a list of ints, got 'all'"),
+        ({"layers": ["a"]}, "`layers` must be an int, got 'a'"),
+        ({"layers": True}, "`layers` must be an int, got True"),
+        ({"layers": None}, "`layers` must be an int or a list of ints, got None"),
+        ({"batch_size": 0}, "`batch_size` must be at least 1, got 0"),
+        ({"batch_size": True}, "`batch_size` must be an int, got True"),
+    ],
+)
+def test_arguments_that_are_none_leave_the_model_as_it_was(change, message):
+    model = wrapped("clip")
+    with pytest.raises(ValueError, match=message):
+        polyscale.fit_tile_map(model, **({"images": images(number=2)} | change))
+    assert (model.config.tile_fill, model.config.tile_map_layers, model.tile_map) == (None, None, None)
+
+
+@pytest.mark.parametrize("layers", [[99], [-1], [4], [1, 1]])
+def test_layers_of_a_config_are_those_of_the_model(layers):
+    with pytest.raises(ValueError, match=r"`tile_map_layers` must be different layers from 0 to 3, got \["):
+        wrapped("clip", tile_fill="map", tile_map_layers=layers)

@@ -158,6 +158,11 @@ class S2VisionConfig(CheckedConfigMixin, S2TokenBudgetMixin, BackboneConfigMixin
                 f"`tile_fill='coarse'` needs a model with a cheaper budget inside, got one of type "
                 f"{self.vision_config.model_type!r}: use 'first_scale'."
             )
+        layers = self.tile_map_layers or []
+        if len(set(layers)) < len(layers) or not all(0 <= layer <= self.num_hidden_layers for layer in layers):
+            raise ValueError(
+                f"`tile_map_layers` must be different layers from 0 to {self.num_hidden_layers}, got {layers}."
+            )
         if self.dynamic:
             self._check_dynamic()
 

@@ -109,24 +109,27 @@ class S2VisionPreTrainedModel(CheckedModelMixin, PreTrainedModel):
             kwargs: fields of `S2VisionConfig`, `scales` or `img_sizes` among them.
 
         Raises:
-            ValueError: if the checkpoint lacks weights of the model, its pooler aside.
+            ValueError: if the checkpoint is an S2 model, or lacks weights of the model, its pooler aside.
         """
         # code that comes with a checkpoint runs only where `model_kwargs` says so
         options = {"trust_remote_code": False, **(model_kwargs or {})}
         config = AutoConfig.from_pretrained(
             pretrained_model_name_or_path, trust_remote_code=options["trust_remote_code"]
         )
+        if isinstance(config, S2VisionConfig):
+            raise ValueError(
+                f"{pretrained_model_name_or_path} is an S2 model, which has several scales already: give the plain "
+                "vision model that it was made of."
+            )
         config = getattr(config, "vision_config", None) or config
-        S2VisionConfig(
-            vision_config=config, **kwargs
-        )  # what is wrong with the arguments is said before anything is loaded
+        S2VisionConfig(vision_config=config, **kwargs)  # errors in arguments come before anything is loaded
         vision_model, info = AutoModel.from_pretrained(
             pretrained_model_name_or_path, config=config, output_loading_info=True, **options
         )
         missing = [key for key in info["missing_keys"] if not key.startswith(("pooler.", "head."))]
         if missing:
             raise ValueError(
-                f"`pretrained_model_name_or_path` {pretrained_model_name_or_path!r} does not fit "
+                f"`pretrained_model_name_or_path` {str(pretrained_model_name_or_path)!r} does not fit "
                 f"{type(vision_model).__name__}: it lacks {len(missing)} weights, {sorted(missing)[0]!r} among them."
             )
         return cls.from_vision_model(vision_model, **kwargs)

@@ -2,11 +2,13 @@
 run, fitted on images without labels.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
 
+from ...utils.validation import check_int, check_number, check_pixel_values
 from ...utils.vision_configs import base_pooled_width, base_stage_widths, base_width
 from .configuration_s2_vision import S2VisionConfig
 from .multiscale_s2_vision import Part
@@ -138,7 +140,8 @@ def fit_tile_map(
         batch_size (`int`, *optional*, defaults to 8): images at a time, where `images` is one tensor.
 
     Raises:
-        ValueError: for another model, `dynamic=True`, no images, a negative `ridge`, or a layer that is none.
+        ValueError: for another model, `dynamic=True`, no images or what is none, a negative `ridge`, or a layer that
+            is none.
     """
     wrapper = getattr(model, "base_model", model)
     config = getattr(wrapper, "config", None)
@@ -146,11 +149,17 @@ def fit_tile_map(
         raise ValueError(f"`model` must be an S2VisionWrapper or have one inside, got {type(model).__name__}.")
     if config.dynamic:
         raise ValueError("`model` has `dynamic=True`, where no tile is left out.")
-    if not ridge >= 0:
-        raise ValueError(f"`ridge` must be at least 0, got {ridge!r}.")
+    check_number("ridge", ridge)
+    if not 0 <= ridge < math.inf:
+        raise ValueError(f"`ridge` must be finite and at least 0, got {ridge!r}.")
+    check_int("batch_size", batch_size, minimum=1)
+    if not isinstance(images, Iterable) or isinstance(images, str | Mapping):
+        raise ValueError(f"`images` must be a tensor, or batches of them, got a {type(images).__name__}.")
+    if isinstance(layers, str) or not isinstance(layers, int | Sequence):
+        raise ValueError(f"`layers` must be an int or a list of ints, got {layers!r}.")
     count = config.num_hidden_layers + 1
     wanted = [layers] if isinstance(layers, int) else list(layers)
-    if any(isinstance(layer, bool) or not -count <= layer < count for layer in wanted):
+    if any(not -count <= check_int("layers", layer) < count for layer in wanted):
         raise ValueError(f"`layers` must be between {-count} and {count - 1}, got {layers!r}.")
     wanted = sorted({layer % count for layer in wanted})
 
@@ -166,6 +175,9 @@ def fit_tile_map(
         runner = TileRunner(wrapper.vision_model, config, wanted or None, False, {})
         batches = images.split(batch_size) if isinstance(images, torch.Tensor) else images
         for batch in batches:
+            check_pixel_values(batch, config.num_channels)
+            if not torch.isfinite(batch).all():
+                raise ValueError("`images` holds NaN or infinite values.")
             inputs, targets, plan = _pairs(runner, batch.to(wrapper.device, wrapper.dtype), wrapper._antialias)
             for (name, _, xs), (_, _, ys) in zip(
                 tile_map.flat_parts(inputs, plan), tile_map.flat_parts(targets, plan), strict=True
