@@ -193,6 +193,18 @@ def test_what_cannot_be_is_refused(tmp_path, classifier):
             BudgetPolicy.load(tmp_path / "bad.json")
 
 
+def test_another_model_than_the_calibrated_one_is_said(tmp_path):
+    photographs = sample_photographs()[:2]
+    assert calibrate_policy(photographs, "flexivit-cifar10", [4, 16], agreement=0.5).model == "flexivit-cifar10"
+    other = BudgetPolicy([16, 4], [0.5], "patch_size", model="my-model")
+    with pytest.warns(UserWarning, match="calibrated on 'my-model', and this is 'flexivit-cifar10'"):
+        classify_with_policy(photographs, other, "flexivit-cifar10")
+    other.save(tmp_path / "policy.json")
+    done = CliRunner().invoke(app, ["classify", str(photographs[0]), "--policy", str(tmp_path / "policy.json")])
+    assert done.exit_code == 0
+    assert "calibrated on 'my-model'" in done.stderr
+
+
 def test_the_commands_calibrate_and_classify(tmp_path):
     files = [str(file) for file in sample_photographs()]
     policy = str(tmp_path / "policy.json")

@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -47,6 +48,7 @@ class BudgetPolicy:
         mean_tokens (`float`, *optional*): tokens per calibration image, those of all tries together.
         full_tokens (`float`, *optional*): tokens per calibration image of the full budget alone.
         images (`int`, *optional*): number of calibration images.
+        model (`str`, *optional*): name of the model that it was calibrated on, the last part of its path.
 
     Raises:
         ValueError: for no budgets, or margins that do not fit them.
@@ -60,6 +62,7 @@ class BudgetPolicy:
     mean_tokens: float | None = None
     full_tokens: float | None = None
     images: int | None = None
+    model: str | None = None
 
     def __post_init__(self):
         if not isinstance(self.budgets, list) or not self.budgets:
@@ -214,6 +217,7 @@ def calibrate_policy(
         mean_tokens=spent,
         full_tokens=float(trials.tokens[-1].mean()),
         images=len(table),
+        model=_name_of(classifier) or None,
     )
 
 
@@ -265,6 +269,10 @@ def _outcome(trials: _Trials, tried: Sequence[int], limits: Sequence[float]) -> 
     return agrees / count, float(spent / count)
 
 
+def _name_of(classifier: ImageClassificationPipeline) -> str:
+    return os.path.basename(classifier.model.name_or_path.rstrip("/"))
+
+
 def classify_with_policy(
     files: Iterable[str | os.PathLike],
     policy: BudgetPolicy | str | os.PathLike,
@@ -314,6 +322,12 @@ def classify_with_policy(
         raise ValueError(
             f"`policy` is for models whose budget is `{policy.budget_argument}`; this one, of type "
             f"{classifier.model.config.model_type!r}, {has}."
+        )
+    if policy.model and policy.model != _name_of(classifier):
+        warnings.warn(
+            f"`policy` was calibrated on {policy.model!r}, and this is {_name_of(classifier)!r}: how often it agrees "
+            "with its full budget is not known.",
+            stacklevel=2,
         )
 
     def ask(inputs: dict[str, torch.Tensor]) -> list[list[dict]]:

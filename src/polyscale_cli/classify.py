@@ -1,6 +1,7 @@
 """`polyscale classify`."""
 
 import json
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -66,7 +67,12 @@ def classify(
         few = len(files) <= LONG_TABLE and not any(file.is_dir() for file in files)
         with progress_bar("Classifying") as progress:
             if policy is not None:
-                records, errors = classify_with_policy(files, policy, loaded, batch_size=batch_size, progress=progress)
+                with warnings.catch_warnings(record=True) as warned:
+                    records, errors = classify_with_policy(
+                        files, policy, loaded, batch_size=batch_size, progress=progress
+                    )
+                for warning in warned:
+                    note("classify", warning.message)
             else:
                 records, errors = classify_images(
                     files,
