@@ -330,18 +330,19 @@ def test_it_loads_without_polyscale(record, words, tmp_path):
     for index, image in enumerate(make_photographs()):
         image.save(tmp_path / f"{index}.png")
     prompts = [TEXT.format("<image>"), "a cat <image> ?"]
-    code = f"PROMPTS, WORDS = {prompts!r}, {words!r}\n{LOAD}"
-    subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "model"), str(tmp_path), "model", "processor"],
+    cases = {"model": (words, ("model", "processor"))}
+    done = subprocess.run(
+        [sys.executable, "-c", f"PROMPTS, CASES = {prompts!r}, {cases!r}\n{LOAD}"],
         env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"},
         cwd=tmp_path,
-        check=True,
         capture_output=True,
+        text=True,
     )
+    assert (tmp_path / "model.pt").is_file(), done.stderr[-6000:]
     inputs = processor(images=make_photographs(), text=prompts, padding=True, return_tensors="pt", **words)
     with torch.no_grad():
         expected = model(**inputs).logits
-    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(torch.load(tmp_path / "model.pt"), expected, atol=1e-5, rtol=1e-4)
 
 
 def test_training_reaches_the_norm_in_the_tower(tmp_path):

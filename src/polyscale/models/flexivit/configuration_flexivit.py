@@ -10,6 +10,9 @@ from ...layers.token_budget import plain_size
 from ...utils.validation import check_int, to_pair
 
 
+_PAIRS = (list, tuple)  # PyTorch 2.8 does not trace `list | tuple`
+
+
 @checked_config
 class FlexiViTConfig(EncoderConfig):
     """Configuration of a FlexiViT: a ViT whose patch kernel and positions are resized to the patch size of each call.
@@ -130,9 +133,9 @@ class FlexiViTConfig(EncoderConfig):
         Raises:
             ValueError: for a list of another length than `batch`, the number of images, or of ints instead of pairs.
         """
-        if not isinstance(patch_size, list | tuple):
+        if not isinstance(patch_size, _PAIRS):
             return None
-        if not any(isinstance(size, list | tuple) for size in patch_size):
+        if not [size for size in patch_size if isinstance(size, _PAIRS)]:
             if len(patch_size) == batch != 2:
                 raise ValueError(
                     f"`patch_size` must be an int, (height, width), or a list of one (height, width) for each of the "

@@ -120,7 +120,7 @@ def check_budget_of_batch(
     Raises:
         ValueError: for a list of another length than the batch has images; for what `check_token_budget` refuses.
     """
-    if not isinstance(num_tokens, list | tuple):
+    if not isinstance(num_tokens, (list, tuple)):
         return [check_token_budget(num_tokens, *allowed, round_down)]
     if len(num_tokens) != len(batch):
         raise ValueError(
@@ -302,7 +302,7 @@ def select_nodes(
     finest = coarsest << (2 * len(scores))
     if num_tokens is None and split_threshold is None:
         raise ValueError("Give `num_tokens` (a budget), `split_threshold` (each image its own), or both.")
-    is_own = isinstance(num_tokens, list | tuple)  # a budget for each image
+    is_own = isinstance(num_tokens, (list, tuple))  # a budget for each image
     if num_tokens is not None:
         budgets = check_budget_of_batch(num_tokens, scores[0], (coarsest, finest), round_down)
         num_tokens = max(budgets)
