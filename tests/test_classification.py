@@ -391,3 +391,9 @@ def test_one_path_is_no_list_of_files(checkpoint, files):
         classify_images(files, checkpoint, [8])
     with pytest.raises(ValueError, match="`files` must be a path or a name, got"):
         classify_images([files if isinstance(files, bytes | int | None) else ""], checkpoint, [8])
+
+
+def test_an_image_size_of_a_loaded_model_is_refused_not_ignored():
+    loaded = load_classifier("flexivit-cifar10", "cpu")
+    with pytest.raises(ValueError, match="`image_size` is for a model that is not loaded yet"):
+        classify_images(sample_photographs()[:1], loaded, image_size=64)

@@ -41,6 +41,11 @@ def as_pipeline(
     trust_remote_code: bool = False,
 ) -> ImageClassificationPipeline:
     """`pipeline("image-classification")` of a model that is loaded already, or of a checkpoint (`load_classifier`)."""
+    if image_size is not None and isinstance(model, ImageClassificationPipeline | LoadedModel):
+        raise ValueError(
+            "`image_size` is for a model that is not loaded yet: give the checkpoint's name, or load it with "
+            "`load_classifier(name, image_size=...)`."
+        )
     if isinstance(model, ImageClassificationPipeline):
         return model
     if not isinstance(model, LoadedModel):

@@ -318,6 +318,8 @@ class CentrePatchScorer(PatchScorer):
 def test_a_scorer_of_your_own_is_registered_saved_and_reloaded(images, tmp_path):
     with pytest.raises(ValueError, match=r"`patch_scorer` must be one of .*got 'centre'"):
         QuadtreeViTConfig(**SHAPE, patch_scorer="centre")
+    with pytest.raises(ValueError, match="'entropy' is a patch scorer of this library"):
+        register_patch_scorer("entropy", CentrePatchScorer)
     register_patch_scorer("centre", lambda config: CentrePatchScorer(config.min_patch_size, config.max_patch_size))
     try:
         model = make_model(QuadtreeViTForImageClassification, patch_scorer="centre")

@@ -24,6 +24,9 @@ def register_patch_scorer(name: str, make: Callable[[QuadtreeViTConfig], PatchSc
         make (`Callable`): function (config) -> scorer, with its weights drawn anew: those of a checkpoint are loaded
             into it.
 
+    Raises:
+        ValueError: for the name of a scorer of this library.
+
     Example:
 
     ```python
@@ -37,6 +40,8 @@ def register_patch_scorer(name: str, make: Callable[[QuadtreeViTConfig], PatchSc
     >>> register_patch_scorer("centre", lambda config: CentrePatchScorer(config.min_patch_size, config.max_patch_size))
     ```
     """
+    if name in _BUILT_IN:
+        raise ValueError(f"`name` {name!r} is a patch scorer of this library: give yours another name.")
     PATCH_SCORERS[name] = make
 
 
@@ -62,14 +67,18 @@ def _sizes(config: QuadtreeViTConfig) -> tuple[int, int]:
     return config.min_patch_size, config.max_patch_size
 
 
-register_patch_scorer("pixel_blur", lambda config: PixelBlurPatchScorer(*_sizes(config), config.reduction))
-register_patch_scorer("feature", _feature_scorer)
-register_patch_scorer("random", lambda config: RandomPatchScorer(*_sizes(config), seed=config.scorer_seed))
-register_patch_scorer("precomputed", lambda config: PrecomputedPatchScorer(*_sizes(config)))
-register_patch_scorer("embedding", lambda config: EmbeddingPatchScorer(*_sizes(config)))
-register_patch_scorer(
-    "entropy",
-    lambda config: EntropyPatchScorer(*_sizes(config), config.scorer_image_mean, config.scorer_image_std),
+PATCH_SCORERS.update(
+    {
+        "pixel_blur": lambda config: PixelBlurPatchScorer(*_sizes(config), config.reduction),
+        "feature": _feature_scorer,
+        "random": lambda config: RandomPatchScorer(*_sizes(config), seed=config.scorer_seed),
+        "precomputed": lambda config: PrecomputedPatchScorer(*_sizes(config)),
+        "embedding": lambda config: EmbeddingPatchScorer(*_sizes(config)),
+        "entropy": lambda config: EntropyPatchScorer(
+            *_sizes(config), config.scorer_image_mean, config.scorer_image_std
+        ),
+    }
 )
+_BUILT_IN = frozenset(PATCH_SCORERS)
 
 __all__ = ["make_patch_scorer", "register_patch_scorer"]
