@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 
+from .. import __version__
 from ..layers.token_budget import choose_budgets, format_budget
 from ..loading import load_classifier, load_config
 from .accuracy import BudgetResult, class_indices, evaluate_budgets
@@ -46,11 +47,12 @@ class Evaluation:
 
 def library_versions() -> dict[str, str]:
     """The versions of Python and of the libraries that figures depend on."""
-    versions = {"python": platform.python_version()}
-    for name in ("polyscale", "torch", "torchvision", "transformers"):
+    # The code that runs, not what an installer once noted of an editable checkout.
+    versions = {"python": platform.python_version(), "polyscale": __version__}
+    for name in ("torch", "torchvision", "transformers"):
         try:
             versions[name] = version(name)
-        except PackageNotFoundError:  # run from a source tree
+        except PackageNotFoundError:
             continue
     return versions
 
