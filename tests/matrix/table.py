@@ -114,10 +114,10 @@ class MatrixTable(Outcomes):
         recorded = json.loads(RECORDED.read_text(encoding="utf-8"))
         notes: list[str] = []
 
-        def note(text: str) -> str:
-            if text not in notes:
-                notes.append(text)
-            return f" [{notes.index(text) + 1}]"
+        def note(*texts: str) -> str:
+            notes.extend(text for text in texts if text not in notes)
+            # One pair of brackets: Markdown reads `[7] [6]` as a link.
+            return f" [{', '.join(str(notes.index(text) + 1) for text in texts)}]"
 
         lines = [
             "| | " + " | ".join(family.title for family in FAMILIES) + " |",
@@ -142,7 +142,7 @@ class MatrixTable(Outcomes):
                     row = recorded.get(column, {"gaps": {}})
                     if family.name in row["gaps"]:
                         gap = row["gaps"][family.name]
-                        cells.append(("no" + note(gap) if gap else "✓") + note(row["by"]))
+                        cells.append("no" + note(gap, row["by"]) if gap else "✓" + note(row["by"]))
                     else:
                         cells.append(f"not run here: {self.reasons[column, family.name]}")
                 elif outcomes:
