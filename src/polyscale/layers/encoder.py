@@ -209,15 +209,19 @@ class EncoderLayer(GradientCheckpointingLayer):
         keeps_layout = packing is not None and packing.keeps_layout
         if keeps_layout:
             hidden_states = packing.pack(hidden_states)
-        normed = self.layernorm_before(hidden_states)
-        update, _, keys = self.attention(normed, attention_mask, num_queries, key_bias, packing, **kwargs)
+        # No name holds what a step below no longer needs: the MLP's large tensors take that memory over.
+        update, _, keys = self.attention(
+            self.layernorm_before(hidden_states), attention_mask, num_queries, key_bias, packing, **kwargs
+        )
+        keys = None if merge_step is None else keys.mean(dim=1)
         if num_queries is not None:
             hidden_states = first_tokens(hidden_states, num_queries, packing)
             packing = None if packing is None else packing.of_first(num_queries)
         hidden_states = hidden_states + self.drop_path(self.attention_scale(self.dropout(update)), packing)
+        del update
         sizes = None
         if merge_step is not None:
-            hidden_states, sizes = merge_tokens(hidden_states, keys.mean(dim=1), *merge_step)
+            hidden_states, sizes = merge_tokens(hidden_states, keys, *merge_step)
         update = self.mlp(self.layernorm_after(hidden_states))
         hidden_states = hidden_states + self.drop_path(self.mlp_scale(self.dropout(update)), packing)
         if keeps_layout:

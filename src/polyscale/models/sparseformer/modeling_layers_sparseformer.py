@@ -300,9 +300,11 @@ class SparseFormerLayer(GradientCheckpointingLayer):
                 if operation == "attn":
                     update, _ = self.attention(self.layernorm_before(tokens), num_queries=num_queries, **kwargs)
                     tokens = tokens[:, :num_queries] + drop_path(update)
+                    del update  # the next operation takes its memory over
                 elif operation == "mlp":
                     update = drop_path(self.mlp(self.layernorm_after(tokens), mean=pooling == "mean"))
                     tokens = (tokens.mean(dim=1, keepdim=True) if pooling == "mean" else tokens) + update
+                    del update
                 else:
                     tokens, rois = self._roi_operation(operation, tokens, rois, features, drop_path, loss_scale)
         return tokens, rois
