@@ -14,7 +14,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .layers.attention import eager_attention_forward
+from .layers.attention import attention_name, eager_attention_forward
 from .layers.token_merging import merge_schedule, merge_tokens, size_bias
 from .utils.vision_configs import base_num_prefix_tokens
 
@@ -151,7 +151,7 @@ def apply_token_merging(model: PreTrainedModel, *, num_tokens: int) -> PreTraine
     if isinstance(layers[0], _MergingLayer):
         layers[0].merging.num_tokens = num_tokens
         return model
-    implementation = model.config._attn_implementation
+    implementation = attention_name(model.config)
     if implementation not in _IMPLEMENTATIONS:
         raise ValueError(
             f"`model` must use one of the attention implementations {', '.join(_IMPLEMENTATIONS)}, got "
@@ -177,7 +177,7 @@ def remove_token_merging(model: PreTrainedModel) -> PreTrainedModel:
     """
     layers = _encoder_layers(model)
     if isinstance(layers[0], _MergingLayer):
-        model.set_attn_implementation(model.config._attn_implementation.removeprefix(_PREFIX))
+        model.set_attn_implementation(attention_name(model.config).removeprefix(_PREFIX))
         for layer in layers:
             layer.__class__ = type(layer).__mro__[2]
             del layer.merging, layer.place, _attention_of(layer).merging

@@ -13,7 +13,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
-from .attention import attention_for
+from .attention import attention_for, attention_name
 from .attention_pooling import AttentionPooling
 from .call_checks import CheckedModelMixin
 from .encoder_config import EncoderConfig
@@ -107,11 +107,11 @@ class EncoderAttention(FreezableMixin, nn.Module):
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """What the attention function of the config says: (batch, queries, heads, head width), and its weights."""
-        inputs = (query, key, value, attention_mask)
+        name, inputs = attention_name(self.config), (query, key, value, attention_mask)
         if key_bias is not None:
-            inputs = with_key_bias(*inputs, key_bias, self.scaling, self.config._attn_implementation)
+            inputs = with_key_bias(*inputs, key_bias, self.scaling, name)
         needs_fused = inputs[3] is not None or self.training or (torch.is_grad_enabled() and query.requires_grad)
-        attention = attention_for(self.config._attn_implementation, *inputs[:2], needs_fused=needs_fused)
+        attention = attention_for(name, *inputs[:2], needs_fused=needs_fused)
         output, weights = attention(
             self,
             *inputs,

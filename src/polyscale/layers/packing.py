@@ -13,7 +13,10 @@ from torch import nn
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.utils.generic import is_flash_attention_requested
 
+from ..utils.tracing import is_traced
+from .attention import attention_name
 from .encoder_config import EncoderConfig
+from .pooled_only import is_output_wanted
 
 
 # The share of real tokens in a padded batch below which packing is the faster way: `benchmarks/packed.py`.
@@ -136,10 +139,9 @@ def choose_packing(
         outputs (`dict`): keyword arguments of the call, `output_attentions` and `output_hidden_states` among them.
     """
     mode = config.pack_tokens
-    is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or type(hidden_states) is not torch.Tensor
-    if not mode or is_traced or config._attn_implementation == "flex_attention":
+    if not mode or is_traced(hidden_states) or torch.jit.is_tracing() or attention_name(config) == "flex_attention":
         return None
-    if _is_wanted("output_attentions", config, outputs):
+    if is_output_wanted("output_attentions", config, outputs):
         return None
     lengths = padding.lengths
     if lengths is None:
@@ -156,13 +158,8 @@ def choose_packing(
         [lengths[image] for image in order],
         padded_length,
         hidden_states.device,
-        keeps_layout=_is_wanted("output_hidden_states", config, outputs),
+        keeps_layout=is_output_wanted("output_hidden_states", config, outputs),
     )
-
-
-def _is_wanted(name: str, config: EncoderConfig, outputs: dict[str, object]) -> bool:
-    wanted = outputs.get(name, getattr(config, name, False))
-    return wanted is not None and wanted is not False
 
 
 def padding_mask(

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..utils.vision_configs import model_classes_of
+from .attention import attention_name, set_attention_name
 
 
 # What a model around another one can do as far as the one inside can.
@@ -53,12 +54,12 @@ def take_flags(outer: PreTrainedModel, inner_config: PreTrainedConfig) -> None:
 @contextmanager
 def attention_kept(*models: PreTrainedModel) -> Iterator[None]:
     """Gives the models their attention implementations back, which a config around theirs resets."""
-    implementations = [model.config._attn_implementation for model in models]
+    implementations = [attention_name(model.config) for model in models]
     try:
         yield
     finally:
         for model, implementation in zip(models, implementations, strict=True):
-            model.config._attn_implementation = implementation
+            set_attention_name(model.config, implementation)
 
 
 def keep_weights(model: PreTrainedModel) -> None:
@@ -83,7 +84,7 @@ def wrap_in_memory(
     """
     with attention_kept(model):
         config = make_config(model.config)
-    config._attn_implementation = model.config._attn_implementation
+    set_attention_name(config, attention_name(model.config))
     config.dtype = model.dtype
     keep_weights(model)
     return outer_class(config, model)

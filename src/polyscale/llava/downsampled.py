@@ -14,13 +14,13 @@ import torch
 from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
-from transformers.configuration_utils import SubConfigSpec
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.utils.generic import can_return_tuple
+from transformers.utils import can_return_tuple
 
 from ..layers.token_budget import TokenBudgetMixin
 from ..layers.wrapping import take_flags
 from ..models.s2_vision.projector_s2_vision import space_to_depth
+from ..utils.transformers_internals import sub_config
 from ..utils.vision_configs import base_feature_grid, base_image_size, base_num_prefix_tokens, base_width
 
 
@@ -49,7 +49,7 @@ class DownsampledTowerConfig(TokenBudgetMixin, PreTrainedConfig):
 
     model_type = "polyscale_downsampled_tower"
     # Has to name a model that is there wherever this class is: it may travel without the families.
-    sub_configs_defaults = {"vision_config": SubConfigSpec(config_class=AutoConfig, model_type="clip_vision_model")}
+    sub_configs_defaults = {"vision_config": sub_config("clip_vision_model")}
 
     vision_config: dict | PreTrainedConfig | None = None
     vision_feature_layer: int = -2

@@ -10,12 +10,12 @@ from collections.abc import Sequence
 import torch
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
-from transformers.configuration_utils import SubConfigSpec
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.utils.generic import can_return_tuple
+from transformers.utils import can_return_tuple
 
 from ..layers.token_budget import TokenBudgetMixin
 from ..layers.wrapping import take_flags, wrap_in_memory
+from ..utils.transformers_internals import sub_config
 from ..utils.validation import to_pair
 
 
@@ -60,7 +60,7 @@ class PackedTowerConfig(PreTrainedConfig):
 
     model_type = "polyscale_packed_tower"
     # Has to name a model that is there wherever this class is: it may travel without the families.
-    sub_configs_defaults = {"vision_config": SubConfigSpec(config_class=AutoConfig, model_type="clip_vision_model")}
+    sub_configs_defaults = {"vision_config": sub_config("clip_vision_model")}
 
     vision_config: dict | PreTrainedConfig | None = None
     num_front_tokens: int = 0

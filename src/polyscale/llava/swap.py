@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 from transformers.image_processing_utils import BaseImageProcessor
 
+from ..layers.attention import attention_name, set_attention_name
 from ..layers.token_budget import TokenBudgetMixin
 from ..layers.wrapping import attention_kept, check_has_no_head
 from .adapters import LlavaAdapter, adapter_of, tile_side
@@ -128,12 +129,12 @@ def set_config(model: nn.Module, old: PreTrainedConfig, new: PreTrainedConfig) -
     for name in old.sub_configs:
         if isinstance(getattr(old, name, None), PreTrainedConfig):
             replaced[id(getattr(old, name))] = getattr(new, name)
-    attention = old._attn_implementation
+    attention = attention_name(old)
     for module in model.modules():
         config = getattr(module, "config", None)
         if id(config) in replaced:
             module.config = replaced[id(config)]
-    new._attn_implementation = attention
+    set_attention_name(new, attention)
 
 
 def _commit(llava: PreTrainedModel, config: PreTrainedConfig, fields: dict[str, object], tower: nn.Module) -> None:

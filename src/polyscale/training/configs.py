@@ -4,9 +4,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import PreTrainedConfig
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
+from transformers import CONFIG_MAPPING, MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, PreTrainedConfig
 
 from ..models.auto import families, family_of
 from .recipe import TrainingRecipe

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import torch
 from transformers import (
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
     AutoModel,
     AutoModelForImageClassification,
     PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.image_processing_utils import BaseImageProcessor
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
 
 from ..conversion import convert_checkpoint
 from ..evaluation.labels import match_labels

@@ -2,7 +2,7 @@
 
 import math
 
-from transformers.image_processing_backends import TorchvisionBackend
+from transformers import TorchvisionBackend
 from transformers.image_processing_base import BatchFeature
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling, SizeDict
 from transformers.processing_utils import ImagesKwargs

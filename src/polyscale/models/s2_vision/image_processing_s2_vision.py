@@ -5,8 +5,7 @@ from collections.abc import Sequence
 import torch
 from PIL import Image, ImageOps
 from torchvision.transforms.v2 import functional as tvF
-from transformers import BatchFeature
-from transformers.image_processing_backends import TorchvisionBackend
+from transformers import BatchFeature, TorchvisionBackend
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImageResampling, SizeDict
 from transformers.processing_utils import ImagesKwargs

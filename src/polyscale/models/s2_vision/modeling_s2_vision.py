@@ -10,16 +10,16 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
-from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
+from transformers.backbone_utils import BackboneMixin
 from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs
-from transformers.utils.generic import can_return_tuple
+from transformers.utils import TransformersKwargs, can_return_tuple
 
 from ...layers.backbone import feature_maps_of
 from ...layers.call_checks import CheckedModelMixin, check_words, classification_loss
 from ...layers.pooled_only import pooled_only_suffices
 from ...layers.wrapping import check_has_no_head, take_flags, wrap_in_memory
+from ...utils.transformers_internals import filter_output_hidden_states
 from ...utils.validation import check_pixel_values
 from ...utils.vision_configs import base_stage_widths
 from .configuration_s2_vision import S2VisionConfig
