@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
-from ...layers.encoder_config import EncoderConfig
+from ...layers.config_checks import field_names
 from ...layers.resizing import pi_resize_patch_embed
 from ...utils.checkpoint_files import model_from_state_dict
 from ...utils.validation import to_pair
@@ -42,11 +42,10 @@ _SOURCE_OPTIONS = ("architecture", "model_args", "pretrained")
 
 def _quadtree_config(source: FlexiViTConfig, options: dict[str, Any]) -> QuadtreeViTConfig:
     """The source's encoder with learned positions, and patch sizes that cut its image size."""
-    unknown = [name for name in options if name not in QuadtreeViTConfig.__dataclass_fields__]
+    unknown = [name for name in options if name not in field_names(QuadtreeViTConfig)]
     if unknown:
         raise ValueError(f"Unknown options {unknown}: expected fields of QuadtreeViTConfig, such as `max_patch_size`.")
-    skipped = ("_out_features", "_out_indices")
-    fields = {name: getattr(source, name) for name in EncoderConfig.__annotations__ if name not in skipped}
+    fields = source.encoder_fields()
     fields |= {name: getattr(source, name) for name in _LABEL_FIELDS}
     patch_size = to_pair(source.base_patch_size, "base_patch_size")
     if patch_size[0] != patch_size[1]:
