@@ -25,7 +25,7 @@ _IMPLEMENTATIONS = ("eager", "sdpa")
 
 @dataclass
 class _Merging:
-    """Where a forward pass is: shared by the layers of one model, set anew by its first layer."""
+    """How far a forward pass has come: shared by the layers of one model, reset by the first of them."""
 
     num_tokens: int
     num_layers: int
@@ -46,7 +46,7 @@ def _recording_keys(attention: Callable) -> Callable:
 
 
 def _register() -> None:
-    """Makes the attention functions known to transformers, in the way it offers for it."""
+    """Makes the attention functions known to transformers, by its own interfaces for that."""
     for name in _IMPLEMENTATIONS:
         attention = eager_attention_forward if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
         AttentionInterface.register(_PREFIX + name, _recording_keys(attention))
@@ -54,13 +54,13 @@ def _register() -> None:
 
 
 class _MergingLayer:
-    """Goes in front of the class of a layer: merges what the layer gives, outside of gradient checkpointing."""
+    """Goes before the class of a layer: merges what the layer gives, outside of gradient checkpointing."""
 
     merging: _Merging
     place: int
 
     def __reduce__(self):
-        return _new_layer, (type(self).__mro__[2],), self.__dict__
+        return _new_layer, (_plain_class(self),), self.__dict__
 
     def __call__(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs):
         merging = self.merging
@@ -85,8 +85,13 @@ def _merging_class(layer_class: type) -> type:
     return type(layer_class.__name__, (_MergingLayer, layer_class), {})
 
 
+def _plain_class(layer: _MergingLayer) -> type:
+    """The class that the layer had before."""
+    return type(layer).__mro__[2]
+
+
 def _new_layer(layer_class: type) -> nn.Module:
-    """A layer without its state, for copies and pickles: the class of a merging layer has no place in a module."""
+    """A layer without its state, for copies and pickles: they look classes up by name, and a merging class has none."""
     merging_class = _merging_class(layer_class)
     return merging_class.__new__(merging_class)
 
@@ -179,7 +184,7 @@ def remove_token_merging(model: PreTrainedModel) -> PreTrainedModel:
     if isinstance(layers[0], _MergingLayer):
         model.set_attn_implementation(attention_name(model.config).removeprefix(_PREFIX))
         for layer in layers:
-            layer.__class__ = type(layer).__mro__[2]
+            layer.__class__ = _plain_class(layer)
             del layer.merging, layer.place, _attention_of(layer).merging
     return model
 

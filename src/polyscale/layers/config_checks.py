@@ -272,7 +272,7 @@ def _check_id2label(value: Any) -> None:
         raise ConfigError(f"`id2label` must be a dict from class indices to names, got {value!r}.")
 
 
-# Fields of `PreTrainedConfig` that it takes from anybody and trips over later.
+# Fields of `PreTrainedConfig` that take any value there, and fail later.
 _CHECKS_OF_TRANSFORMERS = {"num_labels": _check_num_labels, "dtype": _check_dtype, "id2label": _check_id2label}
 
 

@@ -65,7 +65,8 @@ class Packing(NamedTuple):
         order (`tuple[int, ...]`): the image of the batch that is the first of the sequence, the second, and so on.
         lengths (`tuple[int, ...]`): tokens of each image, in that order.
         padded_length (`int`): tokens that each is padded to.
-        keeps_layout (`bool`): whether layers take and give the padded layout, because somebody reads all of them.
+        keeps_layout (`bool`): whether each layer takes and gives the padded layout, for a call that wants all hidden
+            states.
     """
 
     places: torch.Tensor
@@ -171,7 +172,7 @@ def padding_mask(
         config (`EncoderConfig`): of the encoder.
         hidden_states (`torch.Tensor`): (batch, tokens, hidden).
         padding (`Padding`): of the batch.
-        num_queries (`int`, *optional*): how many of the first tokens ask; all when `None`.
+        num_queries (`int`, *optional*): how many of the first tokens are queries; all when `None`.
     """
     return create_bidirectional_mask(
         config=config,
@@ -218,8 +219,8 @@ def packed_attention(
         return attend(query, key, value, None, key_bias, **{**kwargs, **varlen})[0]
     outputs, first_query, first_key = [], 0, 0
     for images, length in packing.groups():
-        asking = length if num_queries is None else num_queries
-        last_query, last_key = first_query + images * asking, first_key + images * length
+        queries_of_each = length if num_queries is None else num_queries
+        last_query, last_key = first_query + images * queries_of_each, first_key + images * length
 
         def part(tokens: torch.Tensor, first: int, last: int, images: int = images) -> torch.Tensor:
             """(1, heads, tokens, head width) -> (images, heads, tokens of each, head width), without a copy."""

@@ -100,7 +100,7 @@ def _matrix_data(method: str, old: int, new: int, interpolation: str, antialias:
 @lru_cache(maxsize=1024)
 def _block_weights(method: str, old: int, new: int, interpolation: str, antialias: bool) -> tuple[float, ...]:
     """The weights with which each new value is the sum of its own `old / new` values, or nothing where the matrix is
-    not of that kind. The PI-resize by bilinear interpolation to a half or a quarter is, FlexiViT's 32 to 16 for one.
+    not of that kind. The PI-resize by bilinear interpolation to a half or a quarter is, such as FlexiViT's 32 to 16.
     """
     if old % new or old == new:
         return ()

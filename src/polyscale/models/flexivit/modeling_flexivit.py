@@ -261,7 +261,7 @@ class FlexiViTBackbone(BackboneMixin, FlexiViTPreTrainedModel):
             patch_size: as in `FlexiViTModel.forward`.
 
         Returns:
-            `feature_maps`: one (batch, hidden, rows, columns) a stage; with `config.reshape_hidden_states=False`
+            `feature_maps`: one (batch, hidden, rows, columns) per stage; with `config.reshape_hidden_states=False`
             (batch, tokens, hidden), prefix tokens included.
         """
         check_words(self, kwargs)

@@ -23,6 +23,8 @@ from .modeling_projection_quadtree_vit import QuadtreeViTModelWithProjection
 from .modeling_quadtree_vit import QuadtreeViTForImageClassification, QuadtreeViTModel, QuadtreeViTPreTrainedModel
 
 
+logger = logging.get_logger(__name__)
+
 _KERNEL = "embeddings.patch_embeddings.projection.weight"
 _SCORER = "embeddings.patch_scorer."
 # What comes on top of the model, as a source says it.
@@ -31,13 +33,12 @@ _CLASSES = {
     "projection": QuadtreeViTModelWithProjection,
     None: QuadtreeViTModel,
 }
+_SOURCE_OPTIONS = ("architecture", "model_args", "pretrained")
 _LABEL_FIELDS = ("id2label", "label2id", "problem_type")
-# `benchmarks/better_tokens/better_tokens.py`: for a mean this keeps most answers; for a CLS token no way is ahead.
+# What keeps most answers of the source (`benchmarks/better_tokens/better_tokens.py`). The second line is for sources
+# that pool by the mean of their tokens: with a CLS token it is no better.
 _BEST = {"reduction": "antialias", "patch_scorer": "embedding"}
 _BEST_FOR_MEAN = {"merge_layer": 2, "area_attention": 1.0, "area_pooling": True}
-
-logger = logging.get_logger(__name__)
-_SOURCE_OPTIONS = ("architecture", "model_args", "pretrained")
 
 
 def _quadtree_config(source: FlexiViTConfig, options: dict[str, Any]) -> QuadtreeViTConfig:

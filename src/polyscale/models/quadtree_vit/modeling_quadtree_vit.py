@@ -353,7 +353,7 @@ class QuadtreeViTBackbone(BackboneMixin, QuadtreeViTPreTrainedModel):
             patch_scores: see there.
 
         Returns:
-            `feature_maps`: one (batch, hidden, height / min_patch_size, width / min_patch_size) a stage; with
+            `feature_maps`: one (batch, hidden, height / min_patch_size, width / min_patch_size) per stage; with
             `config.reshape_hidden_states=False` one token for each of these places in raster order, behind the prefix
             tokens: (batch, num_prefix_tokens + places, hidden).
         """

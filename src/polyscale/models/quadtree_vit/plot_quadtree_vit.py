@@ -37,7 +37,7 @@ def draw_quadtree(
         min_patch_size: side in pixels to which every patch is reduced; the smallest of `patch_sizes` when None.
         image_size: (height, width) of the model's input, to which `image` is resized; read from the patches when None.
         line_color: colour of the lines between patches.
-        scale: the result's pixels a pixel of the input, so that lines stay thin.
+        scale: pixels of the result per pixel of the input, so that lines stay thin.
 
     Returns:
         An RGB image of `scale` times the size of the model's input.

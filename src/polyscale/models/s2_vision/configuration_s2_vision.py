@@ -193,7 +193,7 @@ class S2VisionConfig(CheckedConfigMixin, S2TokenBudgetMixin, BackboneConfigMixin
 
     @property
     def hidden_size(self) -> int:
-        """Channels of the output: those of the wrapped model, once a scale."""
+        """Channels of the output: those of the wrapped model, once per scale."""
         return self.num_scales * base_width(self.vision_config)
 
     @property

@@ -311,4 +311,4 @@ def _image_processor(vision_name: str):
     return AutoImageProcessor.from_pretrained(vision_name, trust_remote_code=False)
 
 
-__all__ = ["load_llava_s2", "s2_config"]
+__all__ = ["FITS_OF_LLAVA", "IMAGE_TOKEN", "PAD_TOKEN", "load_llava_s2", "s2_config"]
