@@ -91,7 +91,7 @@ def _plain_class(layer: _MergingLayer) -> type:
 
 
 def _new_layer(layer_class: type) -> nn.Module:
-    """A layer without its state, for copies and pickles: they look classes up by name, and a merging class has none."""
+    """A layer without its state, for copies and pickles: these look classes up by name, where no merging class is."""
     merging_class = _merging_class(layer_class)
     return merging_class.__new__(merging_class)
 

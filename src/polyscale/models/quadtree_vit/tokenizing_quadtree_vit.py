@@ -126,7 +126,7 @@ class PatchTokenizer(nn.Module):
         patches = self.cut(pixel_values, row, column)
         for index in range(levels - 1):
             reduced = reduce_image(pixel_values, 1 << (levels - 1 - index), self.config.reduction)
-            # Without overlap, no more patches are as large as these or larger than their grid has cells: all come first.
+            # Patches of this size and larger come first, and without overlap there are no more than cells of the grid.
             cells = reduced.shape[-2] * reduced.shape[-1] // self.config.min_patch_size**2
             count = cells + self.config.num_prefix_tokens
             is_here = level[:, :count] == index
