@@ -4,8 +4,8 @@ A processor whose answers do not follow from `size`, `crop_size`, `do_resize` an
 property `output_size`, methods `options_for_size(image_size, crop_pct)` and `seen_region(image)`.
 
 Some have a field `fit`, which says how an image comes to the size that the model takes: "squash" (resized, whatever
-its shape), "crop" (resized to cover the size, then a centre crop), "pad" (resized to fit into the size, the rest filled
-with the mean colour), or, where a model takes many sizes, "aspect" (the one nearest to the image's own shape).
+its shape), "crop" (resized to cover the size, then a centre crop), "pad" (resized to fit into the size, the rest
+filled with the mean colour), or, where a model takes many sizes, "aspect" (the one nearest to the image's own shape).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
