@@ -1,8 +1,8 @@
 """Images with token counts of their own in one batch: as one packed sequence, or padded to the longest.
 
-Padded, every linear layer computes tokens that nobody reads. Packed, the tokens of all images follow one another, (1,
-tokens of all images, hidden): one forward of each layer, whatever the lengths, in which attention alone has to know
-where an image ends.
+In a padded batch every linear layer computes tokens that nothing reads. In a packed one the tokens of all images
+follow one another, (1, tokens of all images, hidden): one forward of each layer, whatever the lengths, in which
+attention alone has to know where an image ends.
 """
 
 from collections.abc import Callable, Sequence

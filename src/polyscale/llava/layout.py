@@ -43,7 +43,7 @@ class TokenLayout:
         """Arguments of `LlavaProcessor` with which it counts these tokens.
 
         It counts `(height // patch_size) * (width // patch_size)` and adds `num_additional_image_tokens`. Where no
-        int `patch_size` gives the grid, and for tokens that are none, the patch is larger than the image, so that
+        int `patch_size` gives the grid, and for tokens that are no grid, the patch is larger than the image, so that
         only the second term counts.
         """
         settings = {"vision_feature_select_strategy": self.select_strategy}

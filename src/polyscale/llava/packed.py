@@ -33,7 +33,7 @@ def read_budget_row(row: Sequence[int]) -> tuple[int, tuple[int, ...]]:
     """The inverse of `budget_row`.
 
     Raises:
-        ValueError: for a row that is none.
+        ValueError: for a row that `budget_row` did not make.
     """
     num_tokens, rest = divmod(row[0], UNIT)
     code = tuple(number - UNIT for number in row[1:])

@@ -37,7 +37,7 @@ class BudgetWordsMixin:
         """Budget words, and the others.
 
         Raises:
-            ValueError: for a word that nobody knows.
+            ValueError: for an unknown word.
         """
         config = self.budget_config
         budget = {name: value for name, value in words.items() if name in config.changeable_fields}

@@ -12,7 +12,7 @@ from .recipe import TrainingRecipe
 
 
 def check_place(argument: str, source: str) -> None:
-    """Raises ValueError for what looks like a path, and is none."""
+    """Raises ValueError for what looks like a path and leads nowhere."""
     looks_like_path = source.startswith((".", "/", "~")) or source.count("/") > 1
     if looks_like_path and not Path(source).exists():
         raise ValueError(f"`{argument}`: there is no folder {source!r}.")

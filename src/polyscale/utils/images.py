@@ -83,7 +83,7 @@ def upright_8_bit(image: Image.Image, name: str = "image") -> Image.Image:
         name (`str`, *optional*, defaults to `"image"`): what an error calls it.
 
     Raises:
-        UnreadableImageError: for a damaged image, and for pixels whose range nobody knows (32-bit integers and
+        UnreadableImageError: for a damaged image, and for pixels whose range is unknown (32-bit integers and
             floats).
     """
     try:
@@ -127,7 +127,7 @@ def open_image(source: str | os.PathLike | bytes, name: str | None = None) -> Im
 
     Raises:
         UnreadableImageError: if the file is missing or no image, is damaged, has more pixels than Pillow thinks safe
-            (`PIL.Image.MAX_IMAGE_PIXELS`), or has pixels of 32 bits, whose range nobody knows.
+            (`PIL.Image.MAX_IMAGE_PIXELS`), or has pixels of 32 bits, whose range is unknown.
     """
     if isinstance(source, bytes):
         name, file = name or "image", io.BytesIO(source)

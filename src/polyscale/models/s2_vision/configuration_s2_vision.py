@@ -290,7 +290,7 @@ class S2VisionConfig(CheckedConfigMixin, S2TokenBudgetMixin, BackboneConfigMixin
         """Scales or sizes as a user types them: "1+2+3", "224+448", "224x336+448x672".
 
         Raises:
-            ValueError: for a text that is none.
+            ValueError: for any other text.
         """
         try:
             if self.budget_argument == "scales":

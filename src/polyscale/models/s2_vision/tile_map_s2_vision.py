@@ -140,8 +140,8 @@ def fit_tile_map(
         batch_size (`int`, *optional*, defaults to 8): images at a time, where `images` is one tensor.
 
     Raises:
-        ValueError: for another model, `dynamic=True`, no images or what is none, a negative `ridge`, or a layer that
-            is none.
+        ValueError: for another model, `dynamic=True`, no images or something else, a negative `ridge`, or a layer that
+            the model does not have.
     """
     wrapper = getattr(model, "base_model", model)
     config = getattr(wrapper, "config", None)
