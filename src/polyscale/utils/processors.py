@@ -17,10 +17,15 @@ from PIL import Image
 from torchvision.transforms import v2
 from torchvision.tv_tensors import Image as TVImage
 from transformers.image_processing_utils import BaseImageProcessor
+from transformers.image_utils import PILImageResampling
 
 from .arrays import with_values_of_files
 from .images import UnreadableImageError, displayed, to_rgb
 from .validation import to_pair
+
+
+# Names of interpolations, as users and timm write them.
+RESAMPLINGS = {name: PILImageResampling[name.upper()] for name in ("nearest", "bilinear", "bicubic", "lanczos")}
 
 
 def _side_lengths(size: Any) -> dict[str, int | None]:
@@ -217,6 +222,7 @@ def process_images(
 
 
 __all__ = [
+    "RESAMPLINGS",
     "options_for_size",
     "output_size",
     "pixels_and_options",

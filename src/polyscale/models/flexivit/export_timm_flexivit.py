@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from ...utils.checkpoint_files import rename_keys
-from ...vit_sources.common import RESAMPLINGS
+from ...utils.processors import RESAMPLINGS
 from .export_flexivit import (
     TIMM_ACTIVATIONS,
     UNKNOWN_TO_TIMM,
