@@ -85,17 +85,17 @@ class EncoderAttention(FreezableMixin, nn.Module):
         if self.config.qkv_bias:
             self.frozen_qkv_bias = torch.cat([projection.bias for projection in projections])
 
-    def _project(self, hidden_states: torch.Tensor, querying: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
-        """Queries of `querying` (all tokens when None), keys and values of all: (batch, tokens, hidden) each."""
+    def _project(self, hidden_states: torch.Tensor, query_tokens: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+        """Queries of `query_tokens` (all tokens when None), keys and values of all: (batch, tokens, hidden) each."""
         weight, bias = self.frozen_qkv_weight, self.frozen_qkv_bias
         if weight is None or takes_gradients(self.q_proj.weight, self.k_proj.weight, self.v_proj.weight):
-            queries = hidden_states if querying is None else querying
+            queries = hidden_states if query_tokens is None else query_tokens
             return self.q_proj(queries), self.k_proj(hidden_states), self.v_proj(hidden_states)
-        if querying is None:
+        if query_tokens is None:
             return nn.functional.linear(hidden_states, weight, bias).chunk(3, dim=-1)
         width = hidden_states.shape[-1]
         key_value = nn.functional.linear(hidden_states, weight[width:], None if bias is None else bias[width:])
-        return self.q_proj(querying), *key_value.chunk(2, dim=-1)
+        return self.q_proj(query_tokens), *key_value.chunk(2, dim=-1)
 
     def _attend(
         self,
@@ -136,10 +136,10 @@ class EncoderAttention(FreezableMixin, nn.Module):
         tokens) is added to the logits of each key. With `packing` the batch is one sequence, each image in it attends
         to itself, and there are no weights.
         """
-        querying = None if num_queries is None else first_tokens(hidden_states, num_queries, packing)
+        query_tokens = None if num_queries is None else first_tokens(hidden_states, num_queries, packing)
         query, key, value = (
             tokens.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for tokens in self._project(hidden_states, querying)
+            for tokens in self._project(hidden_states, query_tokens)
         )  # (batch, heads, tokens, head width)
         if packing is None:
             output, weights = self._attend(query, key, value, attention_mask, key_bias, **kwargs)

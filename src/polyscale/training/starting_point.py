@@ -88,7 +88,7 @@ def completed(recipe: TrainingRecipe, num_images: int, learning_rate: float) -> 
 
 
 def default_batch_size(num_images: int) -> int:
-    """A power of two, at most 128, that gives some steps an epoch."""
+    """A power of two, at most 128, that gives some steps per epoch."""
     batch = _LARGEST_BATCH
     while batch > 8 and num_images < batch * _STEPS_PER_EPOCH:
         batch //= 2
