@@ -193,7 +193,8 @@ class DualEncoderPreTrainedModel(PreTrainedModel):
             kwargs: the budget of the vision tower, and what else either model takes.
 
         Raises:
-            ValueError: without texts or images, for something else in their place, and for a loss of unequal numbers of them.
+            ValueError: without texts or images, for something else in their place, and for a loss of unequal numbers
+                of them.
         """
         for name, value in (("input_ids", input_ids), ("pixel_values", pixel_values)):
             if value is None:
