@@ -39,7 +39,7 @@ def one_forward_per_scale(model, images: torch.Tensor, scales: list[int], num_pr
 
 def official_function(folder: str | None):
     if folder is None:
-        return "one forward a scale", one_forward_per_scale
+        return "one forward per scale", one_forward_per_scale
     sys.path.insert(0, folder)
     from s2wrapper import forward
 
