@@ -2,7 +2,7 @@
 
     python benchmarks/linear_probe.py MODEL DATA --set patch_size=4
 
-The features are the model's final tokens (`pooler_output`, or CLS), standardised over the training pictures; the
+The features are the model's final tokens (`pooler_output`, or CLS), standardised over the training images; the
 classifier is a logistic regression with a small L2 penalty, fitted to its optimum by LBFGS: no learning rate, no seed.
 """
 

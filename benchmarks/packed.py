@@ -1,21 +1,18 @@
 """Packed against padded batches, side by side: images with token counts of their own in one batch.
 
-    python benchmarks/packed.py [--rounds 9] [--threads 1] [--processor-time] [--csv FILE]
+    python benchmarks/packed.py [--rounds 9] [--threads 1] [--processor-time] [--quick] [--csv FILE]
 
 An encoder of 6 layers of 384 channels, 16 images; the share of real tokens is that of the batch padded to the longest.
 "packed" and "padded" are `pack_tokens=True` and `False`, "auto" is the default.
 """
 
 import argparse
-import csv
-import os
-import platform
-import time
 from collections.abc import Callable
 from functools import partial
 from statistics import median
 
 import torch
+from timing import parse_arguments, write_rows
 
 from polyscale import QuadtreeViTConfig, QuadtreeViTModel, sample_photographs
 from polyscale.evaluation.speed import time_alternating
@@ -106,23 +103,10 @@ def photographs() -> torch.Tensor:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument(
-        "--processor-time",
-        dest="clock",
-        action="store_const",
-        const=time.process_time,
-        default=time.perf_counter,
-        help="count processor time, not wall-clock time: for a CPU that others use too, with --threads 1",
-    )
-    parser.add_argument("--csv", metavar="FILE")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    title = "Packed against padded batches of 16 images"
+    arguments = parse_arguments(title, 9, {"--csv": {"metavar": "FILE"}}, on_gpus=False)
     torch.manual_seed(0)
-    print(f"{platform.machine()}, {arguments.threads} threads, torch {torch.__version__}, {arguments.rounds} rounds")
-    cases = [("encoder", partial(encoder_case, share)) for share in SHARES]
+    cases = [("encoder", partial(encoder_case, share)) for share in (SHARES[::3] if arguments.quick else SHARES)]
     cases += [("Quadtree ViT", partial(quadtree_case, quantile)) for quantile in (0.2, 0.5, 0.9)]
     rows = []
     with torch.inference_mode():
@@ -136,10 +120,7 @@ def main() -> None:
             rows.append(row)
             print(", ".join(f"{key} {value}" for key, value in row.items()), flush=True)
     if arguments.csv:
-        with open(arguments.csv, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+        write_rows(arguments.csv, rows)
 
 
 if __name__ == "__main__":

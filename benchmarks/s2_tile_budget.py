@@ -1,19 +1,19 @@
 """S2 with a tile budget on photographs: how far its features are from those of all tiles, and how long it takes.
 
-    python benchmarks/s2_tile_budget.py [--checkpoint flexivit-cifar10] [--images 48] [--rounds 15] [--csv FILE]
+    python benchmarks/s2_tile_budget.py [--checkpoint flexivit-cifar10] [--images 48] [--rounds 15] [--threads 1]
+        [--processor-time] [--quick] [--csv FILE]
 
 Scales 1 and 3: one tile, and nine of them. The error is the mean squared one of the finest scale's features in the
 output, relative to their variance: of the mean over all tokens, and of each token.
 """
 
-import argparse
-import csv
 import statistics
 from functools import partial
 
 import numpy as np
 import torch
 from PIL import Image
+from timing import parse_arguments, write_rows
 from transformers import AutoModelForImageClassification
 
 import polyscale
@@ -23,6 +23,14 @@ from polyscale.utils.images import open_image
 
 
 SCALES = [1, 3]
+OPTIONS = {
+    "--checkpoint": {"default": "flexivit-cifar10"},
+    "--patch-size": {"type": int, "default": 4},
+    "--images": {"type": int, "default": 48},
+    "--fit-images": {"type": int, "default": 192, "help": "other crops that the fill 'map' is fitted on"},
+    "--batch-size": {"type": int, "default": 8},
+    "--csv": {"metavar": "FILE"},
+}
 
 
 def load_crops(number: int, side: int, seed: int = 0) -> torch.Tensor:
@@ -40,16 +48,9 @@ def load_crops(number: int, side: int, seed: int = 0) -> torch.Tensor:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", default="flexivit-cifar10")
-    parser.add_argument("--patch-size", type=int, default=4)
-    parser.add_argument("--images", type=int, default=48)
-    parser.add_argument("--fit-images", type=int, default=192, help="other crops that the fill 'map' is fitted on")
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--csv")
-    arguments = parser.parse_args()
-
+    arguments = parse_arguments("S2 at the scales 1 and 3 with a tile budget", 15, OPTIONS, on_gpus=False)
+    if arguments.quick:
+        arguments.images, arguments.fit_images = 8, 16
     checkpoint = bundled_checkpoint(arguments.checkpoint)
     base = AutoModelForImageClassification.from_pretrained(checkpoint).base_model.eval()
     base.config.patch_size = arguments.patch_size
@@ -88,7 +89,7 @@ def main() -> None:
                     row[f"{name}_token"] = relative(features, exact)
                 rows.append(row)
                 calls[f"{fill} {num_tiles}"] = partial(model, batch, num_tiles=num_tiles)
-        seconds = time_alternating(calls, rounds=arguments.rounds)
+        seconds = time_alternating(calls, arguments.rounds, None, arguments.clock)
     names = ("detail_mean", "random_mean", "detail_token", "random_token", "time")
     print(f"{'fill':<12} {'tiles':>5} " + " ".join(f"{name:>12}" for name in names))
     for row in rows:
@@ -96,10 +97,7 @@ def main() -> None:
         row["time"] = statistics.median(one / whole for one, whole in zip(own, seconds["all"], strict=True))
         print(f"{row['fill']:<12} {row['tiles']:>5} " + " ".join(f"{row[name]:>12.3f}" for name in names))
     if arguments.csv:
-        with open(arguments.csv, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+        write_rows(arguments.csv, rows)
 
 
 if __name__ == "__main__":

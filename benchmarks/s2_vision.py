@@ -19,7 +19,7 @@ from polyscale.models.s2_vision import multiscale_forward
 SCALES = [1, 2, 3]
 
 
-def one_forward_a_scale(model, images: torch.Tensor, scales: list[int], num_prefix_token: int) -> torch.Tensor:
+def one_forward_per_scale(model, images: torch.Tensor, scales: list[int], num_prefix_token: int) -> torch.Tensor:
     """The published procedure for square images."""
     batch, _, side, _ = images.shape
     maps, prefixes = [], []
@@ -39,7 +39,7 @@ def one_forward_a_scale(model, images: torch.Tensor, scales: list[int], num_pref
 
 def official_function(folder: str | None):
     if folder is None:
-        return "one forward a scale", one_forward_a_scale
+        return "one forward per scale", one_forward_per_scale
     sys.path.insert(0, folder)
     from s2wrapper import forward
 

@@ -1,12 +1,14 @@
 """What the benchmarks of all families share: two things timed side by side, peak memory in a fresh process."""
 
 import argparse
+import csv
 import os
 import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from statistics import median
 
 import torch
@@ -14,14 +16,29 @@ import torch
 from polyscale.evaluation.speed import time_alternating
 
 
-def parse_arguments(description: str, rounds: int) -> argparse.Namespace:
+def parse_arguments(
+    description: str,
+    rounds: int,
+    options: Mapping[str, Mapping[str, object]] | None = None,
+    on_gpus: bool = True,
+) -> argparse.Namespace:
     """The options of every benchmark; sets the number of threads, and prints where it runs.
 
+    Args:
+        description: what `--help` says.
+        rounds: timed calls of each side, unless `--rounds` says otherwise.
+        options: further options, each with the arguments of `ArgumentParser.add_argument`.
+        on_gpus: whether the benchmark runs on GPUs too, and has the option `--device`.
+
     Returns:
-        `device` and `dtype` (bfloat16 on a GPU, float32 on the CPU), `rounds`, `threads`, `clock`, `quick`.
+        `device` and `dtype` (bfloat16 on a GPU, float32 on the CPU), `rounds`, `threads`, `clock`, `quick`, and the
+        further options.
     """
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    if on_gpus:
+        parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    else:
+        parser.set_defaults(device="cpu")
     parser.add_argument("--rounds", type=int, default=rounds, help="timed calls of each side")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of torch on the CPU")
     parser.add_argument(
@@ -33,6 +50,8 @@ def parse_arguments(description: str, rounds: int) -> argparse.Namespace:
         help="count processor time, not wall-clock time: for a CPU that others use too, with --threads 1",
     )
     parser.add_argument("--quick", action="store_true", help="fewer and smaller cases")
+    for name, settings in (options or {}).items():
+        parser.add_argument(name, **settings)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     on_cpu = arguments.device == "cpu"
@@ -75,6 +94,14 @@ def report(text: str, value: float, *, at_least: float | None = None, at_most: f
     print(f"{text} {value:.3f}  (goal {goal}: {'met' if met else 'MISSED'})", flush=True)
 
 
+def write_rows(path: str | Path, rows: Sequence[Mapping[str, object]]) -> None:
+    """Writes rows with the same keys as CSV."""
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def run_fresh(code: str, threads: int) -> list[float]:
     """Runs Python code in a new process and returns the numbers on its last line of output."""
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
@@ -101,4 +128,4 @@ def peak_memory(imports: str, code: str, threads: int) -> float:
     return median(run_fresh(_MEMORY.format(imports=imports, code=code), threads)[0] for _ in range(5))
 
 
-__all__ = ["compare", "parse_arguments", "peak_memory", "report", "run_fresh"]
+__all__ = ["compare", "parse_arguments", "peak_memory", "report", "run_fresh", "write_rows"]

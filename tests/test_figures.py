@@ -33,7 +33,7 @@ from polyscale.figures import (
     show,
 )
 from polyscale.models.flexivit.plot_flexivit import draw_flexivit, draw_kernels, draw_patch_grid, flexivit_features
-from polyscale.models.quadtree_vit.plot_quadtree_vit import draw_quadtrees, quadtree_picture
+from polyscale.models.quadtree_vit.plot_quadtree_vit import draw_quadtrees, quadtree_image
 from polyscale.models.s2_vision.plot_s2_vision import draw_s2
 from polyscale.utils.processors import seen_region
 
@@ -264,7 +264,7 @@ def test_a_quadtree_is_drawn_as_the_model_sees_it(tmp_path):
     picture = Image.new("RGB", (64, 64))
     picture.paste((255, 255, 255), (40, 40, 60, 60))  # the lower right quarter is busy
     classifier = load_classifier(tmp_path, device="cpu")
-    drawn = quadtree_picture(classifier.model, classifier.image_processor, picture, num_tokens=7)
+    drawn = quadtree_image(classifier.model, classifier.image_processor, picture, num_tokens=7)
     assert drawn.size == (128, 128)
     borders = [drawn.getpixel((x, 96)) == (255, 255, 255) for x in (0, 63, 64, 16, 95)]
     assert borders == [True, True, True, False, True]  # a border at 16 px only where the quarter is split

@@ -11,7 +11,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -100,17 +100,17 @@ class BudgetPolicy:
         """
         path = check_path("policy", path)
         try:
-            fields = json.loads(Path(path).read_text(encoding="utf-8"))
+            record = json.loads(Path(path).read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as error:
             raise ValueError(f"`policy` {path} is not JSON: {error}.") from None
-        needed, known = {"budgets", "margins", "budget_argument"}, set(cls.__dataclass_fields__)
-        if not isinstance(fields, dict) or not needed <= fields.keys() <= known:
+        needed, known = {"budgets", "margins", "budget_argument"}, {field.name for field in fields(cls)}
+        if not isinstance(record, dict) or not needed <= record.keys() <= known:
             raise ValueError(
                 f"`policy` {path} is no policy: expected an object with `budgets`, `margins` and "
                 "`budget_argument`, as `polyscale calibrate` writes it."
             )
         try:
-            return cls(**fields)
+            return cls(**record)
         except ValueError as error:
             raise ValueError(f"`policy` {path}: {error}") from error
 

@@ -52,7 +52,7 @@ _LLAVA = "llava"  # a whole model of transformers, with a tower of this library 
 
 
 def _fitting(source: Any) -> str:
-    """What a source becomes when nobody says."""
+    """What a source becomes where `to` is not given."""
     if not isinstance(source, str | os.PathLike) or not Path(source).is_dir():
         return "flexivit"
     from .llava.convert_llava import is_original_llava

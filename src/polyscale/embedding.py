@@ -194,7 +194,7 @@ def _check_record(out: Path, record: dict[str, Any]) -> None:
             raise ValueError(f"`out` {out} holds other files, such as {others[0]}: name a new or empty folder.")
         write_text(path, json.dumps(record, indent=2) + "\n")
         return
-    if not any(out.glob("part-*.parquet")):  # a run that came to nothing binds nobody
+    if not any(out.glob("part-*.parquet")):  # a run that wrote nothing may be followed by any other
         write_text(path, json.dumps(record, indent=2) + "\n")
         return
     before = read_record(out)

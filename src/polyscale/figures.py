@@ -1,7 +1,7 @@
 """What a model looks at, drawn with matplotlib.
 
-The functions that draw one family return a `matplotlib.figure.Figure` (`figure.savefig("picture.png")` writes it);
-`show` draws any family and returns a picture.
+The functions that draw one family return a `matplotlib.figure.Figure` (`figure.savefig("drawing.png")` writes it);
+`show` draws any family and returns a `PIL.Image.Image`.
 """
 
 import os
@@ -64,8 +64,8 @@ def check_image_output(path: str | os.PathLike) -> None:
     check_output(path)
 
 
-def draw_picture(axis: "Axes", image: Image.Image, **options) -> None:
-    """Draws a picture, reduced to at most `MAX_SIDE` pixels; `options` go to `Axes.imshow`."""
+def draw_image(axis: "Axes", image: Image.Image, **options) -> None:
+    """Draws an image, reduced to at most `MAX_SIDE` pixels; `options` go to `Axes.imshow`."""
     image = image.copy()
     image.thumbnail((MAX_SIDE, MAX_SIDE))
     axis.imshow(image, **options)
@@ -85,7 +85,7 @@ def image_drawer(model, processor) -> Callable[["Axes", Image.Image, object], No
     family = family_of(model.config)
     draw = None if family is None else family.function("budget_drawing")
     if draw is None:
-        return lambda axis, image, budget: draw_picture(axis, seen_region(image, processor))
+        return lambda axis, image, budget: draw_image(axis, seen_region(image, processor))
     return lambda axis, image, budget: draw(axis, model, processor, image, budget)
 
 
@@ -207,7 +207,7 @@ def show(
 __all__ = [
     "check_image_output",
     "draw_classification",
-    "draw_picture",
+    "draw_image",
     "features_to_rgb",
     "figure_to_image",
     "image_drawer",

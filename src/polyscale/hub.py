@@ -14,10 +14,15 @@ import tempfile
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, HfApi
-from transformers import AutoImageProcessor, AutoVideoProcessor, PreTrainedModel, ProcessorMixin
+from transformers import (
+    IMAGE_PROCESSOR_MAPPING,
+    VIDEO_PROCESSOR_MAPPING,
+    AutoImageProcessor,
+    AutoVideoProcessor,
+    PreTrainedModel,
+    ProcessorMixin,
+)
 from transformers.models.auto import modeling_auto
-from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
-from transformers.models.auto.video_processing_auto import VIDEO_PROCESSOR_MAPPING
 from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, VIDEO_PROCESSOR_NAME
 
 from .hub_parts import MODULE, Parts, inner_configs

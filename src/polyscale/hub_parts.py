@@ -7,8 +7,7 @@ registers every model of this library inside the checkpoint, and holds the class
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
-from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
+from transformers import IMAGE_PROCESSOR_MAPPING, PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from .utils.vision_configs import model_classes_of
 
@@ -83,7 +82,7 @@ class Parts:
             '"""Registers the models inside of this checkpoint with transformers."""',
             "",
             "from transformers import AutoConfig, AutoImageProcessor, AutoModel",
-            "from transformers.models.auto.configuration_auto import CONFIG_MAPPING",
+            "from transformers import CONFIG_MAPPING",
             "from transformers.models.auto.processing_auto import processor_class_from_name",
         ]
         if self.outer is not None:

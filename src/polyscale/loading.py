@@ -44,7 +44,7 @@ def pick_device(device: str | int | torch.device | None = None) -> torch.device:
     """A device that is there; the machine's accelerator, else the CPU, when `None`.
 
     Raises:
-        ValueError: for a name that is none, or a device that is not there.
+        ValueError: for a name of no device, or a device that is not there.
     """
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if device is None:
@@ -197,7 +197,7 @@ def load_checkpoint(
         trust_remote_code (`bool`, *optional*, defaults to `False`): run code that the checkpoint brings; `False` never
             asks.
         argument (`str`, *optional*, defaults to `"model"`): what an error calls the checkpoint.
-        unused (`tuple[str, ...]`, *optional*): beginnings of the names of tensors that nobody reads, so that a
+        unused (`tuple[str, ...]`, *optional*): beginnings of the names of tensors that are not read, so that a
             checkpoint may lack them.
         config_options: config fields to set, and other arguments of `from_pretrained`.
 

@@ -14,7 +14,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .layers.attention import eager_attention_forward
+from .layers.attention import attention_name, eager_attention_forward
 from .layers.token_merging import merge_schedule, merge_tokens, size_bias
 from .utils.vision_configs import base_num_prefix_tokens
 
@@ -25,7 +25,7 @@ _IMPLEMENTATIONS = ("eager", "sdpa")
 
 @dataclass
 class _Merging:
-    """Where a forward pass is: shared by the layers of one model, set anew by its first layer."""
+    """How far a forward pass has come: shared by the layers of one model, reset by the first of them."""
 
     num_tokens: int
     num_layers: int
@@ -46,7 +46,7 @@ def _recording_keys(attention: Callable) -> Callable:
 
 
 def _register() -> None:
-    """Makes the attention functions known to transformers, in the way it offers for it."""
+    """Makes the attention functions known to transformers, by its own interfaces for that."""
     for name in _IMPLEMENTATIONS:
         attention = eager_attention_forward if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
         AttentionInterface.register(_PREFIX + name, _recording_keys(attention))
@@ -54,13 +54,13 @@ def _register() -> None:
 
 
 class _MergingLayer:
-    """Goes in front of the class of a layer: merges what the layer gives, outside of gradient checkpointing."""
+    """Goes before the class of a layer: merges what the layer gives, outside of gradient checkpointing."""
 
     merging: _Merging
     place: int
 
     def __reduce__(self):
-        return _new_layer, (type(self).__mro__[2],), self.__dict__
+        return _new_layer, (_plain_class(self),), self.__dict__
 
     def __call__(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs):
         merging = self.merging
@@ -85,8 +85,13 @@ def _merging_class(layer_class: type) -> type:
     return type(layer_class.__name__, (_MergingLayer, layer_class), {})
 
 
+def _plain_class(layer: _MergingLayer) -> type:
+    """The class that the layer had before."""
+    return type(layer).__mro__[2]
+
+
 def _new_layer(layer_class: type) -> nn.Module:
-    """A layer without its state, for copies and pickles: the class of a merging layer has no place in a module."""
+    """A layer without its state, for copies and pickles: these look classes up by name, where no merging class is."""
     merging_class = _merging_class(layer_class)
     return merging_class.__new__(merging_class)
 
@@ -151,7 +156,7 @@ def apply_token_merging(model: PreTrainedModel, *, num_tokens: int) -> PreTraine
     if isinstance(layers[0], _MergingLayer):
         layers[0].merging.num_tokens = num_tokens
         return model
-    implementation = model.config._attn_implementation
+    implementation = attention_name(model.config)
     if implementation not in _IMPLEMENTATIONS:
         raise ValueError(
             f"`model` must use one of the attention implementations {', '.join(_IMPLEMENTATIONS)}, got "
@@ -177,9 +182,9 @@ def remove_token_merging(model: PreTrainedModel) -> PreTrainedModel:
     """
     layers = _encoder_layers(model)
     if isinstance(layers[0], _MergingLayer):
-        model.set_attn_implementation(model.config._attn_implementation.removeprefix(_PREFIX))
+        model.set_attn_implementation(attention_name(model.config).removeprefix(_PREFIX))
         for layer in layers:
-            layer.__class__ = type(layer).__mro__[2]
+            layer.__class__ = _plain_class(layer)
             del layer.merging, layer.place, _attention_of(layer).merging
     return model
 

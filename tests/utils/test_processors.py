@@ -68,7 +68,7 @@ def test_sizes_that_follow_the_image_are_none_and_cannot_be_asked_for():
         options_for_size(dynamic, (128, 128))
     with pytest.raises(ValueError, match="crops as `fit='squash'` says"):
         options_for_size(s2_processor(), (128, 128), crop_pct=0.9)
-    with pytest.raises(ValueError, match="`fit='pad'` and crops nothing"):
+    with pytest.raises(ValueError, match="crops as `fit='pad'` says"):
         options_for_size(PROCESSORS["Quadtree ViT, pad"][0], (128, 128), crop_pct=0.9)
 
 

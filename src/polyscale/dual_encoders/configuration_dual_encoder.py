@@ -3,11 +3,10 @@
 from collections.abc import Sequence
 
 from transformers import PreTrainedConfig
-from transformers.configuration_utils import SubConfigSpec
-from transformers.models.auto.configuration_auto import AutoConfig
 
 from ..layers.config_checks import CheckedConfigMixin, checked_config, positive
 from ..layers.token_budget import TokenBudgetMixin, budget_argument_of
+from ..utils.transformers_internals import sub_config
 
 
 class DualEncoderConfig(CheckedConfigMixin, TokenBudgetMixin, PreTrainedConfig):
@@ -56,10 +55,7 @@ class BudgetCLIPConfig(DualEncoderConfig):
     """
 
     model_type = "polyscale_clip"
-    sub_configs_defaults = {
-        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="clip_text_model"),
-        "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="flexivit"),
-    }
+    sub_configs_defaults = {"text_config": sub_config("clip_text_model"), "vision_config": sub_config("flexivit")}
 
     text_config: dict | PreTrainedConfig | None = None
     vision_config: dict | PreTrainedConfig | None = None
@@ -82,10 +78,7 @@ class BudgetSiglipConfig(DualEncoderConfig):
     """
 
     model_type = "polyscale_siglip"
-    sub_configs_defaults = {
-        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="siglip_text_model"),
-        "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="flexivit"),
-    }
+    sub_configs_defaults = {"text_config": sub_config("siglip_text_model"), "vision_config": sub_config("flexivit")}
 
     text_config: dict | PreTrainedConfig | None = None
     vision_config: dict | PreTrainedConfig | None = None

@@ -13,8 +13,7 @@ from torch import nn
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.processing_utils import Unpack
-from transformers.utils import ModelOutput, TransformersKwargs
-from transformers.utils.generic import can_return_tuple
+from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 
 from ..utils.validation import check_tensor
 from .configuration_dual_encoder import BudgetCLIPConfig, BudgetSiglipConfig, DualEncoderConfig
@@ -194,7 +193,8 @@ class DualEncoderPreTrainedModel(PreTrainedModel):
             kwargs: the budget of the vision tower, and what else either model takes.
 
         Raises:
-            ValueError: without texts or images, for what is none, and for a loss of unequal numbers of them.
+            ValueError: without texts or images, for something else in their place, and for a loss of unequal numbers
+                of them.
         """
         for name, value in (("input_ids", input_ids), ("pixel_values", pixel_values)):
             if value is None:

@@ -17,21 +17,17 @@ from transformers.image_utils import (
     IMAGENET_STANDARD_STD,
     OPENAI_CLIP_MEAN,
     OPENAI_CLIP_STD,
-    PILImageResampling,
 )
 
 from ..layers.token_budget import TokenBudgetMixin, budget_kwargs, default_budgets_of, tokens_per_image
 from ..utils.images import read_image
-from ..utils.processors import options_for_size, output_size, process_images
+from ..utils.processors import RESAMPLINGS, options_for_size, output_size, process_images
 from ..utils.timing import device_wait, timed
 from ..utils.validation import check_choice, to_pair
 from .labels import match_labels
 from .metrics import TopKAccuracy, wilson_interval
 
 
-INTERPOLATIONS = {"nearest": PILImageResampling.NEAREST} | {
-    name: PILImageResampling[name.upper()] for name in ("bilinear", "bicubic", "lanczos")
-}
 # (mean, standard deviation) of the channels that published models were trained with
 IMAGE_STATISTICS = {
     "imagenet": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
@@ -95,8 +91,8 @@ def value_options(
                 raise ValueError(f"`{name}` must be finite{' and above 0' if name == 'std' else ''}, got {values}.")
             options[f"image_{name}"] = values
     if interpolation is not None:
-        check_choice("interpolation", interpolation, tuple(INTERPOLATIONS))
-        options["resample"] = INTERPOLATIONS[interpolation]
+        check_choice("interpolation", interpolation, tuple(RESAMPLINGS))
+        options["resample"] = RESAMPLINGS[interpolation]
     return options
 
 
@@ -299,4 +295,4 @@ def _per_class(right: np.ndarray, split: Dataset) -> dict[str, dict]:
     }
 
 
-__all__ = ["IMAGE_STATISTICS", "INTERPOLATIONS", "BudgetResult", "class_indices", "evaluate_budgets", "value_options"]
+__all__ = ["IMAGE_STATISTICS", "BudgetResult", "class_indices", "evaluate_budgets", "value_options"]

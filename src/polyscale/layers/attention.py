@@ -13,6 +13,7 @@ from statistics import median
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
@@ -22,6 +23,16 @@ from transformers.utils import TransformersKwargs
 _MARGIN = 1.03
 _LENGTHS = (4, 8, 16, 25, 36, 49, 64)
 _limit = 0
+
+
+def attention_name(config: PreTrainedConfig) -> str | None:
+    """The name of the attention function that a model with this config calls: "sdpa", "eager", ..."""
+    return config._attn_implementation
+
+
+def set_attention_name(config: PreTrainedConfig, name: str | None) -> None:
+    """Sets `attention_name` of a config, and of the configs inside it. Of a model, `model.set_attn_implementation`."""
+    config._attn_implementation = name
 
 
 def eager_attention_forward(
@@ -64,7 +75,7 @@ def attention_for(implementation: str, query: torch.Tensor, key: torch.Tensor, *
     the limit. Inside `torch.compile` and `torch.export` it is always the configured one.
 
     Args:
-        implementation (`str`): `config._attn_implementation`.
+        implementation (`str`): see `attention_name`.
         query, key (`torch.Tensor`): (batch, heads, tokens, head width).
         needs_fused (`bool`): whether the formula cannot stand in: there is a mask, dropout or a gradient.
     """
@@ -143,8 +154,10 @@ def measure_plain_attention_limit(
 
 __all__ = [
     "attention_for",
+    "attention_name",
     "eager_attention_forward",
     "measure_plain_attention_limit",
     "plain_attention_limit",
+    "set_attention_name",
     "set_plain_attention_limit",
 ]

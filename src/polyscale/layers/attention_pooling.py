@@ -24,7 +24,7 @@ class AttentionPooling(nn.Module):
         self.fc2 = nn.Linear(config.intermediate_size, width)
 
     def forward(self, hidden_states: torch.Tensor, token_weights: torch.Tensor | None = None) -> torch.Tensor:
-        """`token_weights` (batch, tokens): how often each token counts, 0 for padding; without it once."""
+        """`token_weights` (batch, tokens): how often each token counts, 0 for padding; once if None."""
         query, key, value = (
             tokens.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for tokens in (

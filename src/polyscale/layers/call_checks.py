@@ -39,14 +39,18 @@ def _nearest_argument(word: str, arguments: tuple[str, ...]) -> str | None:
 
 @torch.compiler.assume_constant_result
 def _complaint(word: str, model_classes: tuple[type, ...]) -> str | None:
-    """What is wrong with a keyword argument that no `forward` of these classes names; `None` for nothing."""
+    """What is wrong with a keyword argument, for models of these classes that are handed it; `None` for nothing."""
     own = tuple(dict.fromkeys(name for model_class in model_classes for name in _arguments(model_class)))
     if word in own or word in _HOST_WORDS:
         return None
     budgets = registered_budget_words()
     name = model_classes[0].__name__
     mine = [argument for argument in own if argument in budgets]
-    choice = f"its budget is set by {' or '.join(f'`{word}`' for word in mine)}" if mine else "it has no budget to set"
+    choice = (
+        f"its budget is set by {' or '.join(f'`{argument}`' for argument in mine)}"
+        if mine
+        else "it has no budget to set"
+    )
     if word in budgets:
         return f"`{word}` is no argument of {name}: {choice}."
     nearest = _nearest_argument(word, own)

@@ -8,7 +8,7 @@ saved, our models when they are made. They do not run on assignment: two fields 
 import math
 from collections.abc import Collection
 from dataclasses import fields
-from functools import wraps
+from functools import lru_cache, wraps
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -66,6 +66,12 @@ class ConfigError(StrictDataclassFieldValidationError, StrictDataclassClassValid
         Exception.__init__(self, message)
 
 
+@lru_cache(maxsize=256)
+def field_names(config_class: type[PreTrainedConfig]) -> tuple[str, ...]:
+    """The names of the fields of a config, those of transformers among them."""
+    return tuple(field.name for field in fields(config_class))
+
+
 def _expectation(annotation: Any) -> str:
     """A field's annotation in words: `int | None` -> "an int or None"."""
     if get_origin(annotation) is Literal:
@@ -82,7 +88,7 @@ def _expectation(annotation: Any) -> str:
 
 def _field_error(config: PreTrainedConfig, name: str, value: Any, cause: BaseException | None) -> ConfigError:
     if isinstance(cause, TypeError):  # of the type check
-        expected = _expectation(type(config).__dataclass_fields__[name].type)
+        expected = _expectation(next(entry.type for entry in fields(config) if entry.name == name))
         return ConfigError(f"`{name}` must be {expected}, got {value!r}.")
     return ConfigError(f"`{name}` {cause}")
 
@@ -102,7 +108,7 @@ def checked_config(cls: type) -> type:
     @wraps(strict_setattr)
     def __setattr__(self, name: str, value: Any) -> None:
         name = type(self).attribute_map.get(name, name)
-        is_field = any(name == entry.name for entry in fields(self))
+        is_field = name in field_names(type(self))
         if isinstance(value, bytes | np.ndarray | torch.Tensor) or (is_field and not isinstance(value, _PLAIN)):
             raise _not_plain(name, value)
         try:
@@ -207,7 +213,7 @@ class CheckedConfigMixin:
         attribute = getattr(cls, name, None)
         if isinstance(attribute, property):
             return attribute.fset is not None
-        is_own = name in cls.attribute_map or any(name == field.name for field in fields(cls))
+        is_own = name in cls.attribute_map or name in field_names(cls)
         is_private = name.startswith("_") and not name.startswith("__")
         return is_own or name in _NAMES_OF_TRANSFORMERS or is_private
 
@@ -216,9 +222,7 @@ class CheckedConfigMixin:
 
     @classmethod
     def _nearest_field(cls, name: str) -> str | None:
-        return closest_name(
-            name, [field for field in (entry.name for entry in fields(cls)) if not field.startswith("_")]
-        )
+        return closest_name(name, [field for field in field_names(cls) if not field.startswith("_")])
 
     def _name_error(self, name: str) -> ConfigError:
         if hasattr(type(self), name):
@@ -233,8 +237,8 @@ class CheckedConfigMixin:
 
     @classmethod
     def _own_fields(cls) -> list[str]:
-        inherited = PreTrainedConfig.__dataclass_fields__
-        return [name for name in cls.__dataclass_fields__ if name not in inherited and not name.startswith("_")]
+        inherited = field_names(PreTrainedConfig)
+        return [name for name in field_names(cls) if name not in inherited and not name.startswith("_")]
 
 
 def _is_finite(value: Any) -> bool:
@@ -268,7 +272,7 @@ def _check_id2label(value: Any) -> None:
         raise ConfigError(f"`id2label` must be a dict from class indices to names, got {value!r}.")
 
 
-# Fields of `PreTrainedConfig` that it takes from anybody and trips over later.
+# Fields of `PreTrainedConfig` that take any value there, and fail later.
 _CHECKS_OF_TRANSFORMERS = {"num_labels": _check_num_labels, "dtype": _check_dtype, "id2label": _check_id2label}
 
 
@@ -357,6 +361,7 @@ __all__ = [
     "at_least",
     "checked_config",
     "choice",
+    "field_names",
     "non_negative",
     "positive",
     "rate",

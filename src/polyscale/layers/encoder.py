@@ -13,7 +13,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
-from .attention import attention_for
+from .attention import attention_for, attention_name
 from .attention_pooling import AttentionPooling
 from .call_checks import CheckedModelMixin
 from .encoder_config import EncoderConfig
@@ -55,7 +55,7 @@ class LayerScale(nn.Module):
 
 
 def first_tokens(tokens: torch.Tensor, count: int, packing: Packing | None) -> torch.Tensor:
-    """The first `count` tokens of each image of a batch, which is one sequence with `packing`."""
+    """The first `count` tokens of each image of a batch; with `packing` the batch is one sequence."""
     return tokens[:, :count] if packing is None else packing.take_first(tokens, count)
 
 
@@ -85,17 +85,17 @@ class EncoderAttention(FreezableMixin, nn.Module):
         if self.config.qkv_bias:
             self.frozen_qkv_bias = torch.cat([projection.bias for projection in projections])
 
-    def _project(self, hidden_states: torch.Tensor, asking: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
-        """Queries of the tokens that ask (all when None), keys and values of all: (batch, tokens, hidden) each."""
+    def _project(self, hidden_states: torch.Tensor, query_tokens: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+        """Queries of `query_tokens` (all tokens when None), keys and values of all: (batch, tokens, hidden) each."""
         weight, bias = self.frozen_qkv_weight, self.frozen_qkv_bias
         if weight is None or takes_gradients(self.q_proj.weight, self.k_proj.weight, self.v_proj.weight):
-            queries = hidden_states if asking is None else asking
+            queries = hidden_states if query_tokens is None else query_tokens
             return self.q_proj(queries), self.k_proj(hidden_states), self.v_proj(hidden_states)
-        if asking is None:
+        if query_tokens is None:
             return nn.functional.linear(hidden_states, weight, bias).chunk(3, dim=-1)
         width = hidden_states.shape[-1]
         key_value = nn.functional.linear(hidden_states, weight[width:], None if bias is None else bias[width:])
-        return self.q_proj(asking), *key_value.chunk(2, dim=-1)
+        return self.q_proj(query_tokens), *key_value.chunk(2, dim=-1)
 
     def _attend(
         self,
@@ -106,12 +106,12 @@ class EncoderAttention(FreezableMixin, nn.Module):
         key_bias: torch.Tensor | None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """What the attention function of the config says: (batch, queries, heads, head width), and its weights."""
-        inputs = (query, key, value, attention_mask)
+        """The result of the config's attention function, (batch, queries, heads, head width), and its weights."""
+        name, inputs = attention_name(self.config), (query, key, value, attention_mask)
         if key_bias is not None:
-            inputs = with_key_bias(*inputs, key_bias, self.scaling, self.config._attn_implementation)
+            inputs = with_key_bias(*inputs, key_bias, self.scaling, name)
         needs_fused = inputs[3] is not None or self.training or (torch.is_grad_enabled() and query.requires_grad)
-        attention = attention_for(self.config._attn_implementation, *inputs[:2], needs_fused=needs_fused)
+        attention = attention_for(name, *inputs[:2], needs_fused=needs_fused)
         output, weights = attention(
             self,
             *inputs,
@@ -130,16 +130,16 @@ class EncoderAttention(FreezableMixin, nn.Module):
         packing: Packing | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-        """With `num_queries` only the first tokens ask, of all: (batch, num_queries, hidden) comes back.
+        """Tokens (batch, queries, hidden), attention weights or None, and keys (batch, heads, tokens, head width).
 
-        `key_bias` (batch, tokens) is added to the logits of each key. With `packing` the batch is one sequence, each
-        image in it attends to itself, and there are no weights. Last, the keys come back: (batch, heads, tokens, head
-        width).
+        With `num_queries` only the first tokens of an image are queries, and all of them keys. `key_bias` (batch,
+        tokens) is added to the logits of each key. With `packing` the batch is one sequence, each image in it attends
+        to itself, and there are no weights.
         """
-        asking = None if num_queries is None else first_tokens(hidden_states, num_queries, packing)
+        query_tokens = None if num_queries is None else first_tokens(hidden_states, num_queries, packing)
         query, key, value = (
             tokens.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for tokens in self._project(hidden_states, asking)
+            for tokens in self._project(hidden_states, query_tokens)
         )  # (batch, heads, tokens, head width)
         if packing is None:
             output, weights = self._attend(query, key, value, attention_mask, key_bias, **kwargs)
@@ -291,7 +291,7 @@ class TokenPooler(nn.Module):
         return (patches * weights).sum(dim=1) / weights.sum(dim=1)
 
     def forward(self, hidden_states: torch.Tensor, token_weights: torch.Tensor | None = None) -> torch.Tensor:
-        """`token_weights` (batch, patch tokens): of each in a mean, for instance whether it is real; without it 1."""
+        """`token_weights` (batch, patch tokens): how much each counts in a mean, 0 for padding; all alike if None."""
         if self.pooling == "mean":
             pooled = self._mean(hidden_states, token_weights)
         elif self.pooling == "cls_mean":

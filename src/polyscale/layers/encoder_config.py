@@ -1,7 +1,7 @@
 """The configuration fields of the ViT encoder in `encoder.py`, inherited by the config of each family that uses it."""
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 from transformers import PreTrainedConfig
 from transformers.backbone_utils import BackboneConfigMixin
@@ -209,6 +209,10 @@ class EncoderConfig(CheckedConfigMixin, TokenBudgetMixin, BackboneConfigMixin, P
         if self.prefix_positions == "cls":
             return int(self.use_cls_token) + int(self.use_distillation_token)
         return 0
+
+    def encoder_fields(self) -> dict[str, Any]:
+        """The fields of `EncoderConfig` alone, for the config of another family on the same encoder."""
+        return {name: getattr(self, name) for name in EncoderConfig._own_fields()}
 
     def hosted(self) -> tuple["EncoderConfig", list[str]]:
         """See `TokenBudgetMixin.hosted`.

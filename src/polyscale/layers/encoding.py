@@ -60,10 +60,10 @@ def run_layers(
                 num_queries = None  # transformers' flash attention takes several for the last of a padded sequence
     last = len(layers) - 1
     for index, layer in enumerate(layers):
-        asking = num_queries if index == last else None
-        if asking is not None and padding is not None and packing is None:
-            attention_mask = padding_mask(config, hidden_states, padding, asking)
-        hidden_states = layer(hidden_states, attention_mask, asking, key_bias, **kwargs)
+        queries_of_layer = num_queries if index == last else None
+        if queries_of_layer is not None and padding is not None and packing is None:
+            attention_mask = padding_mask(config, hidden_states, padding, queries_of_layer)
+        hidden_states = layer(hidden_states, attention_mask, queries_of_layer, key_bias, **kwargs)
     if packing is not None and not packing.keeps_layout:
         is_short = num_queries is not None and len(layers) > 0
         hidden_states = (packing.of_first(num_queries) if is_short else packing).unpack(hidden_states)

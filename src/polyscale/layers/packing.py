@@ -1,8 +1,8 @@
 """Images with token counts of their own in one batch: as one packed sequence, or padded to the longest.
 
-Padded, every linear layer computes tokens that nobody reads. Packed, the tokens of all images follow one another, (1,
-tokens of all images, hidden): one forward of each layer, whatever the lengths, in which attention alone has to know
-where an image ends.
+In a padded batch every linear layer computes tokens that nothing reads. In a packed one the tokens of all images
+follow one another, (1, tokens of all images, hidden): one forward of each layer, whatever the lengths, in which
+attention alone has to know where an image ends.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,7 +13,10 @@ from torch import nn
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.utils.generic import is_flash_attention_requested
 
+from ..utils.tracing import is_traced
+from .attention import attention_name
 from .encoder_config import EncoderConfig
+from .pooled_only import is_output_wanted
 
 
 # The share of real tokens in a padded batch below which packing is the faster way: `benchmarks/packed.py`.
@@ -62,7 +65,8 @@ class Packing(NamedTuple):
         order (`tuple[int, ...]`): the image of the batch that is the first of the sequence, the second, and so on.
         lengths (`tuple[int, ...]`): tokens of each image, in that order.
         padded_length (`int`): tokens that each is padded to.
-        keeps_layout (`bool`): whether layers take and give the padded layout, because somebody reads all of them.
+        keeps_layout (`bool`): whether each layer takes and gives the padded layout, for a call that wants all hidden
+            states.
     """
 
     places: torch.Tensor
@@ -136,10 +140,9 @@ def choose_packing(
         outputs (`dict`): keyword arguments of the call, `output_attentions` and `output_hidden_states` among them.
     """
     mode = config.pack_tokens
-    is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or type(hidden_states) is not torch.Tensor
-    if not mode or is_traced or config._attn_implementation == "flex_attention":
+    if not mode or is_traced(hidden_states) or torch.jit.is_tracing() or attention_name(config) == "flex_attention":
         return None
-    if _is_wanted("output_attentions", config, outputs):
+    if is_output_wanted("output_attentions", config, outputs):
         return None
     lengths = padding.lengths
     if lengths is None:
@@ -156,13 +159,8 @@ def choose_packing(
         [lengths[image] for image in order],
         padded_length,
         hidden_states.device,
-        keeps_layout=_is_wanted("output_hidden_states", config, outputs),
+        keeps_layout=is_output_wanted("output_hidden_states", config, outputs),
     )
-
-
-def _is_wanted(name: str, config: EncoderConfig, outputs: dict[str, object]) -> bool:
-    wanted = outputs.get(name, getattr(config, name, False))
-    return wanted is not None and wanted is not False
 
 
 def padding_mask(
@@ -174,7 +172,7 @@ def padding_mask(
         config (`EncoderConfig`): of the encoder.
         hidden_states (`torch.Tensor`): (batch, tokens, hidden).
         padding (`Padding`): of the batch.
-        num_queries (`int`, *optional*): how many of the first tokens ask; all when `None`.
+        num_queries (`int`, *optional*): how many of the first tokens are queries; all when `None`.
     """
     return create_bidirectional_mask(
         config=config,
@@ -221,8 +219,8 @@ def packed_attention(
         return attend(query, key, value, None, key_bias, **{**kwargs, **varlen})[0]
     outputs, first_query, first_key = [], 0, 0
     for images, length in packing.groups():
-        asking = length if num_queries is None else num_queries
-        last_query, last_key = first_query + images * asking, first_key + images * length
+        queries_of_each = length if num_queries is None else num_queries
+        last_query, last_key = first_query + images * queries_of_each, first_key + images * length
 
         def part(tokens: torch.Tensor, first: int, last: int, images: int = images) -> torch.Tensor:
             """(1, heads, tokens, head width) -> (images, heads, tokens of each, head width), without a copy."""

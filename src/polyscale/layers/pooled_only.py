@@ -1,24 +1,36 @@
-"""When a classifier needs no more of the model before its head than what the head pools."""
+"""What a call wants of a model besides its result: when a classifier needs no more than what its head pools."""
 
-from transformers import PreTrainedModel
+from collections.abc import Mapping
+
+from transformers import PreTrainedConfig, PreTrainedModel
 
 
-def pooled_only_suffices(model: PreTrainedModel, kwargs: dict) -> bool:
+def is_output_wanted(name: str, config: PreTrainedConfig, kwargs: Mapping[str, object]) -> bool:
+    """Whether a call asks for an output of the layers, or the config does for all calls.
+
+    Args:
+        name (`str`): of the argument, and of the config field: "output_attentions", "output_hidden_states", ...
+        config (`PreTrainedConfig`): of the model.
+        kwargs (`Mapping[str, object]`): of the call.
+    """
+    wanted = kwargs.get(name, getattr(config, name, False))
+    return wanted is not None and wanted is not False
+
+
+def pooled_only_suffices(model: PreTrainedModel, kwargs: Mapping[str, object]) -> bool:
     """Whether a call of a classifier reads nothing but its pooled tokens, so that the last layer may leave the others
     out.
 
-    So it is unless an output of the layers is asked for, in the call or by the config, or `config.keep_all_tokens` is
-    on.
+    So it is unless an output of the layers is wanted, or `config.keep_all_tokens` is on.
 
     Args:
         model (`PreTrainedModel`): the classifier; its `_can_record_outputs` are asked for by `output_...`.
-        kwargs (`dict`): of the classifier's forward.
+        kwargs (`Mapping[str, object]`): of the classifier's forward.
     """
     if model.config.keep_all_tokens:
         return False
-    outputs = (f"output_{name}" for name in model._can_record_outputs or ("hidden_states", "attentions"))
-    asked = (kwargs.get(name, getattr(model.config, name, False)) for name in outputs)
-    return all(value is None or value is False for value in asked)
+    names = model._can_record_outputs or ("hidden_states", "attentions")
+    return not any(is_output_wanted(f"output_{name}", model.config, kwargs) for name in names)
 
 
-__all__ = ["pooled_only_suffices"]
+__all__ = ["is_output_wanted", "pooled_only_suffices"]

@@ -18,8 +18,9 @@ from threading import Lock
 import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers.utils.generic import maybe_autocast
 
+from ..utils.tracing import can_be_kept
+from ..utils.transformers_internals import maybe_autocast
 from ..utils.validation import check_choice, check_int, check_tensor, to_pair
 
 
@@ -99,7 +100,7 @@ def _matrix_data(method: str, old: int, new: int, interpolation: str, antialias:
 @lru_cache(maxsize=1024)
 def _block_weights(method: str, old: int, new: int, interpolation: str, antialias: bool) -> tuple[float, ...]:
     """The weights with which each new value is the sum of its own `old / new` values, or nothing where the matrix is
-    not of that kind. The PI-resize by bilinear interpolation to a half or a quarter is, FlexiViT's 32 to 16 for one.
+    not of that kind. The PI-resize by bilinear interpolation to a half or a quarter is, such as FlexiViT's 32 to 16.
     """
     if old % new or old == new:
         return ()
@@ -133,7 +134,7 @@ def _matrix(
         with torch.inference_mode(False):
             data = np.ascontiguousarray(_matrix_makers[method](old, new, interpolation, antialias), dtype=np.float32)
             matrix = torch.tensor(data).to(device)
-        if type(matrix) is torch.Tensor and device.type != "meta":  # a tracer's stand-in tensor must not be kept
+        if can_be_kept(matrix):
             with _lock:
                 while len(_matrices_on_device) >= _MAX_MATRICES:
                     del _matrices_on_device[next(iter(_matrices_on_device))]  # the oldest

@@ -64,7 +64,7 @@ class TokenBudgetMixin:
         """The value of the budget argument that a user types: "16" -> 16. Families with other values override it.
 
         Raises:
-            ValueError: for a text that is none.
+            ValueError: for any other text.
         """
         try:
             return int(text)
@@ -248,7 +248,7 @@ def token_budget(config: PreTrainedConfig, budget: Any) -> Iterator[None]:
         budget: a value of its budget argument; `None` leaves the model as it is.
 
     Raises:
-        ValueError: for a budget on a model that has none to choose, or a value that is none.
+        ValueError: for a budget on a model that has none to choose, or an illegal value.
     """
     fields = budget_kwargs(config, budget)
     before = {name: getattr(config, name) for name in fields}
@@ -327,7 +327,7 @@ def parse_budget(config: PreTrainedConfig, text: str) -> Any:
     """The budget that a user types, for a model with this config.
 
     Raises:
-        ValueError: for a text that is none, or a model that has no budget to choose.
+        ValueError: for any other text, or a model that has no budget to choose.
     """
     budget_kwargs(config, text)
     return config.parse_budget(text)

@@ -6,9 +6,10 @@ from contextlib import contextmanager
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..utils.vision_configs import model_classes_of
+from .attention import attention_name, set_attention_name
 
 
-# What a model around another one can do as far as the one inside can.
+# What a model around another one can do where the one inside can.
 _FLAGS = (
     "supports_gradient_checkpointing",
     "_supports_sdpa",
@@ -38,32 +39,43 @@ def check_has_no_head(model: PreTrainedModel, name: str) -> None:
         )
 
 
-def take_flags(outer: PreTrainedModel, inner_config: PreTrainedConfig) -> None:
-    """Says on `outer` what the model inside it supports; to be called before `PreTrainedModel.__init__`.
+class OuterModelMixin:
+    """Flags of a model around another one, whose config is `config.vision_config`. Goes before `PreTrainedModel`.
 
-    Args:
-        outer (`PreTrainedModel`): the model around it.
-        inner_config (`PreTrainedConfig`): of the model inside.
+    The class says what it can do around the best of models, each instance what the model inside it can.
     """
-    inner = next(iter(model_classes_of(inner_config)), None)
-    for flag in _FLAGS:
-        setattr(outer, flag, bool(getattr(inner, flag, False)))
+
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    def __init__(self, config: PreTrainedConfig, *args, **kwargs):
+        inner = next(iter(model_classes_of(config.vision_config)), None)
+        for flag in _FLAGS:  # before transformers reads them
+            setattr(self, flag, bool(getattr(inner, flag, False)))
+        super().__init__(config, *args, **kwargs)
 
 
 @contextmanager
 def attention_kept(*models: PreTrainedModel) -> Iterator[None]:
-    """Gives the models their attention implementations back, which a config around theirs resets."""
-    implementations = [model.config._attn_implementation for model in models]
+    """Puts the attention implementations of models back at the end: making a config around theirs resets them."""
+    implementations = [attention_name(model.config) for model in models]
     try:
         yield
     finally:
         for model, implementation in zip(models, implementations, strict=True):
-            model.config._attn_implementation = implementation
+            set_attention_name(model.config, implementation)
 
 
 def keep_weights(model: PreTrainedModel) -> None:
-    """Keeps the weights of a model as they are when one around it is made: its `post_init` draws new ones where no
-    module says that it has some. Private, and transformers has no public word for it.
+    """Marks the weights of a model as made: the `post_init` of a model around it draws those of all other modules.
+
+    The mark is private, and transformers has no public way to set it.
     """
     for module in model.modules():
         module._is_hf_initialized = True
@@ -83,10 +95,10 @@ def wrap_in_memory(
     """
     with attention_kept(model):
         config = make_config(model.config)
-    config._attn_implementation = model.config._attn_implementation
+    set_attention_name(config, attention_name(model.config))
     config.dtype = model.dtype
     keep_weights(model)
     return outer_class(config, model)
 
 
-__all__ = ["attention_kept", "check_has_no_head", "keep_weights", "take_flags", "wrap_in_memory"]
+__all__ = ["OuterModelMixin", "attention_kept", "check_has_no_head", "keep_weights", "wrap_in_memory"]

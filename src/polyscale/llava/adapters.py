@@ -25,7 +25,7 @@ from ..utils.validation import to_pair
 from ..utils.vision_configs import base_image_size
 from .image_processors import resized, tower_image_processor
 from .layout import TokenLayout
-from .packed import PackedTowerConfig
+from .packed import PackedTowerConfig, inner_config
 from .processing import (
     BudgetLlavaNextProcessor,
     BudgetLlavaOnevisionProcessor,
@@ -90,10 +90,10 @@ class LlavaAdapter:
             image_processor: of the tower.
         """
         tower = config.vision_config
-        settings = self._settings(processor, layout)
+        settings = {"image_processor": image_processor, **self._settings(processor, layout)}
         if not isinstance(tower, PackedTowerConfig):
-            return self.plain_processor_class(image_processor, **settings)
-        return self.processor_class(image_processor, **settings, tower_config=tower.vision_config.to_dict())
+            return self.plain_processor_class(**settings)
+        return self.processor_class(**settings, tower_config=tower.vision_config.to_dict())
 
     def image_processor(
         self,
@@ -104,19 +104,15 @@ class LlavaAdapter:
         fit: str | None,
     ) -> BaseImageProcessor:
         """The image processor for another tower: see `tower_image_processor`."""
-        return tower_image_processor(self._tower_config(config), layout, processor.image_processor, given, fit)
+        tower = inner_config(config.vision_config)
+        return tower_image_processor(tower, layout, processor.image_processor, given, fit)
 
     def resized_image_processor(
         self, processor: ProcessorMixin, config: PreTrainedConfig, layout: TokenLayout
     ) -> BaseImageProcessor:
         """The image processor for the same tower at another budget."""
-        fields = self._tower_config(config).image_processor_fields()
+        fields = inner_config(config.vision_config).image_processor_fields()
         return resized(processor.image_processor, layout.image_size, **fields)
-
-    @staticmethod
-    def _tower_config(config: PreTrainedConfig) -> PreTrainedConfig:
-        tower = config.vision_config
-        return tower.vision_config if isinstance(tower, PackedTowerConfig) else tower
 
     def _settings(self, processor: ProcessorMixin, layout: TokenLayout) -> dict[str, Any]:
         shared = {name: getattr(processor, name) for name in ("tokenizer", "chat_template", "image_token")}
@@ -135,15 +131,11 @@ class VipLlavaAdapter(LlavaAdapter):
         prefix = tower.num_front_tokens if isinstance(tower, PackedTowerConfig) else layout.num_prefix_tokens
         if layout.num_tokens is None or prefix != 1:
             raise ValueError(
-                f"`tower` of type {self._type_of(tower)!r} cannot be in a VipLLaVA model: it passes nothing but the "
-                "images to its tower and drops the first token, so that it needs the same number of tokens for every "
-                f"image and one prefix token; got {layout.num_tokens} tokens and {prefix} prefix tokens. A "
+                f"`tower` of type {inner_config(tower).model_type!r} cannot be in a VipLLaVA model: it passes nothing "
+                "but the images to its tower and drops the first token, so that it needs the same number of tokens "
+                f"for every image and one prefix token; got {layout.num_tokens} tokens and {prefix} prefix tokens. A "
                 "LlavaForConditionalGeneration takes it."
             )
-
-    @staticmethod
-    def _type_of(tower: PreTrainedConfig) -> str:
-        return (tower.vision_config if isinstance(tower, PackedTowerConfig) else tower).model_type
 
 
 class LlavaNextAdapter(LlavaAdapter):
@@ -159,7 +151,7 @@ class LlavaNextAdapter(LlavaAdapter):
         side = size // patch if isinstance(size, int) and isinstance(patch, int) else None
         if layout.grid is None or layout.grid != (side, side) or layout.num_prefix_tokens > 1:
             raise ValueError(
-                f"`tower` of type {VipLlavaAdapter._type_of(tower)!r} cannot be in a {self.name} model: that needs a "
+                f"`tower` of type {inner_config(tower).model_type!r} cannot be in a {self.name} model: that needs a "
                 "square grid of tokens for square images, and at most one prefix token; got "
                 f"{layout.num_tokens} tokens, the grid {layout.grid}, `image_size` {size!r} and "
                 f"{layout.num_prefix_tokens} prefix tokens. A LlavaForConditionalGeneration takes it."

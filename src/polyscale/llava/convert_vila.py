@@ -24,15 +24,15 @@ from transformers import (
     ProcessorMixin,
 )
 from transformers.image_processing_utils import BaseImageProcessor
-from transformers.initialization import no_init_weights
 
 from ..layers.token_budget import TokenBudgetMixin
 from ..loading import checkpoint_folder, quiet_loading
 from ..models.s2_vision.configuration_s2_vision import S2VisionConfig
+from ..models.s2_vision.convert_llava_s2_vision import FITS_OF_LLAVA, IMAGE_TOKEN, PAD_TOKEN
 from ..models.s2_vision.image_processing_s2_vision import S2ImageProcessor
 from ..utils.checkpoint_files import check_index
 from ..utils.vision_configs import base_image_size
-from ..utils.weight_files import fill_model, iterate_tensors
+from ..utils.weight_files import fill_model, iterate_tensors, model_to_fill
 from .adapters import LlavaAdapter
 from .chat_templates import chat_template, conversation_for, stop_tokens
 from .downsampled import DownsampledTowerConfig
@@ -42,10 +42,7 @@ from .swap import set_config
 from .vila_layout import VilaLayout, projector_names
 
 
-IMAGE_TOKEN = "<image>"
-PAD_TOKEN = "<pad>"
 _MULTIPLE = 64  # of the rows of an embedding that has to grow
-_FITS = {"pad": "pad", "resize": "squash"}
 # What is downloaded of a checkpoint on the hub.
 FILES = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja"]
 
@@ -160,7 +157,7 @@ def _generation_config(folder: Path, tokenizer: PreTrainedTokenizerBase, stop: t
 def _image_processor(layout: VilaLayout) -> BaseImageProcessor:
     base = AutoImageProcessor.from_pretrained(layout.folder / "vision_tower", trust_remote_code=False)
     crops = bool(getattr(base, "do_center_crop", False))
-    fit = _FITS.get(layout.image_aspect_ratio, "crop" if crops else "squash")
+    fit = FITS_OF_LLAVA.get(layout.image_aspect_ratio, "crop" if crops else "squash")
     tower = layout.tower_config
     scales = tower.vision_config if isinstance(tower, DownsampledTowerConfig) else tower
     if isinstance(scales, S2VisionConfig):
@@ -228,8 +225,7 @@ def load_vila(
     template = chat_template(name, tokenizer, f"{before}{IMAGE_TOKEN}{after}")
     config = _config(layout, tokenizer)
     dtype = to_dtype(dtype or _dtype(layout))
-    with no_init_weights():
-        model = LlavaForConditionalGeneration._from_config(config, dtype=dtype).eval()
+    model = model_to_fill(config, dtype)
     filled = _load_vision(model, layout.vision_config, layout.folder / "vision_tower", dtype)
     tied = ("lm_head.weight",) if config.tie_word_embeddings else ()
     fill_model(model, _weights(layout.folder), lambda name: _new_names(layout, name), filled, tied)

@@ -14,13 +14,13 @@ import torch
 from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
-from transformers.configuration_utils import SubConfigSpec
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.utils.generic import can_return_tuple
+from transformers.utils import can_return_tuple
 
 from ..layers.token_budget import TokenBudgetMixin
-from ..layers.wrapping import take_flags
+from ..layers.wrapping import OuterModelMixin
 from ..models.s2_vision.projector_s2_vision import space_to_depth
+from ..utils.transformers_internals import sub_config
 from ..utils.vision_configs import base_feature_grid, base_image_size, base_num_prefix_tokens, base_width
 
 
@@ -49,7 +49,7 @@ class DownsampledTowerConfig(TokenBudgetMixin, PreTrainedConfig):
 
     model_type = "polyscale_downsampled_tower"
     # Has to name a model that is there wherever this class is: it may travel without the families.
-    sub_configs_defaults = {"vision_config": SubConfigSpec(config_class=AutoConfig, model_type="clip_vision_model")}
+    sub_configs_defaults = {"vision_config": sub_config("clip_vision_model")}
 
     vision_config: dict | PreTrainedConfig | None = None
     vision_feature_layer: int = -2
@@ -227,21 +227,13 @@ class DownsampledTowerConfig(TokenBudgetMixin, PreTrainedConfig):
         return self._budgets.budget_calls(codes, counts) if self.tokens_vary else super().budget_calls(codes, counts)
 
 
-class DownsampledTower(PreTrainedModel):
+class DownsampledTower(OuterModelMixin, PreTrainedModel):
     """The tokens of a vision tower, brought together and normalised: (batch, tokens, downsample ** 2 * width)."""
 
     config: DownsampledTowerConfig
     base_model_prefix = "downsampled_tower"
-    main_input_name = "pixel_values"
-    input_modalities = ("image",)
-    supports_gradient_checkpointing = True
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
 
     def __init__(self, config: DownsampledTowerConfig):
-        take_flags(self, config.vision_config)
         super().__init__(config)
         self.tower = AutoModel.from_config(config.vision_config)
         widths = config.widths

@@ -7,7 +7,7 @@ from transformers import PreTrainedConfig
 from ..layers.token_budget import TokenBudgetMixin
 from ..utils.validation import to_pair
 from ..utils.vision_configs import base_feature_grid, base_image_size, base_num_prefix_tokens
-from .packed import PackedTowerConfig
+from .packed import inner_config
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class TokenLayout:
         """Arguments of `LlavaProcessor` with which it counts these tokens.
 
         It counts `(height // patch_size) * (width // patch_size)` and adds `num_additional_image_tokens`. Where no
-        int `patch_size` gives the grid, and for tokens that are none, the patch is larger than the image, so that
+        int `patch_size` gives the grid, and for tokens that are no grid, the patch is larger than the image, so that
         only the second term counts.
         """
         settings = {"vision_feature_select_strategy": self.select_strategy}
@@ -69,7 +69,7 @@ def token_layout(config: PreTrainedConfig) -> TokenLayout:
     Raises:
         ValueError: for a tower whose tokens cannot be counted from its config.
     """
-    inner = config.vision_config if isinstance(config, PackedTowerConfig) else config
+    inner = inner_config(config)
     if isinstance(inner, TokenBudgetMixin):
         size = to_pair(inner.image_size, "image_size")
         prefix = 0 if inner is not config else inner.num_prefix_tokens

@@ -1,8 +1,8 @@
 """A vision tower with a token budget inside of a LLaVA model.
 
-LLaVA has one door for images with different numbers of tokens, `image_sizes`: the tower gives the tokens of all images
-one after the other, and LLaVA splits them by `(image_sizes // tower.patch_size).prod(-1)`. The processor writes into
-that tensor how many tokens an image has, and at which budget the tower has to run it.
+LLaVA takes images with different numbers of tokens in one way, that of Pixtral: the tower gives the tokens of all
+images one after the other, and LLaVA splits them by `(image_sizes // tower.patch_size).prod(-1)`. So the processor
+writes into `image_sizes` how many tokens an image has, and at which budget the tower has to run it.
 """
 
 from collections.abc import Sequence
@@ -10,12 +10,12 @@ from collections.abc import Sequence
 import torch
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
-from transformers.configuration_utils import SubConfigSpec
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.utils.generic import can_return_tuple
+from transformers.utils import can_return_tuple
 
 from ..layers.token_budget import TokenBudgetMixin
-from ..layers.wrapping import take_flags, wrap_in_memory
+from ..layers.wrapping import OuterModelMixin, wrap_in_memory
+from ..utils.transformers_internals import sub_config
 from ..utils.validation import to_pair
 
 
@@ -33,7 +33,7 @@ def read_budget_row(row: Sequence[int]) -> tuple[int, tuple[int, ...]]:
     """The inverse of `budget_row`.
 
     Raises:
-        ValueError: for a row that is none.
+        ValueError: for a row that `budget_row` did not make.
     """
     num_tokens, rest = divmod(row[0], UNIT)
     code = tuple(number - UNIT for number in row[1:])
@@ -60,7 +60,7 @@ class PackedTowerConfig(PreTrainedConfig):
 
     model_type = "polyscale_packed_tower"
     # Has to name a model that is there wherever this class is: it may travel without the families.
-    sub_configs_defaults = {"vision_config": SubConfigSpec(config_class=AutoConfig, model_type="clip_vision_model")}
+    sub_configs_defaults = {"vision_config": sub_config("clip_vision_model")}
 
     vision_config: dict | PreTrainedConfig | None = None
     num_front_tokens: int = 0
@@ -100,7 +100,12 @@ class PackedTowerConfig(PreTrainedConfig):
         return 1 if grid is None else to_pair(self.image_size, "image_size")[0] // grid[0]
 
 
-class PackedTower(PreTrainedModel):
+def inner_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The config of a tower itself, without that of a `PackedTower` around it."""
+    return config.vision_config if isinstance(config, PackedTowerConfig) else config
+
+
+class PackedTower(OuterModelMixin, PreTrainedModel):
     """The tokens of a tower as a host wants them, without the tower's prefix tokens.
 
     With `image_sizes`: (1, tokens of all images, hidden), each image at its own budget. Without: (batch, tokens,
@@ -109,17 +114,9 @@ class PackedTower(PreTrainedModel):
 
     config: PackedTowerConfig
     base_model_prefix = "packed_tower"
-    main_input_name = "pixel_values"
-    input_modalities = ("image",)
-    supports_gradient_checkpointing = True
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
     patch_size = UNIT  # what LLaVA divides `image_sizes` by
 
     def __init__(self, config: PackedTowerConfig, tower: PreTrainedModel | None = None):
-        take_flags(self, config.vision_config)
         super().__init__(config)
         self.tower = AutoModel.from_config(config.vision_config) if tower is None else tower
         self.post_init()
@@ -220,4 +217,4 @@ class PackedTower(PreTrainedModel):
 AutoConfig.register(PackedTowerConfig.model_type, PackedTowerConfig, exist_ok=True)
 AutoModel.register(PackedTowerConfig, PackedTower, exist_ok=True)
 
-__all__ = ["PackedTower", "PackedTowerConfig", "budget_row", "read_budget_row"]
+__all__ = ["PackedTower", "PackedTowerConfig", "budget_row", "inner_config", "read_budget_row"]

@@ -37,7 +37,7 @@ class BudgetWordsMixin:
         """Budget words, and the others.
 
         Raises:
-            ValueError: for a word that nobody knows.
+            ValueError: for an unknown word.
         """
         config = self.budget_config
         budget = {name: value for name, value in words.items() if name in config.changeable_fields}
@@ -57,6 +57,11 @@ class BudgetWordsMixin:
                 f"{', '.join(config.changeable_fields) or 'none'}."
             )
         return budget, others
+
+    def _config_at(self, words: Mapping[str, Any]) -> TokenBudgetMixin:
+        """The config of the tower at the budget that these words ask for; none of them leave it as it is."""
+        config = self.budget_config
+        return config.with_budget(**words).hosted()[0] if words else config
 
     def _words_of_transformers(self) -> set[str]:
         """Every keyword argument that a processor of transformers, its tokenizer or its image processor takes."""
@@ -174,14 +179,13 @@ class BudgetLlavaProcessor(BudgetWordsMixin, PatchSizeProcessorMixin, LlavaProce
             raise ValueError(
                 f"`image_budgets` must hold one dict of budget words for each of {count} images, got {len(for_each)}."
             )
-        config = self.budget_config
         known: dict[str, TokenBudgetMixin] = {}
         configs = []
         for own in for_each or [{}] * count:
             words = {**shared, **self._split_words(own)[0]}
             key = repr(sorted(words.items()))
             if key not in known:
-                known[key] = config.with_budget(**words).hosted()[0] if words else config
+                known[key] = self._config_at(words)
             configs.append(known[key])
         return configs
 
@@ -216,7 +220,7 @@ class BudgetLlavaProcessor(BudgetWordsMixin, PatchSizeProcessorMixin, LlavaProce
                 rows[place] = budget_row(*budget)
         processed["image_sizes"] = rows
         processed = type(processed)(dict(processed), tensor_type=kwargs.get("return_tensors"))
-        return processed, [self.image_token * read_budget_row(row)[0] for row in rows]
+        return processed, [self.replace_image_token(processed, place) for place in range(len(rows))]
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         row = [int(number) for number in image_inputs["image_sizes"][image_idx]]
@@ -230,12 +234,8 @@ class BudgetLlavaProcessor(BudgetWordsMixin, PatchSizeProcessorMixin, LlavaProce
         """
         if image_sizes is None:
             return MultiModalData()
-        budget, _ = self._split_words(kwargs)
-        config = self.budget_config
-        if budget:
-            config = config.with_budget(**budget).hosted()[0]
-        count = len(image_sizes)
-        return MultiModalData(num_image_tokens=[config.max_num_tokens_for()] * count, num_image_patches=[1] * count)
+        most, count = self._config_at(self._split_words(kwargs)[0]).max_num_tokens_for(), len(image_sizes)
+        return MultiModalData(num_image_tokens=[most] * count, num_image_patches=[1] * count)
 
 
 class BudgetVipLlavaProcessor(FixedBudgetMixin, PatchSizeProcessorMixin, LlavaProcessor):

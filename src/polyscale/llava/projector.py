@@ -31,7 +31,7 @@ def share_weights(old: nn.Module, new: nn.Module) -> bool:
 
 
 def _widened(old: nn.Linear, width: int, num_scales: int, layers: int) -> nn.Linear:
-    """Reads `num_scales` times as many channels; those of the first scale as before, the others not at all."""
+    """A layer that reads `num_scales` times as many channels: the old weights for the first, 0 for the others."""
     new = nn.Linear(
         old.in_features * num_scales,
         old.out_features,

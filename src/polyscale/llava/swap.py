@@ -8,12 +8,13 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 from transformers.image_processing_utils import BaseImageProcessor
 
+from ..layers.attention import attention_name, set_attention_name
 from ..layers.token_budget import TokenBudgetMixin
 from ..layers.wrapping import attention_kept, check_has_no_head
 from .adapters import LlavaAdapter, adapter_of, tile_side
 from .downsampled import DownsampledTowerConfig
 from .layout import TokenLayout, token_layout
-from .packed import PackedTower, PackedTowerConfig
+from .packed import PackedTower, PackedTowerConfig, inner_config
 from .projector import fitted_projector, share_weights
 
 
@@ -29,7 +30,7 @@ def _feature_layer(
     """The layer or layers that LLaVA reads: those asked for, else the model's own if the tower has them, else the
     last.
     """
-    inner = tower.vision_config if isinstance(tower, PackedTowerConfig) else tower
+    inner = inner_config(tower)
     count = inner.num_hidden_layers + 1
 
     def is_usable(layer: int) -> bool:
@@ -128,12 +129,12 @@ def set_config(model: nn.Module, old: PreTrainedConfig, new: PreTrainedConfig) -
     for name in old.sub_configs:
         if isinstance(getattr(old, name, None), PreTrainedConfig):
             replaced[id(getattr(old, name))] = getattr(new, name)
-    attention = old._attn_implementation
+    attention = attention_name(old)
     for module in model.modules():
         config = getattr(module, "config", None)
         if id(config) in replaced:
             module.config = replaced[id(config)]
-    new._attn_implementation = attention
+    set_attention_name(new, attention)
 
 
 def _commit(llava: PreTrainedModel, config: PreTrainedConfig, fields: dict[str, object], tower: nn.Module) -> None:
@@ -208,12 +209,11 @@ def swap_vision_tower(
         if processor is not None:
             own = adapter.image_processor(processor, plan.config, plan.layout, image_processor, fit)
             new_processor = adapter.make_processor(processor, plan.config, plan.layout, own)
-        # Behind a tower that brings tokens together stands a projector for such tokens, whatever its weights are.
-        is_alike = isinstance(_inside(config.vision_config), DownsampledTowerConfig) == isinstance(
-            tower.config, DownsampledTowerConfig
-        )
+        old = inner_config(config.vision_config)
+        # A projector that was trained on tokens brought together has no use for others, and the other way round.
+        is_alike = isinstance(old, DownsampledTowerConfig) == isinstance(tower.config, DownsampledTowerConfig)
         related = is_alike and share_weights(llava.vision_tower, tower)
-        scales = 1 if hasattr(_inside(config.vision_config), "num_scales") else getattr(tower.config, "num_scales", 1)
+        scales = 1 if hasattr(old, "num_scales") else getattr(tower.config, "num_scales", 1)
         projector = fitted_projector(llava, plan.config, keep_projector, related, scales)
 
     for note in notes:
@@ -233,11 +233,7 @@ def swap_vision_tower(
     return new_processor
 
 
-def _inside(config: PreTrainedConfig) -> PreTrainedConfig:
-    return config.vision_config if isinstance(config, PackedTowerConfig) else config
-
-
-def set_token_budget(llava_model: PreTrainedModel, processor: ProcessorMixin, **knobs) -> ProcessorMixin:
+def set_token_budget(llava_model: PreTrainedModel, processor: ProcessorMixin, **budget) -> ProcessorMixin:
     """Changes how many tokens an image costs in a LLaVA model, in the model (in place) and in its processor.
 
     For one call alone, give the budget to the processor: `processor(images, text, num_tokens=100)`.
@@ -245,7 +241,7 @@ def set_token_budget(llava_model: PreTrainedModel, processor: ProcessorMixin, **
     Args:
         llava_model (`PreTrainedModel`): a LLaVA model with a tower of this library: see `swap_vision_tower`.
         processor (`ProcessorMixin`): its processor; it is changed in place where it stays of the same kind.
-        knobs: of a FlexiViT `patch_size` or `num_tokens` (the nearest that a patch size gives), and `image_size`; of
+        budget: of a FlexiViT `patch_size` or `num_tokens` (the nearest that a patch size gives), and `image_size`; of
             a Quadtree ViT `num_tokens` or `split_threshold`, and `image_size`; of S2 `scales` or `img_sizes` (as
             many as before), `num_tiles`, and `max_tiles`; of a SparseFormer `image_size`.
 
@@ -266,13 +262,13 @@ def set_token_budget(llava_model: PreTrainedModel, processor: ProcessorMixin, **
     llava = adapter.inner(llava_model)
     config = llava_model.config
     check_processor(processor, config)
-    old = _inside(config.vision_config)
+    old = inner_config(config.vision_config)
     if not isinstance(old, TokenBudgetMixin):
         raise ValueError(
             f"The vision tower is a {old.model_type!r}, which has no token budget: put a tower of this library in its "
             "place with `swap_vision_tower`."
         )
-    outer, _ = _hosted(old.with_budget(**knobs), adapter, config.vision_feature_layer)
+    outer, _ = _hosted(old.with_budget(**budget), adapter, config.vision_feature_layer)
     plan = _plan(adapter, config, outer, config.vision_feature_layer, tile_side(config.vision_config))
     own = adapter.resized_image_processor(processor, plan.config, plan.layout)
     new_processor = adapter.make_processor(processor, plan.config, plan.layout, own)

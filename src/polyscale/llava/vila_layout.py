@@ -183,8 +183,8 @@ class VilaLayout:
         if not self.is_dynamic and "dynamic" in str(self.image_aspect_ratio):
             raise ValueError(
                 f"`image_aspect_ratio` is {self.image_aspect_ratio!r}: tiles that become several images in the prompt "
-                "are not converted. `image_aspect_ratio='resize'` converts the model with one tile an image, as it "
-                "sees the images of a prompt with several."
+                "are not converted. `image_aspect_ratio='resize'` converts the model with one tile per image, as "
+                "it sees the images of a prompt with several."
             )
         if not re.fullmatch(r"\d+( *, *\d+)*", str(record.get("s2_scales"))) and (record.get("s2") or self.is_dynamic):
             raise ValueError(

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import AutoModel, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from ..layers.config_checks import field_names
 from ..loading import load_checkpoint
 from ..models.flexivit.convert_flexivit import load_flexivit_source
 from ..models.sparseformer.configuration_sparseformer import SparseFormerConfig, bootstrapped_operations
@@ -88,7 +89,7 @@ def make_student(
     Raises:
         ValueError: if the teacher has no blocks of a known layout, or fewer than asked for, or for an unknown option.
     """
-    unknown = sorted(set(options) - set(SparseFormerConfig.__dataclass_fields__))
+    unknown = sorted(set(options) - set(field_names(SparseFormerConfig)))
     if unknown:
         raise ValueError(f"`options` must be fields of `SparseFormerConfig`, got {', '.join(map(repr, unknown))}.")
     if not 0 <= frozen_share <= 1:
@@ -115,7 +116,7 @@ def make_student(
         "cls_token_layer": 2 if pooling == "cls" else None,
         **options,
     }
-    fields = {name: value for name, value in fields.items() if name in SparseFormerConfig.__dataclass_fields__}
+    fields = {name: value for name, value in fields.items() if name in field_names(SparseFormerConfig)}
     student = SparseFormerModel(SparseFormerConfig(**fields))
     report = load_vit_weights(
         student, source, layers=range(2, num_blocks + 2), blocks=range(depth - num_blocks, depth)

@@ -4,10 +4,9 @@ import difflib
 from collections.abc import Mapping, Sequence
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import PreTrainedConfig
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
+from transformers import CONFIG_MAPPING, MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, PreTrainedConfig
 
+from ..layers.config_checks import field_names
 from ..models.auto import families, family_of
 from .recipe import TrainingRecipe
 
@@ -42,7 +41,7 @@ def make_config(recipe: TrainingRecipe, options: Mapping, base: PreTrainedConfig
         if base is not None:
             return config_class.from_dict({**base.to_dict(), **options})
         sizes = {"image_size": recipe.image_size, "num_channels": recipe.num_channels}
-        known = {name: value for name, value in sizes.items() if name in config_class.__dataclass_fields__}
+        known = {name: value for name, value in sizes.items() if name in field_names(config_class)}
         if recipe.preset is not None:
             if not hasattr(config_class, "preset"):
                 raise ValueError(f"`family` {recipe.family!r} has no presets.")
@@ -74,7 +73,7 @@ def check_fields(config_class: type[PreTrainedConfig], options: Mapping) -> None
     Raises:
         ValueError: naming the nearest field.
     """
-    known = {*config_class.__dataclass_fields__, *config_class.attribute_map, "num_labels", "id2label", "label2id"}
+    known = {*field_names(config_class), *config_class.attribute_map, "num_labels", "id2label", "label2id"}
     for name in options:
         if name not in known:
             near = difflib.get_close_matches(name, sorted(known), 1)

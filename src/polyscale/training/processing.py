@@ -5,9 +5,8 @@ from dataclasses import replace
 from statistics import median
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import IMAGE_PROCESSOR_MAPPING, PreTrainedConfig
 from transformers.image_processing_utils import BaseImageProcessor
-from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 from transformers.processing_utils import ImagesKwargs
 
 from ..utils.processors import processor_for_size

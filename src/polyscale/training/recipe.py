@@ -4,8 +4,9 @@ import difflib
 import json
 import math
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from numbers import Integral, Real
+from typing import Any
 
 from ..utils.validation import check_choice, to_pair
 from .transforms import AUGMENTATIONS
@@ -166,7 +167,7 @@ class TrainingRecipe:
         maximum: float = math.inf,
     ) -> None:
         value = getattr(self, name)
-        if value is None and type(self).__dataclass_fields__[name].default is None:
+        if value is None and _defaults()[name] is None:
             return
         kind = Integral if whole else Real
         if isinstance(value, bool) or not isinstance(value, kind) or not math.isfinite(value):
@@ -203,9 +204,9 @@ class TrainingRecipe:
             )
 
     def _exclude(self, mode: str, reasons: dict[str, str]) -> None:
-        defaults = type(self).__dataclass_fields__
+        defaults = _defaults()
         for name, reason in reasons.items():
-            if getattr(self, name) not in (defaults[name].default, None):
+            if getattr(self, name) not in (defaults[name], None):
                 raise ValueError(f"`{mode}` and `{name}` exclude each other: {reason}.")
 
     def _check_classification(self) -> None:
@@ -276,6 +277,11 @@ class TrainingRecipe:
         return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
 
 
+def _defaults() -> dict[str, Any]:
+    """The default of each field of a recipe."""
+    return {entry.name: entry.default for entry in fields(TrainingRecipe)}
+
+
 # Batch sizes are those of all processes together in the papers; here they are per process.
 RECIPES = {
     # arXiv 2212.08013, section 3.4 and appendix: distilled at 240 px from a larger-resolution teacher
@@ -327,8 +333,8 @@ def make_recipe(name: str | None = None, model_options: dict | None = None, **ch
         ValueError: for an unknown recipe or field, or values that `TrainingRecipe` refuses.
     """
     for choice in choices:
-        if choice not in TrainingRecipe.__dataclass_fields__:
-            near = difflib.get_close_matches(choice, TrainingRecipe.__dataclass_fields__, 1)
+        if choice not in _defaults():
+            near = difflib.get_close_matches(choice, _defaults(), 1)
             raise ValueError(f"`{choice}` is no field of a recipe{f'; did you mean `{near[0]}`?' if near else '.'}")
     return TrainingRecipe(**given_choices(name, model_options, **choices))
 

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import torch
 from transformers import (
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
     AutoModel,
     AutoModelForImageClassification,
     PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.image_processing_utils import BaseImageProcessor
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
 
 from ..conversion import convert_checkpoint
 from ..evaluation.labels import match_labels
@@ -88,7 +88,7 @@ def completed(recipe: TrainingRecipe, num_images: int, learning_rate: float) -> 
 
 
 def default_batch_size(num_images: int) -> int:
-    """A power of two, at most 128, that gives some steps an epoch."""
+    """A power of two, at most 128, that gives some steps per epoch."""
     batch = _LARGEST_BATCH
     while batch > 8 and num_images < batch * _STEPS_PER_EPOCH:
         batch //= 2

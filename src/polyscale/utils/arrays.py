@@ -74,7 +74,7 @@ def with_values_of_files(images: Any, name: str = "images", without_alpha: bool 
         without_alpha (`bool`, *optional*, defaults to `True`): whether a fourth channel is dropped, as that of files.
 
     Raises:
-        ValueError: for values of another range, which nobody knows.
+        ValueError: for values of another, unknown range.
     """
     arrays: list = []
     map_images(images, lambda image: arrays.append(image) if _is_array(image) and _is_float(image) else None)

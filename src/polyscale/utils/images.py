@@ -73,7 +73,7 @@ def find_images(path: str | os.PathLike) -> list[Path]:
 
 
 def upright_8_bit(image: Image.Image, name: str = "image") -> Image.Image:
-    """A PIL image turned upright as its EXIF data says, with 8 bits a channel; its mode is else kept.
+    """A PIL image turned upright as its EXIF data says, with 8 bits per channel; its mode is else kept.
 
     16 bits are reduced to their upper 8, as Pillow itself does with colours of 16 bits. Of an animation the frame
     that the image stands at is taken: the first, where it was just opened.
@@ -83,7 +83,7 @@ def upright_8_bit(image: Image.Image, name: str = "image") -> Image.Image:
         name (`str`, *optional*, defaults to `"image"`): what an error calls it.
 
     Raises:
-        UnreadableImageError: for a damaged image, and for pixels whose range nobody knows (32-bit integers and
+        UnreadableImageError: for a damaged image, and for pixels whose range is unknown (32-bit integers and
             floats).
     """
     try:
@@ -104,7 +104,7 @@ def upright_8_bit(image: Image.Image, name: str = "image") -> Image.Image:
 
 
 def to_rgb(image: Image.Image, name: str = "image") -> Image.Image:
-    """A PIL image of any mode as an upright RGB image of 8 bits a channel; transparency is dropped.
+    """A PIL image of any mode as an upright RGB image of 8 bits per channel; transparency is dropped.
 
     Every tool of this library and every image processor goes through here, so that all see the same pixels.
     Arguments and errors: `upright_8_bit`.
@@ -127,7 +127,7 @@ def open_image(source: str | os.PathLike | bytes, name: str | None = None) -> Im
 
     Raises:
         UnreadableImageError: if the file is missing or no image, is damaged, has more pixels than Pillow thinks safe
-            (`PIL.Image.MAX_IMAGE_PIXELS`), or has pixels of 32 bits, whose range nobody knows.
+            (`PIL.Image.MAX_IMAGE_PIXELS`), or has pixels of 32 bits, whose range is unknown.
     """
     if isinstance(source, bytes):
         name, file = name or "image", io.BytesIO(source)

@@ -1,7 +1,11 @@
 """What image processors make of images: of which size, and from which part of an image.
 
 A processor whose answers do not follow from `size`, `crop_size`, `do_resize` and `do_center_crop` gives its own: a
-property `output_size`, a method `options_for_size(image_size, crop_pct)`.
+property `output_size`, methods `options_for_size(image_size, crop_pct)` and `seen_region(image)`.
+
+Some have a field `fit`, which says how an image comes to the size that the model takes: "squash" (resized, whatever
+its shape), "crop" (resized to cover the size, then a centre crop), "pad" (resized to fit into the size, the rest
+filled with the mean colour), or, where a model takes many sizes, "aspect" (the one nearest to the image's own shape).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,10 +17,15 @@ from PIL import Image
 from torchvision.transforms import v2
 from torchvision.tv_tensors import Image as TVImage
 from transformers.image_processing_utils import BaseImageProcessor
+from transformers.image_utils import PILImageResampling
 
 from .arrays import with_values_of_files
 from .images import UnreadableImageError, displayed, to_rgb
 from .validation import to_pair
+
+
+# Names of interpolations, as users and timm write them.
+RESAMPLINGS = {name: PILImageResampling[name.upper()] for name in ("nearest", "bilinear", "bicubic", "lanczos")}
 
 
 def _side_lengths(size: Any) -> dict[str, int | None]:
@@ -98,6 +107,11 @@ def seen_region(image: Image.Image | np.ndarray, processor: BaseImageProcessor) 
     image = image if isinstance(image, Image.Image) else displayed(image)
     if hasattr(type(processor), "seen_region"):
         return processor.seen_region(image)
+    return plain_seen_region(image, processor)
+
+
+def plain_seen_region(image: Image.Image, processor: BaseImageProcessor) -> Image.Image:
+    """`seen_region` of a processor that resizes to `size` and perhaps crops to `crop_size`."""
     if not _crops(processor):
         return image
     crop = _side_lengths(processor.crop_size)
@@ -208,11 +222,13 @@ def process_images(
 
 
 __all__ = [
+    "RESAMPLINGS",
     "options_for_size",
     "output_size",
     "pixels_and_options",
     "pixels_of",
     "plain_options_for_size",
+    "plain_seen_region",
     "process_images",
     "processor_for_size",
     "seen_region",

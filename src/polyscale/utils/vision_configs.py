@@ -5,8 +5,7 @@ from functools import lru_cache
 from inspect import Parameter, signature
 
 import torch
-from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_MAPPING
+from transformers import MODEL_MAPPING, AutoModel, PreTrainedConfig, PreTrainedModel
 
 from .validation import to_pair
 

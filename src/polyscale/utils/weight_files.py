@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from transformers import AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from .checkpoint_files import check_index, load_torch_file
 
@@ -67,6 +69,12 @@ def iterate_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
             yield from _mapped(file).items()
 
 
+def model_to_fill(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """A model of images and text in evaluation mode, with memory for its weights and no values in it."""
+    with no_init_weights():  # the Auto classes draw the weights of a model that is made from a config
+        return AutoModelForImageTextToText.from_config(config, dtype=dtype).eval()
+
+
 def fill_parameter(parameter: torch.Tensor, tensor: torch.Tensor, name: str) -> None:
     """Copies a tensor; an embedding may have fewer rows than the model, whose others become the mean.
 
@@ -120,4 +128,4 @@ def fill_model(
         raise ValueError(f"The checkpoint lacks {len(wanted)} weights of the model, {sorted(wanted)[0]!r} among them.")
 
 
-__all__ = ["fill_model", "fill_parameter", "iterate_tensors", "read_json"]
+__all__ = ["fill_model", "fill_parameter", "iterate_tensors", "model_to_fill", "read_json"]

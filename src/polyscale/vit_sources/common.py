@@ -3,7 +3,6 @@
 from typing import Any, NamedTuple
 
 import torch
-from transformers.image_utils import PILImageResampling
 
 from ..models.flexivit.configuration_flexivit import FlexiViTConfig
 from ..models.flexivit.image_processing_flexivit import FlexiViTImageProcessor
@@ -111,13 +110,9 @@ def make_image_processor(num_channels: int = 3, **fields: Any) -> FlexiViTImageP
     return FlexiViTImageProcessor(do_convert_rgb=num_channels == 3, **fields)
 
 
-RESAMPLINGS = {name: PILImageResampling[name.upper()] for name in ("nearest", "bilinear", "bicubic", "lanczos")}
-
-
 __all__ = [
     "FLEXIVIT_KERNEL",
     "ORDINARY_KERNEL",
-    "RESAMPLINGS",
     "FlexiViTSource",
     "head_of",
     "imagenet_labels",

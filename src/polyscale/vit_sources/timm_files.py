@@ -1,6 +1,6 @@
 """Weights files and folders of timm's `vit_*`, `deit_*` and `flexivit_*` as FlexiViT.
 
-A folder comes from anybody: it may say what its model is made of, and name no other file and no code.
+A folder may come from anyone: it may say what its model is made of, and name no other file and no code.
 """
 
 import json

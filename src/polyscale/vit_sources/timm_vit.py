@@ -12,10 +12,10 @@ from transformers.utils import logging
 
 from ..models.flexivit.image_processing_flexivit import FlexiViTImageProcessor
 from ..utils.checkpoint_files import rename_keys
+from ..utils.processors import RESAMPLINGS
 from .common import (
     FLEXIVIT_KERNEL,
     ORDINARY_KERNEL,
-    RESAMPLINGS,
     FlexiViTSource,
     imagenet_labels,
     label_maps,

@@ -203,7 +203,7 @@ class FlexiViTConfig(EncoderConfig):
         """A patch size as a user types it: "16", or height and width, "10x15".
 
         Raises:
-            ValueError: for a text that is none.
+            ValueError: for any other text.
         """
         numbers = text.lower().split("x")
         if len(numbers) > 2 or not all(number.strip().lstrip("-").isdecimal() for number in numbers):

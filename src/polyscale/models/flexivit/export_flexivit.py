@@ -97,7 +97,9 @@ class PlainViT(NamedTuple):
 
 
 @torch.no_grad()
-def plain_vit(source: Source, image_size: int | Sequence[int] | None, patch_size: int | Sequence[int] | None):
+def plain_vit(
+    source: Source, image_size: int | Sequence[int] | None, patch_size: int | Sequence[int] | None
+) -> PlainViT:
     """Reads a source as FlexiViT and resizes it to one budget. Arguments: `export_vit`."""
     loaded = load_flexivit_source(source)
     model, config = flexivit_from_source(loaded), loaded.config
@@ -329,7 +331,7 @@ def export_vit(
         patch_size (`int` or `(height, width)`, *optional*): in pixels; as the config says when `None`.
 
     Raises:
-        ValueError: if neither has all parts, naming those that lack, or the patch does not fit the image.
+        ValueError: if neither has all parts, naming what is missing, or the patch does not fit the image.
     """
     vit = plain_vit(source, image_size, patch_size)
     lacks_vit, lacks_dinov2 = _missing_in_vit(vit), missing_parts(vit, _UNKNOWN_TO_DINOV2)

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from ...utils.checkpoint_files import rename_keys
-from ...vit_sources.common import RESAMPLINGS
+from ...utils.processors import RESAMPLINGS
 from .export_flexivit import (
     TIMM_ACTIVATIONS,
     UNKNOWN_TO_TIMM,
@@ -56,7 +56,8 @@ _RULES = [
 
 def _join(tensors: dict[str, torch.Tensor], num_layers: int) -> None:
     """Puts what timm keeps as one matrix together: queries, keys and values; gate and value of a gated MLP; keys and
-    values of attention pooling."""
+    values of attention pooling.
+    """
     joined = {"attention.qkv": ["attention.q_proj", "attention.k_proj", "attention.v_proj"]}
     joined["mlp.fc1"] = ["mlp.gate_proj", "mlp.up_proj"]
     for layer in range(num_layers):

@@ -1,6 +1,6 @@
 """Image processor of FlexiViT, torchvision backend."""
 
-from transformers.image_processing_backends import TorchvisionBackend
+from transformers import TorchvisionBackend
 from transformers.image_utils import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD, PILImageResampling
 
 from ...utils.validation import FiniteImagesMixin

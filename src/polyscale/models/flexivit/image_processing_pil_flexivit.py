@@ -1,6 +1,6 @@
 """Image processor of FlexiViT, PIL backend."""
 
-from transformers.image_processing_backends import PilBackend
+from transformers import PilBackend
 from transformers.image_utils import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD, PILImageResampling
 
 from ...utils.validation import FiniteImagesMixin

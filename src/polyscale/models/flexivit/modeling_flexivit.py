@@ -9,12 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from transformers import initialization as init
-from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
+from transformers.backbone_utils import BackboneMixin
 from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs
-from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
+from transformers.utils import TransformersKwargs, can_return_tuple
 
 from ...layers.backbone import check_nothing_merges, feature_maps_of
 from ...layers.call_checks import check_words, classification_loss
@@ -29,6 +27,7 @@ from ...layers.encoding import run_layers, run_merging_layers
 from ...layers.freezing import check_no_adapters, is_plain, thaw
 from ...layers.packing import Padding
 from ...layers.pooled_only import pooled_only_suffices
+from ...utils.transformers_internals import capture_outputs, filter_output_hidden_states, merge_with_config_defaults
 from ...utils.validation import check_pixel_values
 from .configuration_flexivit import FlexiViTConfig
 from .embeddings_flexivit import FlexiViTEmbeddings, PatchSize
@@ -262,7 +261,7 @@ class FlexiViTBackbone(BackboneMixin, FlexiViTPreTrainedModel):
             patch_size: as in `FlexiViTModel.forward`.
 
         Returns:
-            `feature_maps`: one (batch, hidden, rows, columns) a stage; with `config.reshape_hidden_states=False`
+            `feature_maps`: one (batch, hidden, rows, columns) per stage; with `config.reshape_hidden_states=False`
             (batch, tokens, hidden), prefix tokens included.
         """
         check_words(self, kwargs)

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from transformers.processing_utils import Unpack
-from transformers.utils import ModelOutput, TransformersKwargs
-from transformers.utils.generic import can_return_tuple
+from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 
 from ...layers.call_checks import check_words
 from .configuration_flexivit import FlexiViTConfig

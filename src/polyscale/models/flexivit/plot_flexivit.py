@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ...figures import draw_picture, features_to_rgb, make_grid, preprocess
+from ...figures import draw_image, features_to_rgb, make_grid, preprocess
 from ...layers.token_budget import default_budgets_of, format_budget
 from ...utils.processors import seen_region
 from ...utils.validation import to_pair
@@ -36,7 +36,7 @@ def draw_patch_grid(
     """
     height, width = image_size
     patch_height, patch_width = to_pair(patch_size, "patch_size")
-    draw_picture(axis, image, extent=(0, width, height, 0), interpolation="lanczos", aspect="equal")
+    draw_image(axis, image, extent=(0, width, height, 0), interpolation="lanczos", aspect="equal")
     line = {"color": "white", "linewidth": 0.7, "alpha": 0.85}
     bottom = height // patch_height * patch_height if remainder == "crop" else height
     right = width // patch_width * patch_width if remainder == "crop" else width

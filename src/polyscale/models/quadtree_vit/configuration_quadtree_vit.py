@@ -5,11 +5,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from transformers import PreTrainedConfig
-from transformers.configuration_utils import SubConfigSpec
-from transformers.models.auto.configuration_auto import AutoConfig
 
 from ...layers.config_checks import checked_config, choice, non_negative, pixel_size, positive
 from ...layers.encoder_config import EncoderConfig
+from ...utils.transformers_internals import sub_config
 from ...utils.validation import to_pair
 from .selection_quadtree_vit import check_multiple, check_token_budget, quadtree_tokens
 
@@ -125,9 +124,7 @@ class QuadtreeViTConfig(EncoderConfig):
     ]
     budget_argument = "num_tokens"
     changeable_fields = ("num_tokens", "split_threshold", "image_size")
-    sub_configs_defaults = {
-        "scorer_backbone_config": SubConfigSpec(config_class=AutoConfig, model_type="resnet", optional=True)
-    }
+    sub_configs_defaults = {"scorer_backbone_config": sub_config("resnet", optional=True)}
 
     image_size: int | list[int] | tuple[int, int] = pixel_size(256)
     min_patch_size: int = positive(16)

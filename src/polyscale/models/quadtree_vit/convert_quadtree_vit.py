@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
-from ...layers.encoder_config import EncoderConfig
+from ...layers.config_checks import field_names
 from ...layers.resizing import pi_resize_patch_embed
 from ...utils.checkpoint_files import model_from_state_dict
 from ...utils.validation import to_pair
@@ -23,6 +23,8 @@ from .modeling_projection_quadtree_vit import QuadtreeViTModelWithProjection
 from .modeling_quadtree_vit import QuadtreeViTForImageClassification, QuadtreeViTModel, QuadtreeViTPreTrainedModel
 
 
+logger = logging.get_logger(__name__)
+
 _KERNEL = "embeddings.patch_embeddings.projection.weight"
 _SCORER = "embeddings.patch_scorer."
 # What comes on top of the model, as a source says it.
@@ -31,22 +33,20 @@ _CLASSES = {
     "projection": QuadtreeViTModelWithProjection,
     None: QuadtreeViTModel,
 }
+_SOURCE_OPTIONS = ("architecture", "model_args", "pretrained")
 _LABEL_FIELDS = ("id2label", "label2id", "problem_type")
-# `benchmarks/better_tokens/better_tokens.py`: for a mean this keeps most answers; for a CLS token no way is ahead.
+# What keeps most answers of the source (`benchmarks/better_tokens/better_tokens.py`). The second line is for sources
+# that pool by the mean of their tokens: with a CLS token it is no better.
 _BEST = {"reduction": "antialias", "patch_scorer": "embedding"}
 _BEST_FOR_MEAN = {"merge_layer": 2, "area_attention": 1.0, "area_pooling": True}
-
-logger = logging.get_logger(__name__)
-_SOURCE_OPTIONS = ("architecture", "model_args", "pretrained")
 
 
 def _quadtree_config(source: FlexiViTConfig, options: dict[str, Any]) -> QuadtreeViTConfig:
     """The source's encoder with learned positions, and patch sizes that cut its image size."""
-    unknown = [name for name in options if name not in QuadtreeViTConfig.__dataclass_fields__]
+    unknown = [name for name in options if name not in field_names(QuadtreeViTConfig)]
     if unknown:
         raise ValueError(f"Unknown options {unknown}: expected fields of QuadtreeViTConfig, such as `max_patch_size`.")
-    skipped = ("_out_features", "_out_indices")
-    fields = {name: getattr(source, name) for name in EncoderConfig.__annotations__ if name not in skipped}
+    fields = source.encoder_fields()
     fields |= {name: getattr(source, name) for name in _LABEL_FIELDS}
     patch_size = to_pair(source.base_patch_size, "base_patch_size")
     if patch_size[0] != patch_size[1]:

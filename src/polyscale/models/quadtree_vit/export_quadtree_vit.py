@@ -12,7 +12,6 @@ import torch
 from transformers import AutoImageProcessor, PreTrainedModel
 from transformers.utils import logging
 
-from ...layers.encoder_config import EncoderConfig
 from ...utils.checkpoint_files import check_index
 from ...vit_sources.common import ORDINARY_KERNEL, FlexiViTSource, make_source
 from ...vit_sources.transformers_vit import convert_image_processor
@@ -99,8 +98,7 @@ def flexivit_source_of(source: str | os.PathLike | PreTrainedModel, **overrides:
     config = model.config
     tensors = {name.removeprefix("quadtree_vit."): tensor for name, tensor in model.state_dict().items()}
     tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(_FOR_LARGE_PATCHES)}
-    skipped = ("_out_features", "_out_indices")
-    fields = {name: getattr(config, name) for name in EncoderConfig.__annotations__ if name not in skipped}
+    fields = config.encoder_fields()
     fields |= {name: getattr(config, name) for name in _LABEL_FIELDS}
     fields |= {"base_patch_size": config.min_patch_size, "patch_bias": config.patch_bias, **ORDINARY_KERNEL}
     fields |= _position_fields(model, tensors)

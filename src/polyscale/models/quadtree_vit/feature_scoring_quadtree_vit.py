@@ -113,7 +113,7 @@ class FeatureBasedPatchScorer(PatchScorer):
 
     def train(self, mode: bool = True) -> "FeatureBasedPatchScorer":
         super().train(mode)
-        # `from_pretrained` makes parameters anew, and ends with a call of this.
+        # `from_pretrained` replaces parameters, which then want gradients again; it calls this afterwards.
         self.network.eval().requires_grad_(False)
         return self
 

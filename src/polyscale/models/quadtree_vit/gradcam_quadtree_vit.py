@@ -13,21 +13,21 @@ from .selection_quadtree_vit import check_multiple
 
 
 def _features_and_logits(
-    model: nn.Module, pixel_values: torch.Tensor, target_layer: nn.Module | None, knobs: dict
+    model: nn.Module, pixel_values: torch.Tensor, target_layer: nn.Module | None, budget: dict
 ) -> tuple[torch.Tensor, torch.Tensor, object]:
     """Activations with a gradient path to the logits, the logits, and the model's output."""
     captured = []
     if target_layer is not None:
         handle = target_layer.register_forward_hook(lambda module, inputs, output: captured.append(output))
         try:
-            output = model(pixel_values, **knobs)
+            output = model(pixel_values, **budget)
         finally:
             handle.remove()
         if not captured:
             raise ValueError("`target_layer` was not called in the forward pass of `model`.")
         features = captured[-1][0] if isinstance(captured[-1], tuple) else captured[-1]
     else:
-        output = model(pixel_values, output_hidden_states=True, **knobs)
+        output = model(pixel_values, output_hidden_states=True, **budget)
         hidden_states = getattr(output, "hidden_states", None)
         if not hidden_states:
             raise ValueError("`model` gives no hidden states: name the `target_layer` whose output Grad-CAM looks at.")
@@ -88,14 +88,14 @@ def gradcam_oracle(
     check_multiple((height, width), max_patch_size, "max_patch_size")
     batch = pixel_values.shape[0]
     if tuple(labels.shape) != (batch,):
-        raise ValueError(f"`labels` must have the shape {(batch,)}, one class an image; got {tuple(labels.shape)}.")
+        raise ValueError(f"`labels` must have the shape {(batch,)}, one class per image; got {tuple(labels.shape)}.")
     is_quadtree = isinstance(config, QuadtreeViTConfig)
-    knobs = {"num_tokens": config.num_tokens_range((height, width))[1]} if is_quadtree else {}
+    budget = {"num_tokens": config.num_tokens_range((height, width))[1]} if is_quadtree else {}
 
     with torch.enable_grad():
         # Gradients must reach the activations even when every parameter is frozen.
         pixel_values = pixel_values.detach().requires_grad_()
-        features, logits, output = _features_and_logits(model, pixel_values, target_layer, knobs)
+        features, logits, output = _features_and_logits(model, pixel_values, target_layer, budget)
         (gradients,) = torch.autograd.grad(logits.gather(1, labels[:, None]).sum(), features)
     features, gradients = features.detach().float(), gradients.float()
     if features.ndim == 3:

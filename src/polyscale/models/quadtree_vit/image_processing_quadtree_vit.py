@@ -2,23 +2,24 @@
 
 import math
 
-from transformers.image_processing_backends import TorchvisionBackend
+from PIL import Image, ImageOps
+from transformers import TorchvisionBackend
 from transformers.image_processing_base import BatchFeature
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling, SizeDict
 from transformers.processing_utils import ImagesKwargs
 
-from ...utils.processors import plain_options_for_size
+from ...utils.processors import plain_options_for_size, plain_seen_region
 from ...utils.validation import FiniteImagesMixin, check_choice
 from .selection_quadtree_vit import check_multiple
 
 
-FITS = ("squash", "aspect", "pad")
+FITS = ("squash", "crop", "pad", "aspect")
 
 
 class QuadtreeViTImageProcessorKwargs(ImagesKwargs, total=False):
     """
     fit (`str`):
-        How an image gets its legal size: "squash", "aspect" or "pad".
+        How an image gets its legal size: "squash", "crop", "pad" or "aspect".
     max_patch_size (`int`):
         Side in pixels of the largest patches: height and width become multiples of it.
     """
@@ -32,10 +33,11 @@ def _up_to_multiple(length: int, multiple: int) -> int:
 
 
 def fitted_size(height: int, width: int, size: SizeDict, fit: str, max_patch_size: int) -> tuple[int, int]:
-    """(height, width) in pixels that an image is resized to by "aspect" or "pad".
+    """(height, width) in pixels that an image is resized to by "crop", "pad" or "aspect".
 
-    "aspect": the multiples of `max_patch_size` nearest to the image enlarged or reduced to the area of `size`, or to
-    its shortest edge. "pad": the largest size that fits into `size`.
+    "crop": the smallest size that covers `size`. "pad": the largest size that fits into `size`. "aspect": the
+    multiples of `max_patch_size` nearest to the image enlarged or reduced to the area of `size`, or to its shortest
+    edge.
 
     Raises:
         ValueError: if `size` lacks what `fit` needs.
@@ -46,6 +48,9 @@ def fitted_size(height: int, width: int, size: SizeDict, fit: str, max_patch_siz
         raise ValueError(f"`size` must have 'height' and 'width' for `fit={fit!r}`, got {dict(size)}.")
     elif fit == "aspect":
         scale = math.sqrt(size.height * size.width / (height * width))
+    elif fit == "crop":
+        scale = max(size.height / height, size.width / width)
+        return max(round(height * scale), size.height), max(round(width * scale), size.width)
     else:
         scale = min(size.height / height, size.width / width)
         return max(round(height * scale), 1), max(round(width * scale), 1)
@@ -76,18 +81,26 @@ class LegalSizeMixin:
         """Arguments of a call that bring images to (height, width) = `image_size`.
 
         Raises:
-            ValueError: with `fit="aspect"`, whose sizes follow each image's shape; for a crop with `fit="pad"`.
+            ValueError: with `fit="aspect"`, whose sizes follow each image's shape; for a `crop_pct` with `fit="crop"`
+                or "pad", which say themselves what is cut off.
         """
         if self.fit == "aspect":
             raise ValueError(
                 f"The image processor has `fit='aspect'`, which sizes each image by its shape: {image_size} cannot "
-                "be asked for. Set `fit='squash'` or `fit='pad'` in its preprocessor_config.json."
+                "be asked for. Set `fit='squash'`, `'crop'` or `'pad'` in its preprocessor_config.json."
             )
-        if self.fit == "pad" and crop_pct is not None:
-            raise ValueError("`crop_pct` cannot be followed: the image processor has `fit='pad'` and crops nothing.")
-        if self.fit == "pad":
-            return {"size": dict(zip(("height", "width"), image_size, strict=True)), "do_resize": True}
-        return plain_options_for_size(self, image_size, crop_pct)
+        if self.fit == "squash":
+            return plain_options_for_size(self, image_size, crop_pct)
+        if crop_pct is not None:
+            raise ValueError(f"`crop_pct` cannot be followed: the image processor crops as `fit={self.fit!r}` says.")
+        return {"size": dict(zip(("height", "width"), image_size, strict=True)), "do_resize": True}
+
+    def seen_region(self, image: Image.Image) -> Image.Image:
+        """The part of an RGB image that the model sees, at the image's own resolution."""
+        if self.fit != "crop" or not self.do_resize:
+            return plain_seen_region(image, self)
+        scale = min(image.height / self.size.height, image.width / self.size.width)
+        return ImageOps.fit(image, (round(self.size.width * scale), round(self.size.height * scale)))
 
     def _preprocess(
         self,
@@ -127,15 +140,16 @@ class LegalSizeMixin:
         if return_tensors is not None and len(sizes) > 1:
             raise ValueError(
                 f"The images have the sizes {sizes} after `fit={fit!r}` and cannot be one batch: process them one "
-                f"at a time, or use `fit='squash'` or `fit='pad'`."
+                f"at a time, or use `fit='squash'`, `'crop'` or `'pad'`."
             )
         return BatchFeature(data={"pixel_values": images}, tensor_type=return_tensors)
 
     def _resize_to_fit(self, image, size: SizeDict, resample: object, fit: str, max_patch_size: int):
-        if fit != "squash":
-            height, width = fitted_size(*image.shape[-2:], size, fit, max_patch_size)
-            size = SizeDict(height=height, width=width)
-        return self.resize(image=image, size=size, resample=resample)
+        if fit == "squash":
+            return self.resize(image=image, size=size, resample=resample)
+        height, width = fitted_size(*image.shape[-2:], size, fit, max_patch_size)
+        image = self.resize(image=image, size=SizeDict(height=height, width=width), resample=resample)
+        return self.center_crop(image, size) if fit == "crop" else image
 
     def _pad_to(self, image, target: SizeDict | None, max_patch_size: int):
         if target is None:
@@ -149,10 +163,10 @@ class QuadtreeViTImageProcessor(FiniteImagesMixin, LegalSizeMixin, TorchvisionBa
 
     Args:
         fit: how an image gets its legal size: "squash" (resized to `size`, whatever its shape; with `do_center_crop`,
-            cropped to `crop_size` afterwards), "aspect" (to the legal height and width nearest to its own shape, of
-            about the area of `size`, or of its shortest edge) or "pad" (its shape kept, as large as fits into `size`,
-            the rest padded at the bottom and the right with the mean colour; with `do_resize=False`, padded to the
-            next legal size).
+            cropped to `crop_size` afterwards), "crop" (its shape kept, as small as covers `size`, then a centre crop),
+            "pad" (its shape kept, as large as fits into `size`, the rest padded at the bottom and the right with the
+            mean colour; with `do_resize=False`, padded to the next legal size) or "aspect" (to the legal height and
+            width nearest to its own shape, of about the area of `size`, or of its shortest edge).
         max_patch_size: side in pixels of the model's largest patches.
         size: {"height", "width"} in pixels, 256 x 256 by default.
 

@@ -11,12 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
-from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
+from transformers.backbone_utils import BackboneMixin
 from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs
-from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
+from transformers.utils import TransformersKwargs, can_return_tuple
 
 from ...layers.backbone import check_nothing_merges, feature_maps_of
 from ...layers.call_checks import check_words, classification_loss
@@ -24,6 +22,7 @@ from ...layers.encoder import EncoderClassificationHead, EncoderPreTrainedModel,
 from ...layers.encoding import run_layers, run_merging_layers
 from ...layers.packing import Padding
 from ...layers.pooled_only import pooled_only_suffices
+from ...utils.transformers_internals import capture_outputs, filter_output_hidden_states, merge_with_config_defaults
 from .configuration_quadtree_vit import QuadtreeViTConfig
 from .pyramid_quadtree_vit import ZeroLinear, reverse_quadtree
 from .scoring_quadtree_vit import PatchScorer
@@ -354,7 +353,7 @@ class QuadtreeViTBackbone(BackboneMixin, QuadtreeViTPreTrainedModel):
             patch_scores: see there.
 
         Returns:
-            `feature_maps`: one (batch, hidden, height / min_patch_size, width / min_patch_size) a stage; with
+            `feature_maps`: one (batch, hidden, height / min_patch_size, width / min_patch_size) per stage; with
             `config.reshape_hidden_states=False` one token for each of these places in raster order, behind the prefix
             tokens: (batch, num_prefix_tokens + places, hidden).
         """

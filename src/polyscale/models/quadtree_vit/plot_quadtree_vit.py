@@ -37,7 +37,7 @@ def draw_quadtree(
         min_patch_size: side in pixels to which every patch is reduced; the smallest of `patch_sizes` when None.
         image_size: (height, width) of the model's input, to which `image` is resized; read from the patches when None.
         line_color: colour of the lines between patches.
-        scale: the result's pixels a pixel of the input, so that lines stay thin.
+        scale: pixels of the result per pixel of the input, so that lines stay thin.
 
     Returns:
         An RGB image of `scale` times the size of the model's input.
@@ -73,7 +73,7 @@ def draw_quadtree(
 
 
 @torch.no_grad()
-def quadtree_picture(model, processor, image: Image.Image, num_tokens: int | None = None) -> Image.Image:
+def quadtree_image(model, processor, image: Image.Image, num_tokens: int | None = None) -> Image.Image:
     """An image as a Quadtree ViT sees it at a budget: each patch at the resolution it is embedded at.
 
     Args:
@@ -95,7 +95,7 @@ def quadtree_picture(model, processor, image: Image.Image, num_tokens: int | Non
 
 
 def draw_quadtrees(model, processor, image: Image.Image, budgets: Sequence | None = None) -> "Figure":
-    """An image as a Quadtree ViT sees it at several budgets (`quadtree_picture`).
+    """An image as a Quadtree ViT sees it at several budgets (`quadtree_image`).
 
     Args:
         model: a Quadtree ViT, with or without a head.
@@ -109,14 +109,14 @@ def draw_quadtrees(model, processor, image: Image.Image, budgets: Sequence | Non
     budgets = default_budgets_of(model.config) if budgets is None else list(budgets)
     figure, axes = make_grid(1, len(budgets), cell=(2.8, 3.0))
     for axis, budget in zip(axes[0], budgets, strict=True):
-        axis.imshow(quadtree_picture(model, processor, image, budget))
+        axis.imshow(quadtree_image(model, processor, image, budget))
         axis.set_title("as the model sees it" if budget is None else f"{budget} tokens", fontsize=9)
     return figure
 
 
 def draw_patches(axis: "Axes", model, processor, image: Image.Image, num_tokens: int | None) -> None:
     """Draws an image as a Quadtree ViT sees it at a budget, on an axis of a figure."""
-    axis.imshow(quadtree_picture(model, processor, image, num_tokens))
+    axis.imshow(quadtree_image(model, processor, image, num_tokens))
 
 
-__all__ = ["draw_patches", "draw_quadtree", "draw_quadtrees", "quadtree_picture"]
+__all__ = ["draw_patches", "draw_quadtree", "draw_quadtrees", "quadtree_image"]

@@ -28,8 +28,9 @@ class PatchAggregation(nn.Module):
         self.output = ZeroLinear(config.hidden_size, config.hidden_size)
 
     def forward(self, embeddings: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Embeddings of the patches of each size, largest first, (batch, rows, columns, hidden): the same, with what
-        the smallest ones add to the others."""
+        """Embeddings of the patches of each size, (batch, rows, columns, hidden), largest first -> the same shapes,
+        with what the smallest patches add to the others.
+        """
         enriched = [embeddings[-1]]
         parts = embeddings[-1].permute(0, 3, 1, 2)  # (batch, hidden, rows, columns)
         for larger in reversed(embeddings[:-1]):
@@ -162,7 +163,7 @@ def reverse_quadtree(
     if token_mask is not None:
         cells = torch.where(token_mask, cells, 0)
 
-    # Which token (from 1; 0 = none) lies over each cell: written once a patch at the grid of its own size, then
+    # Which token (from 1; 0 = none) lies over each cell: written once per patch at the grid of its own size, then
     # enlarged.
     number = torch.arange(1, num_tokens + 1, device=tokens.device).expand(batch, -1)
     owner = torch.zeros(1, dtype=torch.long, device=tokens.device)

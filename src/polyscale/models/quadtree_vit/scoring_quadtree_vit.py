@@ -1,7 +1,7 @@
-"""Patch scorers: how much a image loses where a patch is kept at a low resolution (arXiv 2304.00287, section 3.2).
+"""Patch scorers: how much an image loses where a patch is kept at a low resolution (arXiv 2304.00287, section 3.2).
 
 Faithful to TomerRonen34/mixed-resolution-vit, `mixed_res/patch_scorers`. A scorer maps normalised pixels to one score
-a patch for each size that can be split: higher = split sooner.
+per patch for each size that can be split: higher = split sooner.
 """
 
 import math
@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.utils.generic import maybe_autocast
 
+from ...utils.transformers_internals import maybe_autocast
 from ...utils.validation import check_choice
 from .configuration_quadtree_vit import REDUCTIONS, count_levels
 from .selection_quadtree_vit import check_multiple

@@ -26,6 +26,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from ...utils.tracing import can_be_kept, is_traced
 from ...utils.validation import check_number
 
 
@@ -149,14 +150,9 @@ def _check_scores(scores: Sequence[torch.Tensor]) -> None:
             )
 
 
-def _is_traced(tensor: torch.Tensor) -> bool:
-    """Whether a tracer's stand-in is in a tensor's place: it has no values, and does not mix with real tensors."""
-    return torch.compiler.is_compiling() or type(tensor) is not torch.Tensor
-
-
 def _check_values(flat_scores: torch.Tensor) -> None:
     # A look at the values waits for the device: only on the CPU.
-    if flat_scores.device.type == "cpu" and not _is_traced(flat_scores) and math.isnan(flat_scores.max()):
+    if flat_scores.device.type == "cpu" and not is_traced(flat_scores) and math.isnan(flat_scores.max()):
         raise ValueError("`scores` hold NaN: scores must be ordered, higher = split sooner.")
 
 
@@ -206,7 +202,7 @@ _trees: dict[tuple, _Tree] = {}
 
 def _tree_for(rows: int, columns: int, levels: int, tensor: torch.Tensor) -> _Tree:
     """The tree whose coarsest grid is (rows, columns), on the device of `tensor`; `levels` counts the finest too."""
-    if _is_traced(tensor):
+    if is_traced(tensor):
         return _make_tree(rows, columns, levels, tensor.device)
     key = (rows, columns, levels, tensor.device)
     tree = _trees.get(key)
@@ -214,7 +210,7 @@ def _tree_for(rows: int, columns: int, levels: int, tensor: torch.Tensor) -> _Tr
         # outside of inference mode, so that the cached tensors may later take part in a backward pass
         with torch.inference_mode(False):
             tree = _make_tree(rows, columns, levels, tensor.device)
-        if type(tree.numbers) is torch.Tensor and tensor.device.type != "meta":  # a tracer's stand-in must not be kept
+        if can_be_kept(tree.numbers):
             if len(_trees) >= MAX_TREES:
                 _trees.clear()
             _trees[key] = tree
@@ -329,7 +325,7 @@ def select_nodes(
         lengths = is_live.sum(dim=1)
         if split_threshold is None:
             counts = budgets
-        elif num_tokens is None and _is_traced(lengths):
+        elif num_tokens is None and is_traced(lengths):
             num_tokens = int(lengths.max())
         elif num_tokens is None:
             counts = lengths.tolist()

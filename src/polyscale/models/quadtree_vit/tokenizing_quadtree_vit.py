@@ -126,7 +126,7 @@ class PatchTokenizer(nn.Module):
         patches = self.cut(pixel_values, row, column)
         for index in range(levels - 1):
             reduced = reduce_image(pixel_values, 1 << (levels - 1 - index), self.config.reduction)
-            # Patches do not overlap: those of this level are among as many of the first as its grid has.
+            # Patches of this size and larger come first, and without overlap there are no more than cells of the grid.
             cells = reduced.shape[-2] * reduced.shape[-1] // self.config.min_patch_size**2
             count = cells + self.config.num_prefix_tokens
             is_here = level[:, :count] == index
@@ -243,7 +243,7 @@ class PatchTokenizer(nn.Module):
         With `maps`, the embeddings of all patches of each level, the tokens are taken from there.
         """
         patch_grids = self.patch_grids_of(tuple(pixel_values.shape[-2:]), levels)
-        # Tokens are many and large: rather than to copy them behind the prefix tokens, these get places among them.
+        # Prefix tokens get places among the patches from the start: no second copy of all tokens puts them in front.
         nodes = F.pad(selected.nodes, (self.config.num_prefix_tokens, 0))
         placed, decoded, centers = self.place(nodes, selected, scores, patch_grids)
         if self.position_embeddings is None:

@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 from transformers.backbone_utils import BackboneConfigMixin
-from transformers.configuration_utils import SubConfigSpec
 
 from ...layers.config_checks import CheckedConfigMixin, checked_config, non_negative, pixel_size, positive
+from ...utils.transformers_internals import sub_config
 from ...utils.validation import to_pair
 from ...utils.vision_configs import (
     base_feature_grid,
@@ -103,7 +103,7 @@ class S2VisionConfig(CheckedConfigMixin, S2TokenBudgetMixin, BackboneConfigMixin
     fixed_fields = {
         "num_tokens": "its tokens are those of the wrapped model at one scale, whatever the other scales are"
     }
-    sub_configs_defaults = {"vision_config": SubConfigSpec(config_class=AutoConfig, model_type="clip_vision_model")}
+    sub_configs_defaults = {"vision_config": sub_config("clip_vision_model")}
 
     vision_config: dict | PreTrainedConfig | None = None
     scales: list | tuple | None = None
@@ -193,7 +193,7 @@ class S2VisionConfig(CheckedConfigMixin, S2TokenBudgetMixin, BackboneConfigMixin
 
     @property
     def hidden_size(self) -> int:
-        """Channels of the output: those of the wrapped model, once a scale."""
+        """Channels of the output: those of the wrapped model, once per scale."""
         return self.num_scales * base_width(self.vision_config)
 
     @property
@@ -290,7 +290,7 @@ class S2VisionConfig(CheckedConfigMixin, S2TokenBudgetMixin, BackboneConfigMixin
         """Scales or sizes as a user types them: "1+2+3", "224+448", "224x336+448x672".
 
         Raises:
-            ValueError: for a text that is none.
+            ValueError: for any other text.
         """
         try:
             if self.budget_argument == "scales":

@@ -29,10 +29,9 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedTokenizerBase,
 )
-from transformers.initialization import no_init_weights
 
 from ...utils.checkpoint_files import load_torch_file
-from ...utils.weight_files import fill_model, iterate_tensors, read_json
+from ...utils.weight_files import fill_model, iterate_tensors, model_to_fill, read_json
 from .configuration_s2_vision import S2VisionConfig
 from .image_processing_s2_vision import S2ImageProcessor
 
@@ -40,8 +39,8 @@ from .image_processing_s2_vision import S2ImageProcessor
 DEFAULT_SCALES = "336,672,1008"
 IMAGE_TOKEN = "<image>"
 PAD_TOKEN = "<pad>"
-# How LLaVA brings images to a square, by its `image_aspect_ratio`; anything else is its centre crop.
-_FITS = {"pad": "pad", "resize": "squash"}
+# The `fit` of an image processor for the `image_aspect_ratio` of LLaVA; any other word means its centre crop.
+FITS_OF_LLAVA = {"pad": "pad", "resize": "squash"}
 _LORA_KEY = re.compile(r"base_model\.model\.(?P<name>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
 _NOT_WEIGHTS = re.compile(r".*(rotary_emb\.inv_freq|position_ids)")
 _RENAMES = (
@@ -280,8 +279,7 @@ def load_llava_s2(
         dtype = getattr(
             torch, str(record.get("torch_dtype") or record.get("dtype") or "float32").removeprefix("torch.")
         )
-    with no_init_weights():
-        model = LlavaForConditionalGeneration._from_config(config, dtype=dtype).eval()
+    model = model_to_fill(config, dtype)
     clip = AutoModel.from_pretrained(vision_name, config=vision_config, dtype=dtype)
     model.model.vision_tower.vision_model.load_state_dict(clip.state_dict())
     del clip
@@ -293,7 +291,7 @@ def load_llava_s2(
     if (generation / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(generation)
 
-    fit = _FITS.get(record.get("image_aspect_ratio"), "crop")
+    fit = FITS_OF_LLAVA.get(record.get("image_aspect_ratio"), "crop")
     image_processor = S2ImageProcessor.for_config(tower, _image_processor(vision_name), fit)
     processor = LlavaProcessor(
         image_processor,
@@ -313,4 +311,4 @@ def _image_processor(vision_name: str):
     return AutoImageProcessor.from_pretrained(vision_name, trust_remote_code=False)
 
 
-__all__ = ["load_llava_s2", "s2_config"]
+__all__ = ["FITS_OF_LLAVA", "IMAGE_TOKEN", "PAD_TOKEN", "load_llava_s2", "s2_config"]

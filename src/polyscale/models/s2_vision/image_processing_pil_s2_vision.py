@@ -1,7 +1,7 @@
 """Image processor of S2, PIL backend."""
 
 import numpy as np
-from transformers.image_processing_backends import PilBackend
+from transformers import PilBackend
 
 from .image_processing_s2_vision import S2ImageProcessorKwargs, S2ImageProcessorMixin
 

@@ -5,8 +5,7 @@ from collections.abc import Sequence
 import torch
 from PIL import Image, ImageOps
 from torchvision.transforms.v2 import functional as tvF
-from transformers import BatchFeature
-from transformers.image_processing_backends import TorchvisionBackend
+from transformers import BatchFeature, TorchvisionBackend
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImageResampling, SizeDict
 from transformers.processing_utils import ImagesKwargs
@@ -127,10 +126,6 @@ class S2ImageProcessorMixin(FiniteImagesMixin):
             raise ValueError("`tile_grid_for` belongs to Dynamic-S2: this processor has no `tile_size`.")
         return dynamic_tile_grid(image_size, self.tile_multiples[-1], self.max_tiles, self.tile_size)
 
-    def _validate_preprocess_kwargs(self, **kwargs):
-        check_choice("fit", kwargs.get("fit"), FITS)
-        super()._validate_preprocess_kwargs(**kwargs)
-
     def _fitted(self, image, fit: str, size: SizeDict, resample, image_mean):
         """One image (channels, height, width) -> `size`."""
         target = SizeDict(height=size.height, width=size.width)
@@ -182,6 +177,7 @@ class S2ImageProcessorMixin(FiniteImagesMixin):
         tiles of an image that has fewer, so that images of all shapes fit in one batch; and `image_sizes` (batch,
         2), the size of its last scale in pixels.
         """
+        check_choice("fit", fit, FITS)
 
         def normalized(image):
             return self._normalized(image, do_rescale, rescale_factor, do_normalize, image_mean, image_std)

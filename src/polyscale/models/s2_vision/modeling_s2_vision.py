@@ -10,16 +10,16 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
-from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
+from transformers.backbone_utils import BackboneMixin
 from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs
-from transformers.utils.generic import can_return_tuple
+from transformers.utils import TransformersKwargs, can_return_tuple
 
 from ...layers.backbone import feature_maps_of
 from ...layers.call_checks import CheckedModelMixin, check_words, classification_loss
 from ...layers.pooled_only import pooled_only_suffices
-from ...layers.wrapping import check_has_no_head, take_flags, wrap_in_memory
+from ...layers.wrapping import OuterModelMixin, check_has_no_head, wrap_in_memory
+from ...utils.transformers_internals import filter_output_hidden_states
 from ...utils.validation import check_pixel_values
 from ...utils.vision_configs import base_stage_widths
 from .configuration_s2_vision import S2VisionConfig
@@ -57,21 +57,9 @@ class S2VisionOutput(BaseModelOutputWithPooling):
     tile_mask: torch.Tensor | None = None
 
 
-class S2VisionPreTrainedModel(CheckedModelMixin, PreTrainedModel):
+class S2VisionPreTrainedModel(CheckedModelMixin, OuterModelMixin, PreTrainedModel):
     config: S2VisionConfig
     base_model_prefix = "s2_vision"
-    main_input_name = "pixel_values"
-    input_modalities = ("image",)
-    supports_gradient_checkpointing = True
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
-    _can_compile_fullgraph = True
-
-    def __init__(self, config: S2VisionConfig, *args, **kwargs):
-        take_flags(self, config.vision_config)  # the flags above are what the best of models inside can do
-        super().__init__(config, *args, **kwargs)
 
     def save_pretrained(self, *args, save_original_format: bool = False, **kwargs) -> None:
         """As in transformers, under the names of the model in memory, which a resumed `Trainer` asks for: older names
@@ -216,9 +204,7 @@ class S2VisionWrapper(S2VisionPreTrainedModel):
         features = self._features(plan, pixel_values.shape[0])
         more = {}
         if num_tiles is not None:
-            more["tile_mask"] = run_best_tiles(
-                runner, features, pixel_values, num_tiles, tile_scores, self._antialias, self.tile_map
-            )
+            more["tile_mask"] = run_best_tiles(runner, features, pixel_values, num_tiles, tile_scores, self.tile_map)
         else:
             if tile_scores is not None:
                 raise ValueError("`tile_scores` needs `num_tiles`, the number of tiles that run.")
@@ -227,7 +213,7 @@ class S2VisionWrapper(S2VisionPreTrainedModel):
                 plan,
                 lambda tiles: features.add(runner.run(tiles)),
                 runner.chunk_for(features.batch),
-                self._antialias,
+                runner.antialias,
             )
         if self.config.dynamic:
             count = features.merged("last_hidden_state").shape[1] - self.config.num_prefix_tokens
@@ -236,10 +222,6 @@ class S2VisionWrapper(S2VisionPreTrainedModel):
                 features.batch, 2
             )
         return S2VisionOutput(**{name: features.merged(name) for name in _OUTPUTS}, **more)
-
-    @property
-    def _antialias(self) -> bool:
-        return self.config.dynamic or bool(self.config.antialias)
 
     def _features(self, plan: TilePlan, batch: int) -> TileFeatures:
         config = self.config
@@ -365,7 +347,7 @@ class S2VisionBackbone(BackboneMixin, S2VisionPreTrainedModel):
             pixel_values, scales, img_sizes: as in `S2VisionWrapper.forward`.
 
         Returns:
-            `feature_maps`: one (batch, scales * width, rows, columns) a stage; with
+            `feature_maps`: one (batch, scales * width, rows, columns) per stage; with
             `config.reshape_hidden_states=False` (batch, tokens, scales * width), prefix tokens included.
         """
         check_words(self, kwargs, self.s2_vision, self.s2_vision.vision_model)

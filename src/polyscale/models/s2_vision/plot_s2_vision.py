@@ -59,7 +59,7 @@ def scale_features(model: S2VisionWrapper, pixel_values: torch.Tensor, **budget)
         budget: `scales` or `img_sizes` in place of the configured ones.
 
     Returns:
-        One (width, rows, columns) a scale.
+        One (width, rows, columns) per scale.
     """
     config = model.config
     plan = config.plan_for(tuple(pixel_values.shape[-2:]), **budget)

@@ -57,12 +57,17 @@ class TileRunner:
         self.output_hidden_states = output_hidden_states
         self.output_attentions = output_attentions
         draw_budget = getattr(model, "draw_budget", None)
-        drawn = {} if draw_budget is None else draw_budget()  # one draw a call, however many forwards it takes
+        drawn = {} if draw_budget is None else draw_budget()  # one draw per call, however many forwards it takes
         self.options = {**drawn, **options}
         # The models of this library that take the argument have the field that turns it off.
         self.pooled_only = pooled_only and not getattr(model.config, "keep_all_tokens", True)
         if self.pooled_only:
             self.options["pooled_only"] = True
+
+    @property
+    def antialias(self) -> bool:
+        """Whether images are shrunk to the lower scales with antialias."""
+        return self.config.dynamic or bool(self.config.antialias)
 
     def chunk_for(self, batch: int) -> int | None:
         """How many tiles go through the wrapped model at a time; `None` for all."""

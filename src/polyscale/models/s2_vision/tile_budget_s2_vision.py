@@ -194,7 +194,6 @@ def run_best_tiles(
     pixel_values: torch.Tensor,
     num_tiles: int,
     tile_scores: torch.Tensor | None,
-    antialias: bool,
     tile_map: nn.Module | None = None,
 ) -> torch.Tensor:
     """Runs the tiles of the first scale and the best `num_tiles` of the others, fills the rest, and gives all of them
@@ -206,7 +205,6 @@ def run_best_tiles(
         pixel_values: (batch, channels, height, width).
         num_tiles: how many tiles of the higher scales run.
         tile_scores: (batch, tiles of the higher scales); the detail of the tiles when `None`.
-        antialias: whether images are shrunk with antialias.
         tile_map: the maps of `tile_fill="map"`.
 
     Returns:
@@ -223,7 +221,7 @@ def run_best_tiles(
             "`tile_fill='map'` needs maps, and this model has none: fit them with `polyscale.fit_tile_map(model, "
             "images)`, or choose another fill."
         )
-    images = [whole_scale(pixel_values, plan, scale, antialias) for scale in range(len(plan.sizes))]
+    images = [whole_scale(pixel_values, plan, scale, runner.antialias) for scale in range(len(plan.sizes))]
     if tile_scores is None:
         tile_scores = detail_scores(images, plan)
     elif tuple(tile_scores.shape) != (batch, total):

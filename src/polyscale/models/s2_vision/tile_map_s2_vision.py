@@ -133,15 +133,15 @@ def fit_tile_map(
         model (`S2VisionWrapper`, or one with a head): changed in place.
         images (`torch.Tensor` or `Iterable[torch.Tensor]`): normalised pixels (images, channels, height, width), at
             the largest scale's size; or batches of them, which are read once.
-        layers (`int` or `Sequence[int]`, *optional*, defaults to none): hidden states that shall be filled too, as in
+        layers (`int` or `Sequence[int]`, *optional*, defaults to none): hidden states that are filled too, as in
             `output_hidden_states`; a LLaVA model reads layer -2.
         ridge (`float`, *optional*, defaults to 1e-3): penalty on the weights, relative to the mean variance of the
             features.
         batch_size (`int`, *optional*, defaults to 8): images at a time, where `images` is one tensor.
 
     Raises:
-        ValueError: for another model, `dynamic=True`, no images or what is none, a negative `ridge`, or a layer that
-            is none.
+        ValueError: for another model, `dynamic=True`, no images or something else, a negative `ridge`, or a layer that
+            the model does not have.
     """
     wrapper = getattr(model, "base_model", model)
     config = getattr(wrapper, "config", None)
@@ -178,7 +178,7 @@ def fit_tile_map(
             check_pixel_values(batch, config.num_channels)
             if not torch.isfinite(batch).all():
                 raise ValueError("`images` holds NaN or infinite values.")
-            inputs, targets, plan = _pairs(runner, batch.to(wrapper.device, wrapper.dtype), wrapper._antialias)
+            inputs, targets, plan = _pairs(runner, batch.to(wrapper.device, wrapper.dtype))
             for (name, _, xs), (_, _, ys) in zip(
                 tile_map.flat_parts(inputs, plan), tile_map.flat_parts(targets, plan), strict=True
             ):
@@ -199,12 +199,12 @@ def fit_tile_map(
     wrapper.tile_map = tile_map.to(wrapper.device, wrapper.dtype)
 
 
-def _pairs(runner: TileRunner, pixel_values: torch.Tensor, antialias: bool) -> tuple[Parts, Parts, TilePlan]:
+def _pairs(runner: TileRunner, pixel_values: torch.Tensor) -> tuple[Parts, Parts, TilePlan]:
     """What the first scale says about the tiles of the higher scales, and what they say themselves."""
     config, batch = runner.config, pixel_values.shape[0]
     plan = config.plan_for(tuple(pixel_values.shape[-2:]))
     tiles = [
-        cut_tiles(whole_scale(pixel_values, plan, scale, antialias), plan.tile_grid(scale))
+        cut_tiles(whole_scale(pixel_values, plan, scale, runner.antialias), plan.tile_grid(scale))
         for scale in (plan.first_scale, *plan.higher_scales)
     ]
     first = runner.run_in_chunks(tiles[0], batch)

@@ -95,7 +95,9 @@ def _scaled_size(input_size: Sequence[int], scale: float) -> tuple[int, int]:
     if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < math.inf:
         raise ValueError(f"`scales` must hold positive numbers, got {scale!r}.")
     if max(input_size) * scale > MAX_SIDE:
-        raise ValueError(f"`scales` holds {scale!r}: {tuple(input_size)} pixels would be more than {MAX_SIDE} a side.")
+        raise ValueError(
+            f"`scales` holds {scale!r}: {tuple(input_size)} pixels would be more than {MAX_SIDE} per side."
+        )
     height, width = (int(side * scale) for side in input_size)
     if height < 1 or width < 1:
         raise ValueError(

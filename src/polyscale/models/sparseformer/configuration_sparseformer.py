@@ -25,9 +25,9 @@ ROI_OPERATIONS = ("roi_adj", "sampling_m", "pe_inject")
 
 
 def v1_operations(num_layers: int) -> list[list[str]]:
-    """The operation lists of SparseFormer v1: two layers that look at the image, the others do not."""
-    looking = ["attn", "roi_adj", "sampling_m", "mlp"]
-    return [list(looking), list(looking)] + [["attn", "mlp"] for _ in range(num_layers - 2)]
+    """The operation lists of SparseFormer v1: the first two layers sample the image, the others do not."""
+    sampling = ["attn", "roi_adj", "sampling_m", "mlp"]
+    return [list(sampling), list(sampling)] + [["attn", "mlp"] for _ in range(num_layers - 2)]
 
 
 def bootstrapped_operations(num_layers: int) -> list[list[str]]:

@@ -70,8 +70,9 @@ def _at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
 class ThinAttention(torch.autograd.Function):
     """Attention: `apply(qkv, scaling)`, (batch, tokens, 3, heads, head_dim) -> (batch, tokens, heads, head_dim).
 
-    Products are several times faster if their rows are long, so all results are (..., head_dim, tokens) here. The
-    backward pass computes the weights again instead of storing them. Half precision is computed in float32.
+    A product is several times faster if the rows of its result are long: all results here are (..., head_dim,
+    tokens). The backward pass computes the weights again instead of storing them. Half precision is computed in
+    float32.
     """
 
     @staticmethod

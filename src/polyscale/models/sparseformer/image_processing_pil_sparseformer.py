@@ -1,6 +1,6 @@
 """Image processor of SparseFormer, PIL backend."""
 
-from transformers.image_processing_backends import PilBackend
+from transformers import PilBackend
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling
 
 from ...utils.validation import FiniteImagesMixin

@@ -1,6 +1,6 @@
 """Image processor of SparseFormer, torchvision backend."""
 
-from transformers.image_processing_backends import TorchvisionBackend
+from transformers import TorchvisionBackend
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling
 
 from ...utils.validation import FiniteImagesMixin

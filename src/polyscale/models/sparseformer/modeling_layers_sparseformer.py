@@ -15,7 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
-from ...layers.attention import eager_attention_forward
+from ...layers.attention import attention_name, eager_attention_forward
 from ...layers.encoder import DropPath
 from .configuration_sparseformer import SparseFormerConfig
 from .cpu_sparseformer import MAX_THIN_HEAD, ThinAttention, sample_features_on_cpu, uses_cpu_kernels
@@ -107,13 +107,13 @@ class SparseFormerAttention(nn.Module):
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         query = query[:, :, :num_queries]
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
+            attention_name(self.config), eager_attention_forward
         )
         output, weights = attention(self, query, key, value, None, dropout=0.0, scaling=self.scaling, **kwargs)
         return self.o_proj(output.flatten(-2)), weights
 
     def _is_thin(self, qkv: torch.Tensor) -> bool:
-        is_narrow = self.head_dim <= MAX_THIN_HEAD and self.config._attn_implementation == "sdpa"
+        is_narrow = self.head_dim <= MAX_THIN_HEAD and attention_name(self.config) == "sdpa"
         return is_narrow and uses_cpu_kernels(self.config, qkv)
 
 

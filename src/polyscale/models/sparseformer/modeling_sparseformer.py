@@ -13,12 +13,11 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
-from transformers.utils import ModelOutput, TransformersKwargs, logging
-from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
-from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple, logging
 
 from ...layers.call_checks import CheckedModelMixin, check_words, classification_loss
 from ...layers.pooled_only import pooled_only_suffices
+from ...utils.transformers_internals import OutputRecorder, capture_outputs, merge_with_config_defaults
 from ...utils.validation import check_pixel_values
 from .configuration_sparseformer import SparseFormerConfig
 from .geometry_sparseformer import initial_offsets, initial_rois

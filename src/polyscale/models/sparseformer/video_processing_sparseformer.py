@@ -8,7 +8,7 @@ from PIL import Image
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling
 from transformers.processing_utils import Unpack, VideosKwargs
-from transformers.utils.import_utils import is_torchcodec_usable
+from transformers.utils import is_torchcodec_usable
 from transformers.video_processing_utils import BaseVideoProcessor
 from transformers.video_utils import VideoInput, VideoMetadata, load_video
 
