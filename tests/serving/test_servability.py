@@ -16,8 +16,8 @@ from .servable_table import END, HOST_TITLES, START, TOWER_TITLES
 GRIDS = ("s2", "flexivit", "flexivit_no_cls", "flexivit_registers")
 VARYING = ("s2_dynamic", "quadtree_threshold")
 PAIRS = [("llava", name) for name in TOWERS]
-PAIRS += [("vipllava", name) for name in TOWERS if name not in VARYING]
-PAIRS += [(host, name) for host in ("llava_next", "llava_onevision") for name in GRIDS]
+PAIRS += [(host, name) for host in ("vipllava", "paligemma") for name in TOWERS if name not in VARYING]
+PAIRS += [(host, name) for host in ("llava_next", "llava_onevision", "gemma3") for name in GRIDS]
 
 
 @pytest.mark.parametrize(("host", "name"), PAIRS)
