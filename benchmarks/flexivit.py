@@ -2,6 +2,7 @@
 
     python benchmarks/flexivit.py [--rounds 5] [--threads 2] [--device cuda] [--processor-time] [--quick]
         [--only small-batches linear-layers compiled int8 resizing attention patch-sizes first-calls memory]
+        [--dtypes bfloat16 float32]
 
 The plain ViTs of timm have the same width, depth and heads, and the patch size built in. Both sides run in one
 process, in turn; a ratio is the median of those within a round.
@@ -38,12 +39,14 @@ def plain_vit(patch_size: int) -> torch.nn.Module:
     )
 
 
-def take_sections() -> list[str]:
-    """Takes `--only` from the command line, and leaves the rest to the options that all benchmarks share."""
+def take_own_arguments() -> argparse.Namespace:
+    """Takes `--only` and `--dtypes` from the command line, and leaves the options that all benchmarks share."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS)
-    known, sys.argv[1:] = parser.parse_known_args()
-    return known.only
+    parser.add_argument("--dtypes", nargs="+", choices=("bfloat16", "float32"), default=("bfloat16", "float32"))
+    own, sys.argv[1:] = parser.parse_known_args()
+    own.dtypes = [getattr(torch, name) for name in own.dtypes]
+    return own
 
 
 def small_batches(arguments: argparse.Namespace, settings: dict) -> None:
@@ -53,6 +56,8 @@ def small_batches(arguments: argparse.Namespace, settings: dict) -> None:
         ours = FlexiViTForImageClassification(FlexiViTConfig.preset(f"flexivit_{size}", num_labels=LABELS)).eval()
         theirs = timm.create_model(f"flexivit_{size}", num_classes=LABELS).eval()
         for (batch, dtype), goal in goals.items():
+            if dtype not in arguments.dtypes:
+                continue
             place = {"device": arguments.device, "dtype": dtype}
             for model in (ours, theirs):
                 model.to(**place)
@@ -69,7 +74,7 @@ def linear_layers(arguments: argparse.Namespace, settings: dict) -> None:
     """How many times the time of its linear layers alone a forward pass of FlexiViT-B takes, batch 8."""
     config = FlexiViTConfig.preset("flexivit_base", num_labels=LABELS)
     model = FlexiViTForImageClassification(config).eval().to(arguments.device)
-    for dtype in (torch.bfloat16, torch.float32):
+    for dtype in arguments.dtypes:
         model.to(dtype)
         pixels = torch.randn(BATCH_SIZE, 3, IMAGE_SIZE, IMAGE_SIZE).to(arguments.device, dtype)
         tokens = torch.randn(BATCH_SIZE, config.max_num_tokens_for(IMAGE_SIZE, patch_size=16), config.hidden_size)
@@ -89,7 +94,7 @@ def compiled(arguments: argparse.Namespace, settings: dict) -> None:
     """FlexiViT-B at batch 8, both sides under `torch.compile`."""
     ours = FlexiViTForImageClassification(FlexiViTConfig.preset("flexivit_base", num_labels=LABELS)).eval()
     theirs = timm.create_model("flexivit_base", num_classes=LABELS).eval()
-    for dtype in (torch.bfloat16, torch.float32):
+    for dtype in arguments.dtypes:
         place = {"device": arguments.device, "dtype": dtype}
         pixels = torch.randn(BATCH_SIZE, 3, IMAGE_SIZE, IMAGE_SIZE).to(**place)
         sides = [torch.compile(model.to(**place)) for model in (ours, theirs)]
@@ -108,7 +113,7 @@ def int8(arguments: argparse.Namespace, settings: dict) -> None:
     for way, quantization in ways.items():
         quantized = copy.deepcopy(plain)
         quantize_(quantized, quantization)
-        for dtype in (torch.bfloat16, torch.float32):
+        for dtype in arguments.dtypes:
             other = copy.deepcopy(plain).to(dtype)
             title = f"int8 {way} against {str(dtype).removeprefix('torch.')}"
             calls = (partial(quantized, pixels, patch_size=16), partial(other, pixels.to(dtype), patch_size=16))
@@ -118,7 +123,7 @@ def int8(arguments: argparse.Namespace, settings: dict) -> None:
 def resizing(arguments: argparse.Namespace, settings: dict) -> None:
     """Kernel 32 -> 16 and positions 7 x 7 -> 15 x 15 of FlexiViT-B, apart from the model."""
     synchronize = None if arguments.device == "cpu" else torch.cuda.synchronize
-    for dtype in (torch.bfloat16, torch.float32):
+    for dtype in arguments.dtypes:
         kernel = torch.randn(768, 3, 32, 32).to(arguments.device, dtype)
         positions = torch.randn(1, 49, 768).to(arguments.device, dtype)
         calls = {
@@ -134,7 +139,7 @@ def resizing(arguments: argparse.Namespace, settings: dict) -> None:
 
 def attention(arguments: argparse.Namespace, settings: dict) -> None:
     """Up to how many tokens the formula beats torch's fused kernel on this CPU."""
-    for dtype in (torch.bfloat16, torch.float32):
+    for dtype in arguments.dtypes:
         for batch in (1, 64):
             limit = measure_plain_attention_limit(batch_size=batch, dtype=dtype)
             print(f"plain attention limit, batch {batch}, {dtype}: {limit} tokens")
@@ -185,10 +190,11 @@ def memory(arguments: argparse.Namespace, settings: dict) -> None:
 
 
 def main() -> None:
-    sections = take_sections()
+    own = take_own_arguments()
     arguments = parse_arguments("FlexiViT at 240 px against timm", rounds=5)
+    arguments.dtypes = own.dtypes
     settings = {"rounds": arguments.rounds, "device": arguments.device, "clock": arguments.clock}
-    for section in sections:
+    for section in own.only:
         print(f"\n{section}")
         globals()[section.replace("-", "_")](arguments, settings)
 

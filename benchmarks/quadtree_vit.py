@@ -32,7 +32,7 @@ def median_times(
 
 
 def smooth_images(batch: int, size: int, device: torch.device) -> torch.Tensor:
-    """Pictures with busy and quiet parts: noise of several scales."""
+    """Images with busy and quiet parts: noise of several scales."""
     generator = torch.Generator().manual_seed(0)
     images = torch.zeros(batch, 3, size, size)
     for cells in (4, 16, 64):

@@ -19,12 +19,12 @@ from polyscale.models.s2_vision import multiscale_forward
 SCALES = [1, 2, 3]
 
 
-def one_forward_a_scale(model, pictures: torch.Tensor, scales: list[int], num_prefix_token: int) -> torch.Tensor:
-    """The published procedure for square pictures."""
-    batch, _, side, _ = pictures.shape
+def one_forward_a_scale(model, images: torch.Tensor, scales: list[int], num_prefix_token: int) -> torch.Tensor:
+    """The published procedure for square images."""
+    batch, _, side, _ = images.shape
     maps, prefixes = [], []
     for scale in scales:
-        scaled = F.interpolate(pictures.float(), size=side * scale, mode="bicubic").to(pictures.dtype)
+        scaled = F.interpolate(images.float(), size=side * scale, mode="bicubic").to(images.dtype)
         tiles = torch.cat([part for row in scaled.chunk(scale, dim=2) for part in row.chunk(scale, dim=3)])
         tokens = model(tiles)
         prefixes.append(tokens[:, :num_prefix_token].unflatten(0, (-1, batch)).mean(dim=0))
@@ -32,7 +32,7 @@ def one_forward_a_scale(model, pictures: torch.Tensor, scales: list[int], num_pr
         grid = int(tokens.shape[2] ** 0.5)
         parts = tokens.unflatten(2, (grid, grid)).split(batch)
         rows = [torch.cat(parts[row * scale : (row + 1) * scale], dim=3) for row in range(scale)]
-        maps.append(F.interpolate(torch.cat(rows, dim=2).float(), size=grid, mode="area").to(pictures.dtype))
+        maps.append(F.interpolate(torch.cat(rows, dim=2).float(), size=grid, mode="area").to(images.dtype))
     tokens = torch.cat(maps, dim=1).flatten(2).transpose(1, 2)
     return torch.cat([torch.cat(prefixes, dim=-1), tokens], dim=1)
 
@@ -71,15 +71,15 @@ def main() -> None:
 
     on_cpu = arguments.device == "cpu"
     for batch in (2,) if on_cpu else (1, 2, 8):
-        pictures = torch.randn(batch, 3, 224, 224).to(**place)
-        ours = multiscale_forward(features, pictures, scales=SCALES, num_prefix_token=1)
-        theirs = official(features, pictures, scales=SCALES, num_prefix_token=1)
+        images = torch.randn(batch, 3, 224, 224).to(**place)
+        ours = multiscale_forward(features, images, scales=SCALES, num_prefix_token=1)
+        theirs = official(features, images, scales=SCALES, num_prefix_token=1)
         print(f"largest difference {(ours - theirs).abs().max().item():.2e}")
         goal = 1.0 if on_cpu or batch > 1 else 1.3
         compare(
             f"batch {batch}, {name}",
-            lambda x=pictures: multiscale_forward(features, x, scales=SCALES, num_prefix_token=1),
-            lambda x=pictures: official(features, x, scales=SCALES, num_prefix_token=1),
+            lambda x=images: multiscale_forward(features, x, scales=SCALES, num_prefix_token=1),
+            lambda x=images: official(features, x, scales=SCALES, num_prefix_token=1),
             goal=goal,
             **settings,
         )

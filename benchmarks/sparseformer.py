@@ -13,7 +13,6 @@ import copy
 import importlib
 import sys
 from pathlib import Path
-from statistics import median
 
 import torch
 from timing import compare, parse_arguments, peak_memory, report
@@ -25,7 +24,6 @@ from polyscale.models.sparseformer.geometry_sparseformer import sample_features
 
 
 BATCH_SIZE = 8
-_MEMORY_READINGS = 5
 # Preset -> goal of the speed ratio on a CPU in float32.
 GOALS = {"sparseformer_v1_tiny": 1.4, "sparseformer_v1_base": 1.15, "sparseformer_btsp_augreg_base": 1.2}
 GPU_GOAL, GPU_COMPILED_GOAL, TRAINING_GOAL, HALF_GOAL = 1.5, 2.0, 1.2, 1.8
@@ -105,23 +103,17 @@ def compare_with_official(path: Path, arguments: argparse.Namespace) -> None:
 
 
 def compare_training_memory(path: Path, arguments: argparse.Namespace) -> None:
-    """Peak memory of a training step on the CPU, above the weights: the median over fresh processes, whose readings
-    scatter by a tenth.
-    """
+    """Peak memory of a training step on the CPU, above the weights."""
     name = next(iter(GOALS))
     makers = (("our_model", f"{name!r}"), ("official_model", f"Path({str(path)!r}), {name!r}"))
-    readings = [
-        [
-            peak_memory(
-                _IMPORTS.format(benchmarks=Path(__file__).parent, maker=maker, arguments=made_of),
-                _TRAINING_STEP.format(batch_size=BATCH_SIZE),
-                arguments.threads,
-            )
-            for maker, made_of in makers
-        ]
-        for _ in range(_MEMORY_READINGS)
-    ]
-    mine, other = (median(side) for side in zip(*readings, strict=True))
+    mine, other = (
+        peak_memory(
+            _IMPORTS.format(benchmarks=Path(__file__).parent, maker=maker, arguments=made_of),
+            _TRAINING_STEP.format(batch_size=BATCH_SIZE),
+            arguments.threads,
+        )
+        for maker, made_of in makers
+    )
     report(f"{name}, memory of a training step (MiB): ours {mine:.0f}, theirs {other:.0f}", mine / other, at_most=1)
 
 

@@ -95,8 +95,10 @@ print((kibibytes("VmHWM") - before) / 1024)
 
 
 def peak_memory(imports: str, code: str, threads: int) -> float:
-    """MiB that `code` adds at its peak to a fresh process that has done `imports`. Linux only."""
-    return run_fresh(_MEMORY.format(imports=imports, code=code), threads)[0]
+    """MiB that `code` adds at its peak to a fresh process that has done `imports`: the median of five processes, whose
+    readings scatter by a tenth. Linux only.
+    """
+    return median(run_fresh(_MEMORY.format(imports=imports, code=code), threads)[0] for _ in range(5))
 
 
 __all__ = ["compare", "parse_arguments", "peak_memory", "report", "run_fresh"]
