@@ -163,6 +163,17 @@ def test_generation_at_the_budget_of_a_call(host):
 
 
 @pytest.mark.parametrize("host", GEMMAS)
+def test_a_chat_template_passes_budgets_on(host):
+    model, processor = swapped("flexivit", host)
+    content = [{"type": "image", "image": make_photographs()[0]}, {"type": "text", "text": "what"}]
+    messages = [{"role": "user", "content": content}]
+    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "processor_kwargs": {"num_tokens": 9}}
+    inputs = processor.apply_chat_template(messages, **options)
+    assert image_tokens(model, inputs) == [9 if host == "paligemma" else 4]
+    assert inputs["pixel_values"].shape[-2:] == (49, 48)
+
+
+@pytest.mark.parametrize("host", GEMMAS)
 @torch.no_grad()
 def test_the_prefix_follows_the_count(host):
     """Logits are those of the features put into the embeddings by hand, with the token types of the processor."""

@@ -64,6 +64,16 @@ def test_bounds(name, words, most):
         assert processor._get_num_multimodal_tokens(image_sizes=[size])["num_image_tokens"] == [most]
 
 
+@pytest.mark.parametrize(
+    ("host", "limit"),
+    [("llava", "image_size"), ("paligemma", "must have as many tokens"), ("gemma3", "all name a budget or none")],
+)
+def test_what_the_budgets_of_a_batch_have_in_common_is_said(host, limit):
+    answer = check_servable(*swapped("flexivit", host)).checks[-1]
+    assert answer.question == "a request brings its own budget"
+    assert answer.detail.endswith(limit) or f"{limit}, and all" in answer.detail
+
+
 def test_what_a_server_could_not_use_is_said():
     model, processor = swapped("flexivit")
     _, other = swapped("quadtree")

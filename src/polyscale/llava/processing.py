@@ -62,7 +62,7 @@ class BudgetWordsMixin:
     def _words_of_transformers(self) -> set[str]:
         """Every keyword argument that a processor of transformers, its tokenizer or its image processor takes."""
         kinds = self.valid_processor_kwargs.__annotations__
-        words = {*kinds, "common_kwargs", "return_metadata", "tokenizer_init_kwargs"}
+        words = {*kinds, "audio", "common_kwargs", "return_metadata", "tokenizer_init_kwargs", "videos"}
         parts = [
             *kinds.values(),
             *(getattr(getattr(self, name), "valid_kwargs", None) for name in self.get_attributes()),

@@ -54,7 +54,7 @@ def check_processor(processor: ProcessorMixin, config: PreTrainedConfig) -> None
         raise ValueError(
             f"`processor` must be a processor with a tokenizer and an image processor, it has no {missing[0]}."
         )
-    (own,) = processor.image_token_ids
+    own = processor.image_token_ids[0]
     if own != config.image_token_id:
         raise ValueError(
             f"`processor` does not belong to this model: its image token has the id {own}, the model's is "
