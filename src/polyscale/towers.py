@@ -10,16 +10,16 @@ def swap_vision_tower(
 ) -> ProcessorMixin | PreTrainedModel | None:
     """Puts another vision tower into a model.
 
-    A LLaVA-style model is changed in place, and its matching processor comes back: arguments, errors and an example
-    are those of `polyscale.llava.swap.swap_vision_tower`. A CLIP-like model (`CLIPModel`, `SiglipModel`,
-    `VisionTextDualEncoderModel`) stays as it is, and a new model comes back that shares the weights: see
-    `polyscale.dual_encoders.swap_dual_encoder_tower`.
+    A LLaVA-style model, a PaliGemma or a Gemma 3 is changed in place, and its matching processor comes back:
+    arguments, errors and an example are those of `polyscale.llava.swap.swap_vision_tower`. A CLIP-like model
+    (`CLIPModel`, `SiglipModel`, `VisionTextDualEncoderModel`) stays as it is, and a new model comes back that shares
+    the weights: see `polyscale.dual_encoders.swap_dual_encoder_tower`.
 
     Args:
         model (`PreTrainedModel`): the model.
         tower (`PreTrainedModel`): a vision model without a head.
-        processor (`ProcessorMixin`, *optional*): of a LLaVA-style model.
-        options: for a LLaVA-style model.
+        processor (`ProcessorMixin`, *optional*): of a model that is changed in place.
+        options: for a model that is changed in place.
 
     Returns:
         The processor that matches (`None` without `processor`), or the new CLIP-like model.

@@ -14,10 +14,16 @@ from transformers import (
     CLIPProcessor,
     CLIPVisionConfig,
     CLIPVisionModel,
+    GemmaConfig,
     LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
+    PaliGemmaConfig,
+    PaliGemmaForConditionalGeneration,
+    PaliGemmaProcessor,
+    SiglipImageProcessor,
+    SiglipVisionConfig,
     ViTConfig,
     ViTForImageClassification,
     ViTImageProcessor,
@@ -26,7 +32,7 @@ from transformers import (
 import polyscale
 from polyscale import SparseFormerConfig, SparseFormerImageProcessor, SparseFormerModelWithProjection
 
-from ..llava.llava_tiny import CHAT, make_text_config, make_tokenizer
+from ..llava.llava_tiny import CHAT, TEXT, make_text_config, make_tokenizer
 from ..llava.test_convert import WORDS, write_lora
 from ..llava.vila_tiny import S2, write_vila
 from ..tiny_checkpoints import save_tiny_flexivit, save_tiny_sparseformer
@@ -94,6 +100,18 @@ def write_llava(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
+def write_paligemma(folder: Path) -> None:
+    torch.manual_seed(0)
+    vision = SiglipVisionConfig(**ENCODER, image_size=224, patch_size=14, vision_use_head=False)
+    text = GemmaConfig(**TEXT, head_dim=12)
+    config = PaliGemmaConfig(
+        vision_config=vision, text_config=text, image_token_index=4, projection_dim=24, hidden_size=24
+    )
+    PaliGemmaForConditionalGeneration(config).save_pretrained(folder)
+    image_processor = SiglipImageProcessor(size={"height": 224, "width": 224}, image_seq_length=256)
+    PaliGemmaProcessor(image_processor, make_tokenizer(), chat_template=CHAT).save_pretrained(folder)
+
+
 def write_llava_lora(root: Path) -> None:
     """`llava-v1.5-7b-s2-lora` in the layout of the original code, its base language model and its CLIP."""
     torch.manual_seed(0)
@@ -147,6 +165,7 @@ def write_scene(root: Path) -> Path:
     write_clip(root / "openai" / "clip-vit-base-patch16", 224, 16)
     write_clip(root / "openai" / "clip-vit-large-patch14-336", 336, 14)
     write_llava(root / "llava-hf" / "llava-1.5-7b-hf")
+    write_paligemma(root / "google" / "paligemma-3b-mix-224")
     write_llava_lora(root)
     write_vila(root / "VILA1.5-3b-s2", S2)
     write_sparseformers(root)

@@ -11,6 +11,12 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import (
     CLIPImageProcessor,
     CLIPVisionConfig,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Gemma3ImageProcessor,
+    Gemma3Processor,
+    Gemma3TextConfig,
+    GemmaConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -24,13 +30,18 @@ from transformers import (
     LlavaOnevisionProcessor,
     LlavaOnevisionVideoProcessor,
     LlavaProcessor,
+    PaliGemmaConfig,
+    PaliGemmaForConditionalGeneration,
+    PaliGemmaProcessor,
     PreTrainedTokenizerFast,
+    SiglipImageProcessor,
     SiglipVisionConfig,
     VipLlavaConfig,
     VipLlavaForConditionalGeneration,
 )
 
 from polyscale.llava import swap_vision_tower
+from polyscale.llava.hosts import adapter_of
 from polyscale.models.flexivit import FlexiViTConfig, FlexiViTModel
 from polyscale.models.quadtree_vit import QuadtreeViTConfig, QuadtreeViTModel
 from polyscale.models.s2_vision import S2VisionWrapper
@@ -71,7 +82,7 @@ CHAT = (
 PROMPTS = ["USER: <image> what is this ? ASSISTANT:", "USER: <image> the cat"]
 
 
-def make_tokenizer(words=WORDS) -> PreTrainedTokenizerFast:
+def make_tokenizer(words=WORDS, **named) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = WhitespaceSplit()
     special = [word for word in ("<image>",) if word in words]
@@ -81,23 +92,25 @@ def make_tokenizer(words=WORDS) -> PreTrainedTokenizerFast:
         bos_token="<s>",
         eos_token="</s>",
         unk_token="<unk>",
-        additional_special_tokens=special,
+        **({"extra_special_tokens": named} if named else {"additional_special_tokens": special}),
     )
 
 
+TEXT = {
+    "vocab_size": len(WORDS) + 1,
+    "hidden_size": 24,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
 def make_text_config(**fields) -> LlamaConfig:
-    defaults = {
-        "vocab_size": len(WORDS) + 1,
-        "hidden_size": 24,
-        "intermediate_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
-    return LlamaConfig(**{**defaults, **fields})
+    return LlamaConfig(**{**TEXT, **fields})
 
 
 PINPOINTS = [[32, 64], [64, 32], [64, 64]]
@@ -175,6 +188,43 @@ def make_llava(**fields) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]
     return LlavaForConditionalGeneration(config).eval(), processor
 
 
+def make_paligemma() -> tuple[PaliGemmaForConditionalGeneration, PaliGemmaProcessor]:
+    torch.manual_seed(0)
+    config = PaliGemmaConfig(
+        vision_config=SiglipVisionConfig(**CLIP, vision_use_head=False),
+        text_config=GemmaConfig(**TEXT, head_dim=12),
+        image_token_index=4,
+        projection_dim=24,
+        hidden_size=24,
+    )
+    image_processor = SiglipImageProcessor(size={"height": 32, "width": 32}, image_seq_length=16)
+    processor = PaliGemmaProcessor(image_processor, make_tokenizer(), chat_template=CHAT)
+    return PaliGemmaForConditionalGeneration(config).eval(), processor
+
+
+def make_gemma3() -> tuple[Gemma3ForConditionalGeneration, Gemma3Processor]:
+    """`<image>` stands in its prompts, `<soft>` for each token of an image."""
+    torch.manual_seed(0)
+    words = [*WORDS, "<soft>", "<end>"]
+    config = Gemma3Config(
+        vision_config=SiglipVisionConfig(**CLIP, vision_use_head=False),
+        text_config=Gemma3TextConfig(**{**TEXT, "vocab_size": len(words)}, head_dim=12, query_pre_attn_scalar=12),
+        mm_tokens_per_image=4,
+        boi_token_index=words.index("<image>"),
+        eoi_token_index=words.index("<end>"),
+        image_token_index=words.index("<soft>"),
+    )
+    processor = Gemma3Processor(
+        Gemma3ImageProcessor(size={"height": 32, "width": 32}),
+        make_tokenizer(words, boi_token="<image>", image_token="<soft>", eoi_token="<end>"),
+        chat_template=CHAT,
+        image_seq_length=4,
+    )
+    model = Gemma3ForConditionalGeneration(config).eval()
+    torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight, std=0.1)  # made as zeros
+    return model, processor
+
+
 def swapped(name: str, host: str = "llava", **options):
     """A model of a kind with a tiny tower in it, and its processor."""
     model, processor = HOSTS[host]()
@@ -182,7 +232,8 @@ def swapped(name: str, host: str = "llava", **options):
         warnings.simplefilter("ignore")  # of the projector, which is new
         processor = swap_vision_tower(model, make_tower(name, model), processor, **options)
     # A widened projector does not read the higher scales until it is trained.
-    torch.nn.init.normal_(model.model.multi_modal_projector.linear_1.weight, std=0.1)
+    reads = adapter_of(model).projector_input(model.model.multi_modal_projector)
+    torch.nn.init.normal_(reads.weight, std=0.1)
     return model, processor
 
 
@@ -214,6 +265,8 @@ HOSTS = {
     "llava_next": make_llava_next,
     "llava_onevision": make_llava_onevision,
     "vipllava": make_vipllava,
+    "paligemma": make_paligemma,
+    "gemma3": make_gemma3,
 }
 
 # name -> tower; tokens of an image that reach the language model, None where they depend on the image

@@ -19,6 +19,8 @@ CASES = {
     "llava-quadtree_threshold": ({}, ("model", "processor")),
     "llava_next-flexivit": ({}, ("model", "processor")),
     "vipllava-sparseformer": ({}, ("processor", "model")),
+    "paligemma-flexivit": ({"num_tokens": 9}, ("model", "processor")),
+    "gemma3-flexivit": ({"num_tokens": 9}, ("processor", "model")),
 }
 # A child for each case, so that what one loads is not there for the next; the imports behind them are shared.
 LOAD = """
@@ -41,7 +43,7 @@ def answer(name, words, order):
         "processor": lambda: AutoProcessor.from_pretrained(name, trust_remote_code=True),
     }
     loaded = {kind: load[kind]() for kind in order}
-    images = [Image.open(f"{index}.png") for index in range(2)]
+    images = [[Image.open(f"{index}.png")] for index in range(2)]
     inputs = loaded["processor"](images=images, text=PROMPTS, padding=True, return_tensors="pt", **words)
     with torch.no_grad():
         torch.save(loaded["model"](**inputs).logits, f"{name}.pt")
@@ -88,7 +90,8 @@ def test_a_swapped_model_loads_without_polyscale(case, answers_without_polyscale
     host, name = case.split("-")
     model, processor = swapped(name, host)
     words, _ = CASES[case]
-    inputs = processor(images=make_photographs(), text=PROMPTS, padding=True, return_tensors="pt", **words)
+    images = [[image] for image in make_photographs()]
+    inputs = processor(images=images, text=PROMPTS, padding=True, return_tensors="pt", **words)
     with torch.no_grad():
         expected = model(**inputs).logits
     torch.testing.assert_close(torch.load(folder / f"{case}.pt"), expected, atol=1e-5, rtol=1e-4)

@@ -17,6 +17,8 @@ HOST_TITLES = {
     "llava_next": "LLaVA-NeXT",
     "llava_onevision": "LLaVA-OneVision",
     "vipllava": "VipLLaVA",
+    "paligemma": "PaliGemma",
+    "gemma3": "Gemma 3",
 }
 TOWER_TITLES = {
     "own": "the tower that it comes with",

@@ -16,8 +16,8 @@ from .servable_table import END, HOST_TITLES, START, TOWER_TITLES
 GRIDS = ("s2", "flexivit", "flexivit_no_cls", "flexivit_registers")
 VARYING = ("s2_dynamic", "quadtree_threshold")
 PAIRS = [("llava", name) for name in TOWERS]
-PAIRS += [("vipllava", name) for name in TOWERS if name not in VARYING]
-PAIRS += [(host, name) for host in ("llava_next", "llava_onevision") for name in GRIDS]
+PAIRS += [(host, name) for host in ("vipllava", "paligemma") for name in TOWERS if name not in VARYING]
+PAIRS += [(host, name) for host in ("llava_next", "llava_onevision", "gemma3") for name in GRIDS]
 
 
 @pytest.mark.parametrize(("host", "name"), PAIRS)
@@ -62,6 +62,16 @@ def test_bounds(name, words, most):
         set_token_budget(model, processor, **words)
     for size in ([10_000, 10_000], [40, 90], [1, 1]):
         assert processor._get_num_multimodal_tokens(image_sizes=[size])["num_image_tokens"] == [most]
+
+
+@pytest.mark.parametrize(
+    ("host", "limit"),
+    [("llava", "image_size"), ("paligemma", "must have as many tokens"), ("gemma3", "all name a budget or none")],
+)
+def test_what_the_budgets_of_a_batch_have_in_common_is_said(host, limit):
+    answer = check_servable(*swapped("flexivit", host)).checks[-1]
+    assert answer.question == "a request brings its own budget"
+    assert answer.detail.endswith(limit) or f"{limit}, and all" in answer.detail
 
 
 def test_what_a_server_could_not_use_is_said():

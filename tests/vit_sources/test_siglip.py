@@ -96,7 +96,11 @@ def test_a_siglip_with_its_own_tower_scores_the_same_and_has_a_budget(pixel_valu
     )
 
 
-def test_a_siglip_without_its_head_is_refused():
-    siglip = SiglipVisionModel(SiglipVisionConfig(**SHAPE, vision_use_head=False))
-    with pytest.raises(ValueError, match="no attention-pooling head"):
-        load_flexivit_source(siglip)
+@torch.no_grad()
+def test_a_siglip_without_its_head_gives_the_same_tokens(pixel_values):
+    """As in PaliGemma and Gemma 3, which pool nothing."""
+    siglip = randomised(SiglipVisionModel(SiglipVisionConfig(**SHAPE, vision_use_head=False)))
+    outputs = flexivit_from_source(load_flexivit_source(siglip))(pixel_values)
+    expected = siglip(pixel_values).last_hidden_state
+    torch.testing.assert_close(outputs.last_hidden_state, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(outputs.pooler_output, expected.mean(dim=1), atol=1e-5, rtol=1e-5)

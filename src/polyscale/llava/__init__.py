@@ -15,6 +15,7 @@ from .processing import (
     BudgetLlavaProcessor,
     BudgetVipLlavaProcessor,
 )
+from .processing_gemma import BudgetGemma3Processor, BudgetPaliGemmaProcessor
 
 
 _LAZY = {
@@ -32,9 +33,11 @@ def __getattr__(name: str):
 
 
 __all__ = [
+    "BudgetGemma3Processor",
     "BudgetLlavaNextProcessor",
     "BudgetLlavaOnevisionProcessor",
     "BudgetLlavaProcessor",
+    "BudgetPaliGemmaProcessor",
     "BudgetVipLlavaProcessor",
     "DownsampledTower",
     "DownsampledTowerConfig",

@@ -1,8 +1,9 @@
 """What each kind of LLaVA model wants of its vision tower and its processor: one class for each kind."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import nn
 from transformers import (
     LlavaForConditionalGeneration,
     LlavaModel,
@@ -32,6 +33,12 @@ from .processing import (
     BudgetLlavaProcessor,
     BudgetVipLlavaProcessor,
 )
+from .projector import ProjectorInput
+
+
+def type_of_tower(tower: PreTrainedConfig) -> str:
+    """The model type of a tower, as the host sees its config."""
+    return inner_config(tower).model_type
 
 
 class LlavaAdapter:
@@ -43,6 +50,9 @@ class LlavaAdapter:
         plain_processor_class: for towers without a budget.
         processor_class: for towers of this library.
         num_front_tokens: tokens that the model drops whatever its tower gives.
+        reads_layers: whether `vision_feature_layer` of its config says which layers of the tower it reads.
+        projector_linear: name of the linear layer of its projector that reads the tower.
+        host_knobs: words of `set_token_budget` that are fields of its own config.
     """
 
     name = "LLaVA"
@@ -50,13 +60,44 @@ class LlavaAdapter:
     plain_processor_class: type[ProcessorMixin] = LlavaProcessor
     processor_class: type[ProcessorMixin] = BudgetLlavaProcessor
     num_front_tokens = 0
+    reads_layers = True
+    projector_linear: str | None = "linear_1"
+    host_knobs: tuple[str, ...] = ()
 
     def inner(self, model: PreTrainedModel) -> PreTrainedModel:
         """The model with the tower in it."""
         return model if hasattr(model, "vision_tower") else model.model
 
-    def check_layout(self, tower: PreTrainedConfig, layout: TokenLayout) -> None:
-        """Raises ValueError for a tower that this kind of model cannot have."""
+    def feature_layer(self, config: PreTrainedConfig) -> int | list[int]:
+        """The layer or layers of the tower that a model with this config reads."""
+        return config.vision_feature_layer
+
+    def packed_fields(self, config: PreTrainedConfig) -> dict[str, Any]:
+        """Fields of the `PackedTowerConfig` of a tower of this library in a model with this config."""
+        return {"num_front_tokens": self.num_front_tokens}
+
+    def tower_fields(self, config: PreTrainedConfig, tower: PreTrainedConfig) -> dict[str, Any]:
+        """What the model looks for in the config of its tower, and puts there or would not find."""
+        return {}
+
+    def with_knobs(self, config: PreTrainedConfig, knobs: Mapping[str, Any]) -> PreTrainedConfig:
+        """The config with other values of `host_knobs`.
+
+        Raises:
+            ValueError: for a value that is not legal.
+        """
+        return config
+
+    def projector_input(self, projector: nn.Module) -> ProjectorInput:
+        """How the projector reads the tower."""
+        linear = getattr(projector, self.projector_linear)
+        return ProjectorInput(linear.in_features, linear.weight, self.projector_linear)
+
+    def fit_projector(self, projector: nn.Module, config: PreTrainedConfig) -> None:
+        """Makes a projector that stays follow the config of its model, in place."""
+
+    def check_layout(self, config: PreTrainedConfig, tower: PreTrainedConfig, layout: TokenLayout) -> None:
+        """Raises ValueError for a tower that a model of this kind, with this config, cannot have."""
 
     def host_fields(
         self, config: PreTrainedConfig, tower: PreTrainedConfig, layout: TokenLayout, old_size: int
@@ -90,7 +131,7 @@ class LlavaAdapter:
             image_processor: of the tower.
         """
         tower = config.vision_config
-        settings = {"image_processor": image_processor, **self._settings(processor, layout)}
+        settings = {"image_processor": image_processor, **self._settings(processor, config, layout)}
         if not isinstance(tower, PackedTowerConfig):
             return self.plain_processor_class(**settings)
         return self.processor_class(**settings, tower_config=tower.vision_config.to_dict())
@@ -114,7 +155,7 @@ class LlavaAdapter:
         fields = inner_config(config.vision_config).image_processor_fields()
         return resized(processor.image_processor, layout.image_size, **fields)
 
-    def _settings(self, processor: ProcessorMixin, layout: TokenLayout) -> dict[str, Any]:
+    def _settings(self, processor: ProcessorMixin, config: PreTrainedConfig, layout: TokenLayout) -> dict[str, Any]:
         shared = {name: getattr(processor, name) for name in ("tokenizer", "chat_template", "image_token")}
         return {**shared, **layout.processor_settings}
 
@@ -127,13 +168,13 @@ class VipLlavaAdapter(LlavaAdapter):
     processor_class = BudgetVipLlavaProcessor
     num_front_tokens = 1
 
-    def check_layout(self, tower: PreTrainedConfig, layout: TokenLayout) -> None:
+    def check_layout(self, config: PreTrainedConfig, tower: PreTrainedConfig, layout: TokenLayout) -> None:
         prefix = tower.num_front_tokens if isinstance(tower, PackedTowerConfig) else layout.num_prefix_tokens
         if layout.num_tokens is None or prefix != 1:
             raise ValueError(
-                f"`tower` of type {inner_config(tower).model_type!r} cannot be in a VipLLaVA model: it passes nothing "
-                "but the images to its tower and drops the first token, so that it needs the same number of tokens "
-                f"for every image and one prefix token; got {layout.num_tokens} tokens and {prefix} prefix tokens. A "
+                f"`tower` of type {type_of_tower(tower)!r} cannot be in a VipLLaVA model: it passes nothing but the "
+                "images to its tower and drops the first token, so that it needs the same number of tokens for every "
+                f"image and one prefix token; got {layout.num_tokens} tokens and {prefix} prefix tokens. A "
                 "LlavaForConditionalGeneration takes it."
             )
 
@@ -146,12 +187,12 @@ class LlavaNextAdapter(LlavaAdapter):
     plain_processor_class = LlavaNextProcessor
     processor_class = BudgetLlavaNextProcessor
 
-    def check_layout(self, tower: PreTrainedConfig, layout: TokenLayout) -> None:
+    def check_layout(self, config: PreTrainedConfig, tower: PreTrainedConfig, layout: TokenLayout) -> None:
         size, patch = getattr(tower, "image_size", None), getattr(tower, "patch_size", None)
         side = size // patch if isinstance(size, int) and isinstance(patch, int) else None
         if layout.grid is None or layout.grid != (side, side) or layout.num_prefix_tokens > 1:
             raise ValueError(
-                f"`tower` of type {inner_config(tower).model_type!r} cannot be in a {self.name} model: that needs a "
+                f"`tower` of type {type_of_tower(tower)!r} cannot be in a {self.name} model: that needs a "
                 "square grid of tokens for square images, and at most one prefix token; got "
                 f"{layout.num_tokens} tokens, the grid {layout.grid}, `image_size` {size!r} and "
                 f"{layout.num_prefix_tokens} prefix tokens. A LlavaForConditionalGeneration takes it."
@@ -204,7 +245,7 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
     ) -> BaseImageProcessor:
         return resized(image_processor, size, image_grid_pinpoints=pinpoints)
 
-    def _settings(self, processor: ProcessorMixin, layout: TokenLayout) -> dict[str, Any]:
+    def _settings(self, processor: ProcessorMixin, config: PreTrainedConfig, layout: TokenLayout) -> dict[str, Any]:
         names = ("tokenizer", "chat_template", "image_token", "video_token", "vision_aspect_ratio")
         video_processor = processor.video_processor
         return {
@@ -226,29 +267,12 @@ def tile_side(config: PreTrainedConfig) -> int:
     return 1 if size is None else to_pair(size, "image_size")[0]
 
 
-ADAPTERS = (LlavaAdapter(), LlavaNextAdapter(), LlavaOnevisionAdapter(), VipLlavaAdapter())
-
-
-def adapter_of(model: object, name: str = "llava_model") -> LlavaAdapter:
-    """The adapter for a model, which errors call `name`.
-
-    Raises:
-        ValueError: for a model of another kind; it lists those that there are.
-    """
-    for adapter in ADAPTERS:
-        if type(model) in adapter.model_classes:
-            return adapter
-    kinds = ", ".join(adapter.model_classes[0].__name__ for adapter in ADAPTERS)
-    raise ValueError(f"`{name}` must be one of {kinds}, or its model without a head; got {type(model).__name__}.")
-
-
 __all__ = [
-    "ADAPTERS",
     "LlavaAdapter",
     "LlavaNextAdapter",
     "LlavaOnevisionAdapter",
     "VipLlavaAdapter",
-    "adapter_of",
     "scaled_pinpoints",
     "tile_side",
+    "type_of_tower",
 ]

@@ -19,6 +19,12 @@ def _own(config: PreTrainedConfig) -> BaseImageProcessor | None:
     return AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
 
 
+def own_normalization(config: PreTrainedConfig) -> dict:
+    """Mean and standard deviation of the image processor beside the tower's checkpoint, if it is a local one."""
+    own = _own(config)
+    return {name: getattr(own, name) for name in ("image_mean", "image_std") if getattr(own, name, None) is not None}
+
+
 def resized(image_processor: BaseImageProcessor, size: tuple[int, int], **fields) -> BaseImageProcessor:
     """A copy of an image processor that gives images of (height, width) pixels, and has a `crop_size` that says so."""
     settings = image_processor.to_dict()
@@ -73,4 +79,4 @@ def tower_image_processor(
     return resized(own, layout.image_size, **fields)
 
 
-__all__ = ["resized", "tower_image_processor"]
+__all__ = ["own_normalization", "resized", "tower_image_processor"]

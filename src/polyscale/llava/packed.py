@@ -2,12 +2,15 @@
 
 LLaVA takes images with different numbers of tokens in one way, that of Pixtral: the tower gives the tokens of all
 images one after the other, and LLaVA splits them by `(image_sizes // tower.patch_size).prod(-1)`. So the processor
-writes into `image_sizes` how many tokens an image has, and at which budget the tower has to run it.
+writes into `image_sizes` how many tokens an image has, and at which budget the tower has to run it. PaliGemma and
+Gemma 3 pass no sizes, and take one tensor of tokens: there the budget stands above the pixels (`budget_pixels`), and
+all images of a batch have the same number of tokens.
 """
 
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -17,6 +20,7 @@ from ..layers.token_budget import TokenBudgetMixin
 from ..layers.wrapping import OuterModelMixin, wrap_in_memory
 from ..utils.transformers_internals import sub_config
 from ..utils.validation import to_pair
+from .budget_pixels import take_budgets
 
 
 # A row of `image_sizes`: the number of tokens times UNIT, then UNIT plus each number of the budget code. LLaVA divides
@@ -53,6 +57,9 @@ class PackedTowerConfig(PreTrainedConfig):
         vision_config (`PreTrainedConfig` or `dict`): of the tower inside, a model of this library.
         num_front_tokens (`int`, *optional*, defaults to 0): tokens of zeros in front of each image's, for hosts that
             drop as many.
+        budget_in_pixels (`bool`, *optional*, defaults to `False`): whether the budget of a call stands above the
+            pixels of its images, for hosts that pass nothing else; all images have the same number of tokens then.
+        pooled_side (`int`, *optional*): the grid of tokens is averaged to a square of so many rows and columns.
 
     Raises:
         ValueError: for a tower without a token budget.
@@ -64,6 +71,8 @@ class PackedTowerConfig(PreTrainedConfig):
 
     vision_config: dict | PreTrainedConfig | None = None
     num_front_tokens: int = 0
+    budget_in_pixels: bool = False
+    pooled_side: int | None = None
 
     def __post_init__(self, **kwargs):
         is_given = self.vision_config is not None  # transformers makes a default config to compare with
@@ -96,8 +105,11 @@ class PackedTowerConfig(PreTrainedConfig):
     @property
     def patch_size(self) -> int:
         """Pixels per token: hosts that lay tokens out as a grid divide `image_size` by it."""
-        grid = None if self.tokens_vary else self.vision_config.token_grid_for()
-        return 1 if grid is None else to_pair(self.image_size, "image_size")[0] // grid[0]
+        rows = self.pooled_side
+        if rows is None:
+            grid = None if self.tokens_vary else self.vision_config.token_grid_for()
+            rows = None if grid is None else grid[0]
+        return 1 if rows is None else to_pair(self.image_size, "image_size")[0] // rows
 
 
 def inner_config(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -109,7 +121,7 @@ class PackedTower(OuterModelMixin, PreTrainedModel):
     """The tokens of a tower as a host wants them, without the tower's prefix tokens.
 
     With `image_sizes`: (1, tokens of all images, hidden), each image at its own budget. Without: (batch, tokens,
-    hidden), all at the budget of the config.
+    hidden), all at the budget of the config, or with `config.budget_in_pixels` at the one above their pixels.
     """
 
     config: PackedTowerConfig
@@ -122,13 +134,9 @@ class PackedTower(OuterModelMixin, PreTrainedModel):
         self.post_init()
 
     @classmethod
-    def around(cls, tower: PreTrainedModel, num_front_tokens: int = 0) -> "PackedTower":
-        """A packed tower around one in memory, its weights shared."""
-        return wrap_in_memory(
-            cls,
-            tower,
-            lambda inner: PackedTowerConfig(vision_config=inner, num_front_tokens=num_front_tokens),
-        )
+    def around(cls, tower: PreTrainedModel, **fields) -> "PackedTower":
+        """A packed tower around one in memory, its weights shared; `fields` are those of its config."""
+        return wrap_in_memory(cls, tower, lambda inner: PackedTowerConfig(vision_config=inner, **fields))
 
     def get_input_embeddings(self) -> torch.nn.Module:
         return self.tower.get_input_embeddings()
@@ -157,11 +165,14 @@ class PackedTower(OuterModelMixin, PreTrainedModel):
             ValueError: without `image_sizes` where the number of tokens depends on the image; for values that are no
                 budget.
         """
-        if image_sizes is None:
+        config, is_one_by_one = self.config.vision_config, image_sizes is not None
+        if is_one_by_one:
+            budgets = [(*read_budget_row(row), None) for row in torch.as_tensor(image_sizes).tolist()]
+        else:
+            pixel_values, budgets = self._budgets_of_pixels(pixel_values)
+        if budgets is None:
             return self._at_the_configured_budget(pixel_values, output_hidden_states=output_hidden_states, **kwargs)
-        config = self.config.vision_config
-        budgets = [read_budget_row(row) for row in torch.as_tensor(image_sizes).tolist()]
-        counts, codes = [count for count, _ in budgets], [code for _, code in budgets]
+        counts, codes, grids = zip(*budgets, strict=True)
         images: list = [None] * len(budgets)
         for places, arguments in config.budget_calls(codes, counts):
             own = pixel_values if len(places) == len(budgets) else pixel_values[places]
@@ -175,8 +186,10 @@ class PackedTower(OuterModelMixin, PreTrainedModel):
             rows = [state[row, prefix : prefix + count] for state, (_, row, count) in zip(states, images, strict=True)]
             for tokens, count in zip(rows, counts, strict=True):
                 if len(tokens) != count:
-                    raise ValueError(f"`image_sizes` says {count} tokens for an image that has {len(tokens)}.")
-            return torch.cat(rows)[None]
+                    raise ValueError(f"The budget says {count} tokens for an image that has {len(tokens)}.")
+            if is_one_by_one:
+                return torch.cat(rows)[None]
+            return torch.cat([self._pooled(tokens[None], grid) for tokens, grid in zip(rows, grids, strict=True)])
 
         hidden_states = None
         if images[0][0].hidden_states is not None:
@@ -188,6 +201,38 @@ class PackedTower(OuterModelMixin, PreTrainedModel):
             hidden_states=hidden_states,
         )
 
+    def _budgets_of_pixels(
+        self, pixel_values: torch.Tensor
+    ) -> tuple[torch.Tensor, list[tuple[int, tuple[int, ...], tuple[int, int] | None]] | None]:
+        """The images, and of each its number of tokens, its budget code and its grid; `None` where they carry none.
+
+        Raises:
+            ValueError: for budgets that give the images different numbers of tokens, where the host takes one tensor.
+        """
+        is_square = pixel_values.shape[-2] == pixel_values.shape[-1]
+        if is_square or not self.config.budget_in_pixels:  # no look at the values, which an accelerator would wait for
+            return pixel_values, None
+        pixel_values, numbers = take_budgets(pixel_values)
+        if numbers is None:
+            return pixel_values, None
+        counts = {count for count, *_ in numbers}
+        if len(counts) > 1 and self.config.pooled_side is None:
+            raise ValueError(
+                "The images of a batch must have the same number of tokens in this host, which takes one tensor of "
+                f"them; got {sorted(counts)}. Run them in batches of their own."
+            )
+        return pixel_values, [
+            (count, tuple(code), (rows, count // rows) if rows else None) for count, rows, *code in numbers
+        ]
+
+    def _pooled(self, tokens: torch.Tensor, grid: tuple[int, int] | None) -> torch.Tensor:
+        """(batch, tokens, hidden) -> (batch, tokens that the host wants, hidden)"""
+        side = self.config.pooled_side
+        if side is None:
+            return tokens
+        maps = tokens.transpose(1, 2).unflatten(2, grid)
+        return F.adaptive_avg_pool2d(maps, side).flatten(2).transpose(1, 2)
+
     def _at_the_configured_budget(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
         if self.config.tokens_vary:
             raise ValueError(
@@ -195,12 +240,14 @@ class PackedTower(OuterModelMixin, PreTrainedModel):
                 "that `swap_vision_tower` or `set_token_budget` returned."
             )
         outputs = self.tower(pixel_values, **kwargs)
-        prefix, front = self.config.vision_config.num_prefix_tokens, self.config.num_front_tokens
+        config = self.config.vision_config
+        prefix, front = config.num_prefix_tokens, self.config.num_front_tokens
+        grid = None if self.config.pooled_side is None else config.token_grid_for(tuple(pixel_values.shape[-2:]))
 
         def patches(state: torch.Tensor | None) -> torch.Tensor | None:
             if state is None:
                 return None
-            tokens = state[:, prefix:]
+            tokens = self._pooled(state[:, prefix:], grid)
             return (
                 torch.cat([tokens.new_zeros(len(tokens), front, tokens.shape[2]), tokens], dim=1) if front else tokens
             )

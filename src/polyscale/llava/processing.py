@@ -12,6 +12,7 @@ from transformers import (
     LlavaOnevisionProcessor,
     LlavaProcessor,
 )
+from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_utils import make_flat_list_of_images
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 
@@ -66,7 +67,7 @@ class BudgetWordsMixin:
     def _words_of_transformers(self) -> set[str]:
         """Every keyword argument that a processor of transformers, its tokenizer or its image processor takes."""
         kinds = self.valid_processor_kwargs.__annotations__
-        words = {*kinds, "common_kwargs", "return_metadata", "tokenizer_init_kwargs"}
+        words = {*kinds, "audio", "common_kwargs", "return_metadata", "tokenizer_init_kwargs", "videos"}
         parts = [
             *kinds.values(),
             *(getattr(getattr(self, name), "valid_kwargs", None) for name in self.get_attributes()),
@@ -74,6 +75,112 @@ class BudgetWordsMixin:
         for part in parts:
             words |= set(getattr(part, "__annotations__", {}))
         return words
+
+
+class CallBudgetMixin(BudgetWordsMixin):
+    """A processor that takes a token budget in each call. A class says in `_carry` how it gets to the tower, and in
+    `batch_limit` what the budgets of calls must have in common whose images are run together, if anything.
+    """
+
+    batch_limit: str | None = None
+    _call_budget: tuple[dict[str, Any], Sequence[Mapping[str, Any]] | None] = ({}, None)
+
+    def _for_one_call(
+        self, words: Mapping[str, Any], image_budgets: Sequence[Mapping[str, Any]] | None
+    ) -> tuple["CallBudgetMixin", dict[str, Any]]:
+        """A processor that knows the budget of a call, and the other words of the call.
+
+        Raises:
+            ValueError: for an unknown word.
+        """
+        budget, others = self._split_words(words)
+        one_call = copy.copy(self)
+        one_call._call_budget = (budget, image_budgets)
+        return one_call, others
+
+    def _budgets(self, count: int) -> list[TokenBudgetMixin]:
+        """The config of the tower at the budget of each image of this call."""
+        shared, for_each = self._call_budget
+        if for_each is not None and len(for_each) != count:
+            raise ValueError(
+                f"`image_budgets` must hold one dict of budget words for each of {count} images, got {len(for_each)}."
+            )
+        known: dict[str, TokenBudgetMixin] = {}
+        configs = []
+        for own in for_each or [{}] * count:
+            words = {**shared, **self._split_words(own)[0]}
+            key = repr(sorted(words.items()))
+            if key not in known:
+                known[key] = self._config_at(words)
+            configs.append(known[key])
+        return configs
+
+    def _image_options(self, config: TokenBudgetMixin) -> dict[str, Any]:
+        """Arguments of the image processor for a budget, where it is not the one that the processor was made for."""
+        options = {
+            name: value
+            for name, value in config.image_processor_fields().items()
+            if value != getattr(self.image_processor, name, None)
+        }
+        size = to_pair(config.image_size, "image_size")
+        if size != to_pair(self.budget_config.image_size, "image_size") and output_size(self.image_processor):
+            options |= options_for_size(self.image_processor, size)
+        return options
+
+    def _process_images(self, images, **kwargs):
+        configs = self._budgets(len(make_flat_list_of_images(self.image_processor.fetch_images(images))))
+        options = [self._image_options(config) for config in configs]
+        if any(other != options[0] for other in options):
+            raise ValueError(
+                f"The budgets of one batch need images of one size, these need {options}: give such images to calls "
+                "of their own."
+            )
+        processed = self.image_processor(images, **{**options[0], **kwargs})
+        replacements = self._carry(processed, configs)
+        return type(processed)(dict(processed), tensor_type=kwargs.get("return_tensors")), replacements
+
+    def _carry(self, processed: BatchFeature, configs: Sequence[TokenBudgetMixin]) -> list[str]:
+        """Puts the budget of each image into what the image processor made.
+
+        Args:
+            processed: changed in place.
+            configs: of the tower at the budget of each image; images of one budget share it.
+
+        Returns:
+            The placeholder text of each image.
+        """
+        raise NotImplementedError
+
+    def _get_num_multimodal_tokens(
+        self, image_sizes: Sequence[Sequence[int]] | None = None, **kwargs
+    ) -> MultiModalData:
+        """Tokens of images of (height, width) pixels: exact where all images cost the same, else the most that any
+        image can cost. A server that plans its memory with it never has too little.
+        """
+        if image_sizes is None:
+            return MultiModalData()
+        most, count = self._config_at(self._split_words(kwargs)[0]).max_num_tokens_for(), len(image_sizes)
+        return MultiModalData(num_image_tokens=[most] * count, num_image_patches=[1] * count)
+
+
+def count_by_budget(
+    processed: Mapping[str, Any], configs: Sequence[TokenBudgetMixin]
+) -> list[tuple[int, tuple[int, ...]]]:
+    """The number of tokens and the budget code of each image that an image processor made.
+
+    Args:
+        processed: `pixel_values`, and `image_sizes` where the tower needs them.
+        configs: of the tower at the budget of each image.
+    """
+    pixel_values, sizes = processed["pixel_values"], processed.get("image_sizes")
+    counted: list = [None] * len(configs)
+    for config in {id(config): config for config in configs}.values():
+        places = [place for place, other in enumerate(configs) if other is config]
+        own_sizes = None if sizes is None else [sizes[place] for place in places]
+        own = config.count_images([torch.as_tensor(pixel_values[place]) for place in places], own_sizes)
+        for place, budget in zip(places, own, strict=True):
+            counted[place] = budget
+    return counted
 
 
 class FixedBudgetMixin(BudgetWordsMixin):
@@ -130,7 +237,7 @@ class PatchSizeProcessorMixin:
         )
 
 
-class BudgetLlavaProcessor(BudgetWordsMixin, PatchSizeProcessorMixin, LlavaProcessor):
+class BudgetLlavaProcessor(CallBudgetMixin, PatchSizeProcessorMixin, LlavaProcessor):
     """A `LlavaProcessor` that takes a token budget in each call; the tower follows by way of `image_sizes`.
 
     Args:
@@ -151,8 +258,6 @@ class BudgetLlavaProcessor(BudgetWordsMixin, PatchSizeProcessorMixin, LlavaProce
     ```
     """
 
-    _call_budget: tuple[dict[str, Any], Sequence[Mapping[str, Any]] | None] = ({}, None)
-
     def __call__(self, images=None, text=None, videos=None, audio=None, *, image_budgets=None, **kwargs):
         """
         Args:
@@ -167,75 +272,17 @@ class BudgetLlavaProcessor(BudgetWordsMixin, PatchSizeProcessorMixin, LlavaProce
         Raises:
             ValueError: for an unknown word, an illegal budget, or images that would have different sizes.
         """
-        budget, others = self._split_words(kwargs)
-        one_call = copy.copy(self)
-        one_call._call_budget = (budget, image_budgets)
+        one_call, others = self._for_one_call(kwargs, image_budgets)
         return super(BudgetLlavaProcessor, one_call).__call__(images, text, videos, audio, **others)
 
-    def _budgets(self, count: int) -> list[TokenBudgetMixin]:
-        """The config of the tower at the budget of each image of this call."""
-        shared, for_each = self._call_budget
-        if for_each is not None and len(for_each) != count:
-            raise ValueError(
-                f"`image_budgets` must hold one dict of budget words for each of {count} images, got {len(for_each)}."
-            )
-        known: dict[str, TokenBudgetMixin] = {}
-        configs = []
-        for own in for_each or [{}] * count:
-            words = {**shared, **self._split_words(own)[0]}
-            key = repr(sorted(words.items()))
-            if key not in known:
-                known[key] = self._config_at(words)
-            configs.append(known[key])
-        return configs
-
-    def _image_options(self, config: TokenBudgetMixin) -> dict[str, Any]:
-        """Arguments of the image processor for a budget, where it is not the one that the processor was made for."""
-        options = {
-            name: value
-            for name, value in config.image_processor_fields().items()
-            if value != getattr(self.image_processor, name, None)
-        }
-        size = to_pair(config.image_size, "image_size")
-        if size != to_pair(self.budget_config.image_size, "image_size") and output_size(self.image_processor):
-            options |= options_for_size(self.image_processor, size)
-        return options
-
-    def _process_images(self, images, **kwargs):
-        configs = self._budgets(len(make_flat_list_of_images(self.image_processor.fetch_images(images))))
-        options = [self._image_options(config) for config in configs]
-        if any(other != options[0] for other in options):
-            raise ValueError(
-                f"The budgets of one batch need images of one size, these need {options}: give such images to calls "
-                "of their own."
-            )
-        processed = self.image_processor(images, **{**options[0], **kwargs})
-        pixel_values, sizes = processed["pixel_values"], processed.get("image_sizes")
-        rows: list = [None] * len(configs)
-        for config in {id(config): config for config in configs}.values():
-            places = [place for place, other in enumerate(configs) if other is config]
-            own_sizes = None if sizes is None else [sizes[place] for place in places]
-            counted = config.count_images([torch.as_tensor(pixel_values[place]) for place in places], own_sizes)
-            for place, budget in zip(places, counted, strict=True):
-                rows[place] = budget_row(*budget)
-        processed["image_sizes"] = rows
-        processed = type(processed)(dict(processed), tensor_type=kwargs.get("return_tensors"))
-        return processed, [self.replace_image_token(processed, place) for place in range(len(rows))]
+    def _carry(self, processed: BatchFeature, configs: Sequence[TokenBudgetMixin]) -> list[str]:
+        counted = count_by_budget(processed, configs)
+        processed["image_sizes"] = [budget_row(*budget) for budget in counted]
+        return [self.image_token * count for count, _ in counted]
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         row = [int(number) for number in image_inputs["image_sizes"][image_idx]]
         return self.image_token * read_budget_row(row)[0]
-
-    def _get_num_multimodal_tokens(
-        self, image_sizes: Sequence[Sequence[int]] | None = None, **kwargs
-    ) -> MultiModalData:
-        """Tokens of images of (height, width) pixels: exact where all images cost the same, else the most that any
-        image can cost. A server that plans its memory with it never has too little.
-        """
-        if image_sizes is None:
-            return MultiModalData()
-        most, count = self._config_at(self._split_words(kwargs)[0]).max_num_tokens_for(), len(image_sizes)
-        return MultiModalData(num_image_tokens=[most] * count, num_image_patches=[1] * count)
 
 
 class BudgetVipLlavaProcessor(FixedBudgetMixin, PatchSizeProcessorMixin, LlavaProcessor):
@@ -316,5 +363,7 @@ __all__ = [
     "BudgetLlavaOnevisionProcessor",
     "BudgetLlavaProcessor",
     "BudgetVipLlavaProcessor",
+    "CallBudgetMixin",
+    "count_by_budget",
     "is_budget_processor",
 ]

@@ -1,10 +1,26 @@
 """The projector of a LLaVA model when its vision tower changes."""
 
 import warnings
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+
+
+@dataclass(frozen=True)
+class ProjectorInput:
+    """How a projector reads the tokens of a tower.
+
+    Args:
+        width: channels of a token that it reads.
+        weight: the weight that reads them.
+        linear: name of the linear layer with that weight; None where it is in none, or something else reads too.
+    """
+
+    width: int
+    weight: torch.Tensor
+    linear: str | None
 
 
 def num_feature_layers(vision_feature_layer: int | list[int]) -> int:
@@ -55,7 +71,10 @@ def fitted_projector(
     keep: bool | None,
     is_related: bool,
     scales: int,
-    stacklevel: int = 3,
+    *,
+    layers: int,
+    old_layers: int,
+    reads: ProjectorInput,
 ) -> nn.Module | dict[str, nn.Module]:
     """The projector for another tower: that of the model, a new one, or the model's with the parts that are replaced.
 
@@ -65,24 +84,24 @@ def fitted_projector(
         keep: whether the projector is kept; where the towers are related, when None.
         is_related: whether the new tower was made of the old one.
         scales: how many scales of the old tower's features the new one gives side by side.
-        stacklevel: of the warning about a new projector.
+        layers: how many layers of the new tower are read.
+        old_layers: how many of the old one.
+        reads: how the projector reads the tower.
 
     Raises:
         ValueError: if it is to be kept and reads another width.
     """
     old = model.multi_modal_projector
-    layers = num_feature_layers(config.vision_feature_layer)
-    old_layers = num_feature_layers(model.config.vision_feature_layer)
-    old_width, new_width = old.linear_1.in_features, config.vision_config.hidden_size * layers
+    old_width, new_width = reads.width, config.vision_config.hidden_size * layers
     wanted = is_related if keep is None else keep
     if wanted and layers == old_layers:
         if old_width == new_width:
             return old
-        only_linear_reads = not any(
-            parameter.shape[-1] == old_width for name, parameter in old.named_parameters() if "linear_1" not in name
+        only_linear_reads = reads.linear is not None and not any(
+            parameter.shape[-1] == old_width for name, parameter in old.named_parameters() if reads.linear not in name
         )
         if scales > 1 and old_width * scales == new_width and only_linear_reads:
-            return {"linear_1": _widened(old.linear_1, old_width // layers, scales, layers)}
+            return {reads.linear: _widened(getattr(old, reads.linear), old_width // layers, scales, layers)}
     if keep:
         raise ValueError(
             f"`keep_projector=True` is not possible: the projector reads {old_width} channels and the new tower gives "
@@ -92,12 +111,11 @@ def fitted_projector(
         reason = f"The projector reads {old_width} channels and the new tower gives {new_width}"
     else:
         reason = "The projector was trained with another tower (`keep_projector=True` keeps it nevertheless)"
-    warnings.warn(f"{reason}: it is replaced by a new one, which has to be trained.", stacklevel=stacklevel)
-    weight = old.linear_1.weight
-    new = type(old)(config).to(device=weight.device, dtype=weight.dtype)
+    warnings.warn(f"{reason}: it is replaced by a new one, which has to be trained.", stacklevel=3)
+    new = type(old)(config).to(device=reads.weight.device, dtype=reads.weight.dtype)
     for module in new.modules():
         model._init_weights(module)
     return new.train(old.training)
 
 
-__all__ = ["fitted_projector", "num_feature_layers", "share_weights"]
+__all__ = ["ProjectorInput", "fitted_projector", "num_feature_layers", "share_weights"]

@@ -11,11 +11,12 @@ from transformers.image_processing_utils import BaseImageProcessor
 from ..layers.attention import attention_name, set_attention_name
 from ..layers.token_budget import TokenBudgetMixin
 from ..layers.wrapping import attention_kept, check_has_no_head
-from .adapters import LlavaAdapter, adapter_of, tile_side
+from .adapters import LlavaAdapter, tile_side
 from .downsampled import DownsampledTowerConfig
+from .hosts import adapter_of
 from .layout import TokenLayout, token_layout
 from .packed import PackedTower, PackedTowerConfig, inner_config
-from .projector import fitted_projector, share_weights
+from .projector import fitted_projector, num_feature_layers, share_weights
 
 
 def _check_tower(tower: PreTrainedModel) -> None:
@@ -54,22 +55,24 @@ def check_processor(processor: ProcessorMixin, config: PreTrainedConfig) -> None
         raise ValueError(
             f"`processor` must be a processor with a tokenizer and an image processor, it has no {missing[0]}."
         )
-    if processor.image_token_id != config.image_token_id:
+    own = processor.image_token_ids[0]
+    if own != config.image_token_id:
         raise ValueError(
-            f"`processor` does not belong to this model: its image token has the id {processor.image_token_id}, the "
-            f"model's is {config.image_token_id}."
+            f"`processor` does not belong to this model: its image token has the id {own}, the model's is "
+            f"{config.image_token_id}."
         )
 
 
 def _hosted(
-    config: PreTrainedConfig, adapter: LlavaAdapter, layer: int | list[int]
+    config: PreTrainedConfig, adapter: LlavaAdapter, host: PreTrainedConfig, layer: int | list[int]
 ) -> tuple[PreTrainedConfig, list[str]]:
     """The config of a tower as the host sees it, and what changed in it.
 
     Args:
         config: of the tower.
         adapter: of the host.
-        layer: what the host reads.
+        host: its config.
+        layer: what it reads.
     """
     if not isinstance(config, TokenBudgetMixin):
         return config, []
@@ -77,7 +80,7 @@ def _hosted(
         config = copy.deepcopy(config)
         config.merge_layers = _merging_layers(config, layer)
     hosted, notes = config.hosted()
-    return PackedTowerConfig(vision_config=hosted, num_front_tokens=adapter.num_front_tokens), notes
+    return PackedTowerConfig(vision_config=hosted, **adapter.packed_fields(host)), notes
 
 
 def _merging_layers(config: PreTrainedConfig, layer: int | list[int]) -> int:
@@ -104,6 +107,7 @@ class _Plan:
     layout: TokenLayout
     config: PreTrainedConfig
     fields: dict[str, object]
+    tower_fields: dict[str, object]
 
 
 def _plan(
@@ -115,12 +119,19 @@ def _plan(
         ValueError: for a tower that does not fit.
     """
     layout = token_layout(tower)
-    adapter.check_layout(tower, layout)
-    fields = adapter.host_fields(config, tower, layout, old_size) | {"vision_feature_layer": layer}
+    adapter.check_layout(config, tower, layout)
+    tower_fields = adapter.tower_fields(config, tower)
+    if tower_fields:
+        tower = copy.deepcopy(tower)
+        for name, value in tower_fields.items():
+            setattr(tower, name, value)
+    fields = adapter.host_fields(config, tower, layout, old_size)
+    if adapter.reads_layers:
+        fields["vision_feature_layer"] = layer
     changed = copy.deepcopy(config)
     for name, value in fields.items():
         setattr(changed, name, value)
-    return _Plan(adapter, layout, changed, fields)
+    return _Plan(adapter, layout, changed, fields, tower_fields)
 
 
 def set_config(model: nn.Module, old: PreTrainedConfig, new: PreTrainedConfig) -> None:
@@ -137,9 +148,11 @@ def set_config(model: nn.Module, old: PreTrainedConfig, new: PreTrainedConfig) -
     set_attention_name(new, attention)
 
 
-def _commit(llava: PreTrainedModel, config: PreTrainedConfig, fields: dict[str, object], tower: nn.Module) -> None:
-    for name, value in fields.items():
+def _commit(llava: PreTrainedModel, config: PreTrainedConfig, plan: _Plan, tower: nn.Module) -> None:
+    for name, value in plan.fields.items():
         setattr(config, name, value)
+    for name, value in plan.tower_fields.items():
+        setattr(tower.config, name, value)
     config.vision_config = tower.config
     llava.config = config
     llava.vision_tower = tower
@@ -165,7 +178,7 @@ def swap_vision_tower(
     tokens without prefix tokens, at the budget that the processor wrote into `image_sizes`.
 
     Args:
-        llava_model (`PreTrainedModel`): a LLaVA, LLaVA-NeXT, LLaVA-OneVision or VipLLaVA model.
+        llava_model (`PreTrainedModel`): a LLaVA, LLaVA-NeXT, LLaVA-OneVision, VipLLaVA, PaliGemma or Gemma 3 model.
         tower (`PreTrainedModel`): an S2VisionWrapper, FlexiViTModel, QuadtreeViTModel, SparseFormerModel or another
             vision model without a head. Its config says how many tokens it gives (`patch_size`, `num_tokens`, ...).
             `S2VisionWrapper.from_vision_model(llava_model.model.vision_tower, scales=[1, 2, 3])` is S2 around the
@@ -176,7 +189,7 @@ def swap_vision_tower(
         fit (`str`, *optional*): of an S2 tower, how images become squares: "squash", "crop" or "pad"; as the
             processor did when `None`.
         vision_feature_layer (`int` or `list[int]`, *optional*): the layer or layers of the tower that are read; the
-            model's own when the tower has it, else the last.
+            model's own when the tower has it, else the last. None for PaliGemma and Gemma 3, which read the last.
         keep_projector (`bool`, *optional*): whether the projector is kept; where the tower holds the weights of the
             model's own tower (S2 around it, or a conversion of it) when `None`.
 
@@ -199,11 +212,17 @@ def swap_vision_tower(
     llava = adapter.inner(llava_model)
     config = llava_model.config
     _check_tower(tower)
+    if vision_feature_layer is not None and not adapter.reads_layers:
+        raise ValueError(
+            f"`vision_feature_layer` must be None for a {adapter.name} model, which reads what its tower gives last; "
+            f"got {vision_feature_layer!r}."
+        )
     if processor is not None:
         check_processor(processor, config)
     with attention_kept(tower):
-        layer = _feature_layer(tower.config, vision_feature_layer, config.vision_feature_layer)
-        outer, notes = _hosted(tower.config, adapter, layer)
+        old_layer = adapter.feature_layer(config)
+        layer = _feature_layer(tower.config, vision_feature_layer, old_layer)
+        outer, notes = _hosted(tower.config, adapter, config, layer)
         plan = _plan(adapter, config, outer, layer, tile_side(config.vision_config))
         new_processor = None
         if processor is not None:
@@ -214,22 +233,24 @@ def swap_vision_tower(
         is_alike = isinstance(old, DownsampledTowerConfig) == isinstance(tower.config, DownsampledTowerConfig)
         related = is_alike and share_weights(llava.vision_tower, tower)
         scales = 1 if hasattr(old, "num_scales") else getattr(tower.config, "num_scales", 1)
-        projector = fitted_projector(llava, plan.config, keep_projector, related, scales)
+        reads = adapter.projector_input(llava.multi_modal_projector)
+        layers = {"layers": num_feature_layers(layer), "old_layers": num_feature_layers(old_layer)}
+        projector = fitted_projector(llava, plan.config, keep_projector, related, scales, **layers, reads=reads)
 
     for note in notes:
         warnings.warn(f"`tower` in its host: {note}", stacklevel=2)
     if isinstance(outer, PackedTowerConfig):
         set_config(tower, tower.config, outer.vision_config)
-        tower = PackedTower.around(tower, adapter.num_front_tokens)
-    old_projector = llava.multi_modal_projector
-    weight = old_projector.linear_1.weight
+        tower = PackedTower.around(tower, **adapter.packed_fields(config))
+    weight = reads.weight
     tower = tower.to(device=weight.device, dtype=weight.dtype).train(llava.vision_tower.training)
-    _commit(llava, config, plan.fields, tower)
+    _commit(llava, config, plan, tower)
     if isinstance(projector, dict):
         for name, module in projector.items():
-            setattr(old_projector, name, module)
+            setattr(llava.multi_modal_projector, name, module)
     else:
         llava.multi_modal_projector = projector
+    adapter.fit_projector(llava.multi_modal_projector, config)
     return new_processor
 
 
@@ -243,7 +264,8 @@ def set_token_budget(llava_model: PreTrainedModel, processor: ProcessorMixin, **
         processor (`ProcessorMixin`): its processor; it is changed in place where it stays of the same kind.
         budget: of a FlexiViT `patch_size` or `num_tokens` (the nearest that a patch size gives), and `image_size`; of
             a Quadtree ViT `num_tokens` or `split_threshold`, and `image_size`; of S2 `scales` or `img_sizes` (as
-            many as before), `num_tiles`, and `max_tiles`; of a SparseFormer `image_size`.
+            many as before), `num_tiles`, and `max_tiles`; of a SparseFormer `image_size`. In a Gemma 3 also
+            `mm_tokens_per_image`, a square number: how many tokens the language model gets of those of the tower.
 
     Returns:
         `ProcessorMixin`: the one to use from now on: `processor` itself, unless it was none of `swap_vision_tower`.
@@ -268,16 +290,21 @@ def set_token_budget(llava_model: PreTrainedModel, processor: ProcessorMixin, **
             f"The vision tower is a {old.model_type!r}, which has no token budget: put a tower of this library in its "
             "place with `swap_vision_tower`."
         )
-    outer, _ = _hosted(old.with_budget(**budget), adapter, config.vision_feature_layer)
-    plan = _plan(adapter, config, outer, config.vision_feature_layer, tile_side(config.vision_config))
+    host_budget = {name: budget.pop(name) for name in adapter.host_knobs if name in budget}
+    wanted = adapter.with_knobs(config, host_budget)
+    new = old if host_budget and not budget else old.with_budget(**budget)
+    layer = adapter.feature_layer(config)
+    outer, _ = _hosted(new, adapter, wanted, layer)
+    plan = _plan(adapter, wanted, outer, layer, tile_side(config.vision_config))
     own = adapter.resized_image_processor(processor, plan.config, plan.layout)
     new_processor = adapter.make_processor(processor, plan.config, plan.layout, own)
 
     tower = llava.vision_tower
     inside = tower.tower if isinstance(tower, PackedTower) else tower
     set_config(inside, old, outer.vision_config)
-    packed = PackedTower.around(inside, adapter.num_front_tokens)
-    _commit(llava, config, plan.fields, packed.train(tower.training))
+    packed = PackedTower.around(inside, **adapter.packed_fields(wanted))
+    _commit(llava, config, plan, packed.train(tower.training))
+    adapter.fit_projector(llava.multi_modal_projector, config)
     if type(processor) is not type(new_processor):
         return new_processor
     processor.__dict__.update(new_processor.__dict__)

@@ -18,8 +18,9 @@ from transformers import PreTrainedModel, ProcessorMixin
 from transformers.image_utils import SizeDict
 
 from ..layers.token_budget import budget_argument_of
-from ..llava.adapters import LlavaAdapter, adapter_of
-from ..llava.processing import BudgetLlavaProcessor
+from ..llava.adapters import LlavaAdapter
+from ..llava.hosts import adapter_of
+from ..llava.processing import CallBudgetMixin
 
 
 # (height, width) in pixels of the images that are tried: usual, wide, high, small, and a strip.
@@ -81,11 +82,16 @@ class _Subject:
             images=[[image] for image in images], text=text, padding=True, return_tensors="pt", **options
         )
 
+    @property
+    def placeholder_id(self) -> int:
+        """The id of the token that stands for a token of an image: not always the one that a prompt has."""
+        return self.processor.image_token_ids[0]
+
     def counts(self, inputs: Mapping[str, Any]) -> list[int]:
-        return (inputs["input_ids"] == self.processor.image_token_id).sum(dim=1).tolist()
+        return (inputs["input_ids"] == self.placeholder_id).sum(dim=1).tolist()
 
     def vision_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        text = ("input_ids", "attention_mask", "mm_token_type_ids", "labels")
+        text = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids", "labels")
         weight = next(self.model.parameters())
         moved = {name: value for name, value in inputs.items() if name not in text}
         moved["pixel_values"] = moved["pixel_values"].to(device=weight.device, dtype=weight.dtype)
@@ -137,10 +143,10 @@ def _replacement(subject: _Subject) -> str:
     counts = []
     for image in images:
         processed = subject.processor.image_processor([image], return_tensors="pt")
-        if isinstance(subject.processor, BudgetLlavaProcessor):
+        if isinstance(subject.processor, CallBudgetMixin):
             processed, _ = subject.processor._process_images([image], return_tensors="pt")
         text = subject.processor.replace_image_token(processed, 0)
-        counts.append(text.count(subject.processor.image_token))
+        counts.append(text.count(subject.processor.tokenizer.convert_ids_to_tokens(subject.placeholder_id)))
     expected = [subject.counts(subject.encode([image]))[0] for image in images]
     if counts != expected:
         raise ValueError(f"`replace_image_token` gives {counts} tokens, the processor {expected}")
@@ -172,7 +178,8 @@ def _each_alone(subject: _Subject) -> str:
 
 def _token_types(subject: _Subject) -> str:
     inputs = subject.encode(subject.images()[:1], return_mm_token_type_ids=True)
-    marked = int((inputs["mm_token_type_ids"] == 1).sum())
+    types = inputs["mm_token_type_ids" if "mm_token_type_ids" in inputs else "token_type_ids"]  # as the model calls it
+    marked = int((types == 1).sum())
     if marked != subject.counts(inputs)[0]:
         raise ValueError(f"{marked} tokens marked as image, {subject.counts(inputs)[0]} placeholders")
     return f"{marked} tokens marked"
@@ -180,9 +187,7 @@ def _token_types(subject: _Subject) -> str:
 
 def _runs(subject: _Subject) -> str:
     ids = subject.encode(subject.images()[:1])["input_ids"][0].tolist()
-    runs = [
-        len(list(run)) for is_image, run in groupby(i == subject.processor.image_token_id for i in ids) if is_image
-    ]
+    runs = [len(list(run)) for is_image, run in groupby(i == subject.placeholder_id for i in ids) if is_image]
     if len(runs) != 1:
         raise ValueError(f"one image gives {len(runs)} runs of the image token")
     return f"one run of {runs[0]}"
@@ -228,7 +233,7 @@ def _replaced_layers(subject: _Subject) -> str:
 
 def _request_budget(subject: _Subject) -> str:
     processor = subject.processor
-    if not isinstance(processor, BudgetLlavaProcessor):
+    if not isinstance(processor, CallBudgetMixin):
         reason = getattr(processor, "why_fixed", "its tower has no token budget")
         return f"none: {reason}"
     config = processor.budget_config
@@ -241,7 +246,8 @@ def _request_budget(subject: _Subject) -> str:
     count, length = subject.counts(inputs)[0], len(subject.features(inputs)[0])
     if count > bound or count != length:
         raise ValueError(f"{words}: {count} tokens, {length} features, {bound} announced")
-    return f"{', '.join(config.changeable_fields)}"
+    limit = "" if processor.batch_limit is None else f"; {processor.batch_limit}"
+    return f"{', '.join(config.changeable_fields)}{limit}"
 
 
 _CHECKS: tuple[tuple[str, Callable[[_Subject], str]], ...] = (
@@ -263,8 +269,8 @@ def check_servable(model: PreTrainedModel, processor: ProcessorMixin) -> Serving
     """Asks a LLaVA model and its processor what vLLM's Transformers backend and SGLang ask.
 
     Args:
-        model (`PreTrainedModel`): a LLaVA, LLaVA-NeXT, LLaVA-OneVision or VipLLaVA model, with any tower. It is run on
-            a few small images, and copied once.
+        model (`PreTrainedModel`): a LLaVA, LLaVA-NeXT, LLaVA-OneVision, VipLLaVA, PaliGemma or Gemma 3 model, with any
+            tower. It is run on a few small images, and copied once.
         processor (`ProcessorMixin`): the one that `swap_vision_tower` or `AutoProcessor` gave.
 
     Returns:

@@ -169,13 +169,15 @@ def _clip_fields(config: PreTrainedConfig, class_name: str) -> dict[str, Any]:
 
 
 def _siglip_fields(config: PreTrainedConfig, class_name: str) -> dict[str, Any]:
+    # Without a head, as in PaliGemma and Gemma 3, nothing is pooled there: the mean stands in.
+    is_mean = class_name == "SiglipForImageClassification" or not getattr(config, "vision_use_head", True)
     return {
         **_shared_fields(config),
         "intermediate_size": config.intermediate_size,
         "attention_probs_dropout_prob": config.attention_dropout or 0.0,
         "use_cls_token": False,
         "prefix_positions": "none",
-        "pooling": "mean" if class_name == "SiglipForImageClassification" else "attention",
+        "pooling": "mean" if is_mean else "attention",
     }
 
 
@@ -191,7 +193,7 @@ def _siglip_part(model: PreTrainedModel) -> tuple[PreTrainedConfig, dict[str, to
             **{f"classifier.{name}": tensor for name, tensor in model.classifier.state_dict().items()},
         }
     if not getattr(vision, "use_head", True):
-        raise ValueError("This SigLIP has no attention-pooling head (`vision_use_head=False`), so nothing is pooled.")
+        return vision.config, state_dict
     for kind in ("weight", "bias"):
         parts = state_dict.pop(f"head.attention.in_proj_{kind}").chunk(3)
         state_dict |= {f"head.attention.{name}_proj.{kind}": part for name, part in zip("qkv", parts, strict=True)}
