@@ -10,7 +10,6 @@ process, in turn; a ratio is the median of those within a round.
 
 import argparse
 import copy
-import sys
 from functools import partial
 from statistics import median
 
@@ -27,6 +26,7 @@ IMAGE_SIZE = 240
 BATCH_SIZE = 8
 PATCH_SIZES = (8, 10, 12, 15, 20, 24, 30, 40, 48)
 LABELS = 1000
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 SECTIONS = (
     *("small-batches", "linear-layers", "compiled", "int8"),
     *("resizing", "attention", "patch-sizes", "first-calls", "memory"),
@@ -37,16 +37,6 @@ def plain_vit(patch_size: int) -> torch.nn.Module:
     return timm.models.vision_transformer.VisionTransformer(
         img_size=IMAGE_SIZE, patch_size=patch_size, embed_dim=768, depth=12, num_heads=12, num_classes=LABELS
     )
-
-
-def take_own_arguments() -> argparse.Namespace:
-    """Takes `--only` and `--dtypes` from the command line, and leaves the options that all benchmarks share."""
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS)
-    parser.add_argument("--dtypes", nargs="+", choices=("bfloat16", "float32"), default=("bfloat16", "float32"))
-    own, sys.argv[1:] = parser.parse_known_args()
-    own.dtypes = [getattr(torch, name) for name in own.dtypes]
-    return own
 
 
 def small_batches(arguments: argparse.Namespace, settings: dict) -> None:
@@ -190,11 +180,14 @@ def memory(arguments: argparse.Namespace, settings: dict) -> None:
 
 
 def main() -> None:
-    own = take_own_arguments()
-    arguments = parse_arguments("FlexiViT at 240 px against timm", rounds=5)
-    arguments.dtypes = own.dtypes
+    options = {
+        "--only": {"nargs": "+", "choices": SECTIONS, "default": SECTIONS},
+        "--dtypes": {"nargs": "+", "choices": DTYPES, "default": list(DTYPES)},
+    }
+    arguments = parse_arguments("FlexiViT at 240 px against timm", rounds=5, options=options)
+    arguments.dtypes = [DTYPES[name] for name in arguments.dtypes]
     settings = {"rounds": arguments.rounds, "device": arguments.device, "clock": arguments.clock}
-    for section in own.only:
+    for section in arguments.only:
         print(f"\n{section}")
         globals()[section.replace("-", "_")](arguments, settings)
 

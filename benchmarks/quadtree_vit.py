@@ -1,6 +1,7 @@
 """Time of Quadtree ViT: selection, tokenization, growth with pixels, and the encoder's gain from a smaller budget.
 
-    python benchmarks/quadtree_vit.py [--official PATH] [--device cuda] [--only selection tokenization pixels encoder]
+    python benchmarks/quadtree_vit.py [--official PATH] [--only selection tokenization pixels encoder] [--rounds 9]
+        [--threads 2] [--device cuda] [--processor-time]
 
 Rivals run side by side: each round times every one, in turn; ratios are those of the medians. `--official`
 is a checkout of TomerRonen34/mixed-resolution-vit; without it, a plain re-creation of its loop stands in for it.
@@ -13,6 +14,7 @@ from statistics import median
 
 import torch
 import torch.nn.functional as F
+from timing import parse_arguments
 
 from polyscale import PixelBlurPatchScorer, QuadtreeTokenizer, QuadtreeViTConfig, QuadtreeViTModel, quadtree_tokens
 from polyscale.evaluation.speed import time_alternating
@@ -23,15 +25,16 @@ SECTIONS = ("selection", "tokenization", "pixels", "encoder")
 
 
 def median_times(
-    runs: dict[str, Callable[[], object]], rounds: int, device: torch.device, calls: int = 1
+    runs: dict[str, Callable[[], object]], arguments: argparse.Namespace, calls: int = 1
 ) -> dict[str, float]:
     """Median milliseconds of a call; every round takes `calls` of each in turn, after a round that does not count."""
     repeated = {name: lambda run=run: [run() for _ in range(calls)] for name, run in runs.items()}
-    seconds = time_alternating(repeated, rounds, torch.cuda.synchronize if device.type == "cuda" else None)
+    synchronize = None if arguments.device == "cpu" else torch.cuda.synchronize
+    seconds = time_alternating(repeated, arguments.rounds, synchronize, arguments.clock)
     return {name: median(values) * 1e3 / calls for name, values in seconds.items()}
 
 
-def smooth_images(batch: int, size: int, device: torch.device) -> torch.Tensor:
+def smooth_images(batch: int, size: int, device: str) -> torch.Tensor:
     """Images with busy and quiet parts: noise of several scales."""
     generator = torch.Generator().manual_seed(0)
     images = torch.zeros(batch, 3, size, size)
@@ -107,78 +110,67 @@ def report(title: str, times: dict[str, float]) -> None:
     print(f"{title}: {names}, ratio {rival / ours:.1f}")
 
 
-def benchmark_selection(device: torch.device, rounds: int) -> None:
+def benchmark_selection(arguments: argparse.Namespace) -> None:
     for size, num_tokens in ((256, 196), (512, 784), (1024, 3136)):
         generator = torch.Generator().manual_seed(0)
-        scores = [torch.rand(16, size // p, size // p, generator=generator).to(device) for p in (64, 32)]
+        scores = [torch.rand(16, size // p, size // p, generator=generator).to(arguments.device) for p in (64, 32)]
         runs = {
             "polyscale": lambda scores=scores, n=num_tokens: quadtree_tokens(scores, n),
             "loop": lambda scores=scores, n=num_tokens: loop_selection(scores, n),
         }
-        report(f"selection, 16 images, {size} px, {num_tokens} tokens", median_times(runs, rounds, device, calls=5))
+        report(f"selection, 16 images, {size} px, {num_tokens} tokens", median_times(runs, arguments, calls=5))
 
 
-def benchmark_tokenization(device: torch.device, rounds: int, official: str | None) -> None:
-    rival = "published" if official else "re-creation"
+def benchmark_tokenization(arguments: argparse.Namespace) -> None:
+    rival = "published" if arguments.official else "re-creation"
     for size, num_tokens in ((256, 100), (256, 196), (512, 784)):
-        tokenizer = QuadtreeTokenizer(QuadtreeViTConfig(num_tokens=num_tokens)).to(device)
-        images = smooth_images(16, size, device)
-        published = published_tokenization(official, tokenizer, size)
+        tokenizer = QuadtreeTokenizer(QuadtreeViTConfig(num_tokens=num_tokens)).to(arguments.device)
+        images = smooth_images(16, size, arguments.device)
+        published = published_tokenization(arguments.official, tokenizer, size)
         runs = {
             "polyscale": lambda tokenizer=tokenizer, images=images: tokenizer(images),
             rival: lambda published=published, images=images: published(images),
         }
-        report(f"tokenization, 16 images, {size} px, {num_tokens} tokens", median_times(runs, rounds, device))
+        report(f"tokenization, 16 images, {size} px, {num_tokens} tokens", median_times(runs, arguments))
 
 
-def benchmark_pixels(device: torch.device, rounds: int) -> None:
+def benchmark_pixels(arguments: argparse.Namespace) -> None:
     scorer = PixelBlurPatchScorer()
     for size in (256, 512, 1024, 2048):
         num_tokens = 196 * (size // 256) ** 2
-        tokenizer = QuadtreeTokenizer(QuadtreeViTConfig(image_size=size, num_tokens=num_tokens)).to(device)
-        images = smooth_images(1, size, device)
+        tokenizer = QuadtreeTokenizer(QuadtreeViTConfig(image_size=size, num_tokens=num_tokens)).to(arguments.device)
+        images = smooth_images(1, size, arguments.device)
         runs = {
             "scores": lambda images=images: scorer(images),
             "tokenization": lambda tokenizer=tokenizer, images=images: tokenizer(images),
         }
-        times = median_times(runs, rounds, device)
+        times = median_times(runs, arguments)
         megapixels = size * size / 2**20
         print(f"1 image of {size} px: " + ", ".join(f"{n} {t / megapixels:.1f} ms/Mpixel" for n, t in times.items()))
 
 
-def benchmark_encoder(device: torch.device, rounds: int) -> None:
-    model = QuadtreeViTModel(QuadtreeViTConfig.preset("quadtree_vit_base")).eval().to(device)
-    images = smooth_images(4, 256, device)
+def benchmark_encoder(arguments: argparse.Namespace) -> None:
+    model = QuadtreeViTModel(QuadtreeViTConfig.preset("quadtree_vit_base")).eval().to(arguments.device)
+    images = smooth_images(4, 256, arguments.device)
     runs = {
         "100 tokens": lambda: model(images, num_tokens=100),
         "256 tokens": lambda: model(images, num_tokens=256),
     }
-    times = median_times(runs, rounds, device)
+    times = median_times(runs, arguments)
     report("ViT-B end to end, 4 images, 256 px", times)
-    share = median_times({"tokenization": lambda: model.embeddings(images, 100)}, rounds, device)["tokenization"]
+    share = median_times({"tokenization": lambda: model.embeddings(images, 100)}, arguments)["tokenization"]
     print(f"tokenization of 100 tokens: {share:.2f} ms, {share / times['100 tokens']:.1%} of the forward pass")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--official", metavar="PATH", help="a checkout of TomerRonen34/mixed-resolution-vit")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS)
-    arguments = parser.parse_args()
-    device = torch.device(arguments.device)
-    print(
-        f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, medians of {arguments.rounds} rounds"
-    )
+    options = {
+        "--official": {"metavar": "PATH", "help": "a checkout of TomerRonen34/mixed-resolution-vit"},
+        "--only": {"nargs": "+", "choices": SECTIONS, "default": SECTIONS},
+    }
+    arguments = parse_arguments("Quadtree ViT", rounds=9, options=options)
     with torch.inference_mode():
-        if "selection" in arguments.only:
-            benchmark_selection(device, arguments.rounds)
-        if "tokenization" in arguments.only:
-            benchmark_tokenization(device, arguments.rounds, arguments.official)
-        if "pixels" in arguments.only:
-            benchmark_pixels(device, arguments.rounds)
-        if "encoder" in arguments.only:
-            benchmark_encoder(device, arguments.rounds)
+        for section in arguments.only:
+            globals()[f"benchmark_{section}"](arguments)
 
 
 if __name__ == "__main__":

@@ -48,20 +48,10 @@ def official_function(folder: str | None):
     )
 
 
-def take_official() -> str | None:
-    """`--official FOLDER` from the command line, which then has only what all benchmarks know."""
-    if "--official" not in sys.argv:
-        return None
-    place = sys.argv.index("--official")
-    if place + 1 == len(sys.argv):
-        raise SystemExit("--official needs a folder")
-    _, folder = sys.argv.pop(place), sys.argv.pop(place)
-    return folder
-
-
 def main() -> None:
-    name, official = official_function(take_official())
-    arguments = parse_arguments("S2 around CLIP-B/32 at scales [1, 2, 3]", rounds=5)
+    options = {"--official": {"metavar": "FOLDER", "help": "a copy of bfshi/scaling_on_scales"}}
+    arguments = parse_arguments("S2 around CLIP-B/32 at scales [1, 2, 3]", rounds=5, options=options)
+    name, official = official_function(arguments.official)
     place = {"device": arguments.device, "dtype": arguments.dtype}
     settings = {"rounds": arguments.rounds, "device": arguments.device, "clock": arguments.clock}
     clip = CLIPVisionModel(CLIPVisionConfig()).eval().to(**place)

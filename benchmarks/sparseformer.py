@@ -29,14 +29,6 @@ GOALS = {"sparseformer_v1_tiny": 1.4, "sparseformer_v1_base": 1.15, "sparseforme
 GPU_GOAL, GPU_COMPILED_GOAL, TRAINING_GOAL, HALF_GOAL = 1.5, 2.0, 1.2, 1.8
 
 
-def official_path() -> Path | None:
-    """Takes `--official` from the command line, and leaves the rest to the options that all benchmarks share."""
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--official", type=Path)
-    known, sys.argv[1:] = parser.parse_known_args()
-    return known.official
-
-
 def official_model(path: Path, name: str) -> torch.nn.Module:
     """The official model of a preset, with random weights."""
     folder = str(path / "sparseformer")
@@ -206,14 +198,14 @@ def compare_on_cpu(arguments: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    official = official_path()
-    arguments = parse_arguments("SparseFormer at 224 px, batch 8, against showlab/sparseformer", rounds=5)
-    if official is None:
+    options = {"--official": {"type": Path, "metavar": "PATH", "help": "a checkout of showlab/sparseformer"}}
+    arguments = parse_arguments("SparseFormer at 224 px, batch 8", rounds=5, options=options)
+    if arguments.official is None:
         print("No --official: nothing to compare with.\n")
     else:
-        compare_with_official(official, arguments)
+        compare_with_official(arguments.official, arguments)
         if arguments.device == "cpu":
-            compare_training_memory(official, arguments)
+            compare_training_memory(arguments.official, arguments)
     if arguments.device == "cpu":
         compare_on_cpu(arguments)
         compare_sampling(arguments)
