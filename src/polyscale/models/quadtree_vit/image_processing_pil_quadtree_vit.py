@@ -3,11 +3,13 @@
 from transformers import PilBackend
 
 from ...utils.validation import FiniteImagesMixin
-from .image_processing_quadtree_vit import LegalSizeMixin
+from .image_processing_quadtree_vit import LegalSizeMixin, QuadtreeViTImageProcessorKwargs
 
 
 class QuadtreeViTImageProcessorPil(FiniteImagesMixin, LegalSizeMixin, PilBackend):
     """The twin of `QuadtreeViTImageProcessor` by Pillow and NumPy: same fields, same results."""
+
+    valid_kwargs = QuadtreeViTImageProcessorKwargs
 
 
 __all__ = ["QuadtreeViTImageProcessorPil"]
