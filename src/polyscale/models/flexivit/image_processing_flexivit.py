@@ -6,15 +6,8 @@ from transformers.image_utils import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_S
 from ...utils.validation import FiniteImagesMixin
 
 
-class FlexiViTImageProcessor(FiniteImagesMixin, TorchvisionBackend):
-    """Images -> `pixel_values` (batch, channels, height, width): resize of the short side, centre crop, normalise.
-
-    The defaults are timm's evaluation of `flexivit_*`: short side to 252 (crop ratio 0.95), crop of 240 x 240,
-    bicubic, mean and standard deviation 0.5. Any `size` and `crop_size` work: the model takes every height and width.
-
-    Raises:
-        ValueError: for images with NaN or infinite values.
-    """
+class FlexiViTImageProcessorMixin(FiniteImagesMixin):
+    """The fields of both backends."""
 
     resample = PILImageResampling.BICUBIC
     image_mean = IMAGENET_STANDARD_MEAN
@@ -28,4 +21,15 @@ class FlexiViTImageProcessor(FiniteImagesMixin, TorchvisionBackend):
     do_convert_rgb = True
 
 
-__all__ = ["FlexiViTImageProcessor"]
+class FlexiViTImageProcessor(FlexiViTImageProcessorMixin, TorchvisionBackend):
+    """Images -> `pixel_values` (batch, channels, height, width): resize of the short side, centre crop, normalise.
+
+    The defaults are timm's evaluation of `flexivit_*`: short side to 252 (crop ratio 0.95), crop of 240 x 240,
+    bicubic, mean and standard deviation 0.5. Any `size` and `crop_size` work: the model takes every height and width.
+
+    Raises:
+        ValueError: for images with NaN or infinite values.
+    """
+
+
+__all__ = ["FlexiViTImageProcessor", "FlexiViTImageProcessorMixin"]

@@ -61,6 +61,18 @@ class LegalSizeMixin:
     """Brings images to multiples of `max_patch_size`; goes in front of transformers' torchvision or PIL backend."""
 
     valid_kwargs = QuadtreeViTImageProcessorKwargs
+    resample = PILImageResampling.BICUBIC
+    image_mean = IMAGENET_DEFAULT_MEAN
+    image_std = IMAGENET_DEFAULT_STD
+    size = {"height": 256, "width": 256}
+    crop_size = {"height": 256, "width": 256}
+    fit = "squash"
+    max_patch_size = 64
+    do_resize = True
+    do_center_crop = False
+    do_rescale = True
+    do_normalize = True
+    do_convert_rgb = True
 
     def __init__(self, **kwargs):
         size = kwargs.get("size")
@@ -174,20 +186,6 @@ class QuadtreeViTImageProcessor(FiniteImagesMixin, LegalSizeMixin, TorchvisionBa
         ValueError: for images with NaN or infinite values, an unknown `fit`, or a size that is not legal; it names
             the nearest legal ones.
     """
-
-    valid_kwargs = QuadtreeViTImageProcessorKwargs
-    resample = PILImageResampling.BICUBIC
-    image_mean = IMAGENET_DEFAULT_MEAN
-    image_std = IMAGENET_DEFAULT_STD
-    size = {"height": 256, "width": 256}
-    crop_size = {"height": 256, "width": 256}
-    fit = "squash"
-    max_patch_size = 64
-    do_resize = True
-    do_center_crop = False
-    do_rescale = True
-    do_normalize = True
-    do_convert_rgb = True
 
 
 __all__ = ["FITS", "LegalSizeMixin", "QuadtreeViTImageProcessor", "QuadtreeViTImageProcessorKwargs", "fitted_size"]

@@ -6,16 +6,8 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from ...utils.validation import FiniteImagesMixin
 
 
-class SparseFormerImageProcessor(FiniteImagesMixin, TorchvisionBackend):
-    """Images -> `pixel_values` (batch, channels, height, width): resize of the short side, centre crop, normalise.
-
-    The defaults are the evaluation of SparseFormer v1: short side to 256, crop of 224 x 224, bilinear, ImageNet's mean
-    and standard deviation. Any `size` and `crop_size` work, and `do_center_crop=False` keeps the whole image: the
-    model takes every height and width.
-
-    Raises:
-        ValueError: for images with NaN or infinite values.
-    """
+class SparseFormerPixelFields:
+    """The fields of both image processors and of the video processor."""
 
     resample = PILImageResampling.BILINEAR
     image_mean = IMAGENET_DEFAULT_MEAN
@@ -30,4 +22,16 @@ class SparseFormerImageProcessor(FiniteImagesMixin, TorchvisionBackend):
     do_convert_rgb = True
 
 
-__all__ = ["SparseFormerImageProcessor"]
+class SparseFormerImageProcessor(FiniteImagesMixin, SparseFormerPixelFields, TorchvisionBackend):
+    """Images -> `pixel_values` (batch, channels, height, width): resize of the short side, centre crop, normalise.
+
+    The defaults are the evaluation of SparseFormer v1: short side to 256, crop of 224 x 224, bilinear, ImageNet's mean
+    and standard deviation. Any `size` and `crop_size` work, and `do_center_crop=False` keeps the whole image: the
+    model takes every height and width.
+
+    Raises:
+        ValueError: for images with NaN or infinite values.
+    """
+
+
+__all__ = ["SparseFormerImageProcessor", "SparseFormerPixelFields"]

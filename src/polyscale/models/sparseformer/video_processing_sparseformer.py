@@ -6,7 +6,6 @@ import numpy as np
 import torch
 from PIL import Image
 from transformers.image_processing_utils import BatchFeature
-from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling
 from transformers.processing_utils import Unpack, VideosKwargs
 from transformers.utils import is_torchcodec_usable
 from transformers.video_processing_utils import BaseVideoProcessor
@@ -14,6 +13,7 @@ from transformers.video_utils import VideoInput, VideoMetadata, load_video
 
 from ...utils.arrays import check_finite, map_images, with_values_of_files
 from ...utils.images import to_rgb
+from .image_processing_sparseformer import SparseFormerPixelFields
 
 
 try:
@@ -32,7 +32,7 @@ def count_frames(video: str) -> int:
         return sum(packet.pts is not None for packet in container.demux(video=0))
 
 
-class SparseFormerVideoProcessor(BaseVideoProcessor):
+class SparseFormerVideoProcessor(SparseFormerPixelFields, BaseVideoProcessor):
     """Videos -> `pixel_values` (batch, frames, channels, height, width): resize of the short side, centre crop,
     normalise.
 
@@ -44,17 +44,6 @@ class SparseFormerVideoProcessor(BaseVideoProcessor):
         ImportError: for a file where neither `av` nor torchcodec is installed.
     """
 
-    resample = PILImageResampling.BILINEAR
-    image_mean = IMAGENET_DEFAULT_MEAN
-    image_std = IMAGENET_DEFAULT_STD
-    size = {"shortest_edge": 256}
-    default_to_square = False
-    crop_size = {"height": 224, "width": 224}
-    do_resize = True
-    do_center_crop = True
-    do_rescale = True
-    do_normalize = True
-    do_convert_rgb = True
     do_sample_frames = False
     num_frames = 8
     model_input_names = ["pixel_values"]
