@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import shutil
+import warnings
 
 import numpy as np
 import pytest
@@ -176,7 +178,7 @@ def test_what_cannot_be_is_refused(tmp_path, classifier):
             with pytest.raises(ValueError, match=f"`{name}` of a policy must be a number"):
                 BudgetPolicy([16, 4], [0.5], "patch_size", **{name: value})
     (tmp_path / "nan.json").write_text('{"budgets": [16, 4], "margins": [NaN], "budget_argument": "patch_size"}')
-    with pytest.raises(ValueError, match=r"`policy` .*nan\.json: `margins` of a policy must be a list of numbers"):
+    with pytest.raises(ValueError, match=r"`policy` .*nan\.json: margins of a policy must be a list of numbers"):
         BudgetPolicy.load(tmp_path / "nan.json")
     for path in (5, "", None):
         with pytest.raises(ValueError, match="`policy` must be a path or a name"):
@@ -222,4 +224,72 @@ def test_the_commands_calibrate_and_classify(tmp_path):
     assert "tokens per image, all tries together" in run(app, ["classify", *files, "--policy", policy]).output
     result = run(app, ["classify", *files, "--policy", policy, "--budgets", "4"])
     assert result.exit_code == 2
-    assert "`policy` chooses the budgets" in result.output
+    assert "`--policy` chooses the budgets and runs each once: leave `--budgets` out" in result.output
+
+
+def test_another_image_size_or_other_weights_are_said(tmp_path):
+    photographs = sample_photographs()
+    first = save_tiny_quadtree_vit(tmp_path / "model")
+    policy = calibrate_policy(photographs, first, [16, 64], agreement=0.1, image_size=64)
+    assert policy.processing["size"] == {"height": 64, "width": 64}
+    assert policy.full_tokens == 64
+    policy.save(tmp_path / "policy.json")
+
+    def said(model, **options):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            classify_with_policy(photographs, tmp_path / "policy.json", model, **options)
+        return [str(warning.message) for warning in caught]
+
+    assert said(first, image_size=64) == []
+    (message,) = said(first)
+    assert "prepared otherwise: size height was 64 and is 32; size width was 64 and is 32. How often" in message
+    renamed = shutil.copytree(first, tmp_path / "renamed")
+    assert said(renamed, image_size=64) == []
+    torch.manual_seed(1)
+    other = save_tiny_quadtree_vit(tmp_path / "other" / "model", initializer_range=0.1)
+    (message,) = said(other, image_size=64)
+    assert "calibrated on 'model', and this is 'model' with other weights" in message
+
+    arguments = ["classify", str(photographs[0]), "--policy", str(tmp_path / "policy.json"), "--model", str(first)]
+    done = CliRunner().invoke(app, arguments, env={"PYTHONWARNINGS": "ignore"})
+    assert done.exit_code == 0
+    assert "size height was 64 and is 32" in done.stderr
+    assert CliRunner().invoke(app, [*arguments, "--image-size", "64"]).stderr == ""
+
+
+def test_calibration_at_an_image_size_of_the_command(tmp_path):
+    model, policy = save_tiny_quadtree_vit(tmp_path / "model"), tmp_path / "policy.json"
+    files = [str(file) for file in sample_photographs()]
+    arguments = ["--model", str(model), "--output", str(policy), "--budgets", "16,64", "--image-size", "64"]
+    done = CliRunner().invoke(app, ["calibrate", *files, *arguments, "--agreement", "0.1"])
+    assert done.exit_code == 0, done.output
+    assert BudgetPolicy.load(policy).processing["size"] == {"height": 64, "width": 64}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"budgets": 5}, "`budgets` must be a list of budgets, got 5"),
+        ({"budgets": "48"}, "`budgets` must be a list of budgets, got '48'"),
+        ({"budgets": [4, 4]}, "`budgets` holds 4 twice"),
+        ({"budgets": [4, True]}, "`budgets` True: `num_tokens` must be an int"),
+        ({"files": "x.png"}, "`files` must be a list of image files and folders, got 'x.png'"),
+        ({"files": [5]}, "`files` must be a path or a name, got 5"),
+        ({"agreement": True}, "`agreement` must be a share above 0"),
+        ({"batch_size": 0}, "`batch_size` must be at least 1"),
+        ({"progress": 5}, "`progress` must be a function or None"),
+        ({"image_size": 48}, "`image_size` is for a model that is not loaded yet"),
+    ],
+)
+def test_arguments_of_a_calibration(classifier, options, message):
+    with pytest.raises(ValueError, match=message):
+        calibrate_policy(**{"files": sample_photographs()[:1], "model": classifier, **options})
+
+
+def test_a_policy_s_budgets_are_each_one_of_the_model(classifier):
+    for budgets, message in (([4, 4], "`policy` holds 4 twice"), (["4", 16], "`policy` '4': `num_tokens` must be an")):
+        with pytest.raises(ValueError, match=message):
+            classify_with_policy(sample_photographs(), BudgetPolicy(budgets, [0.5], "num_tokens"), classifier)
+    with pytest.raises(ValueError, match="`model` must be a checkpoint's name, a pipeline, or `LoadedModel"):
+        classify_images(sample_photographs(), classifier.model)

@@ -16,9 +16,10 @@ from typer.testing import CliRunner
 
 import polyscale
 from polyscale.cli import app
-from polyscale.conversion import _only_writer, convert_patch_embed
+from polyscale.conversion import convert_patch_embed
+from polyscale.utils.outputs import only_writer
 
-from .tiny_checkpoints import save_tiny_s2
+from .tiny_checkpoints import save_tiny_flexivit, save_tiny_s2
 
 
 SHAPE = {
@@ -199,7 +200,7 @@ def test_overwriting_replaces_checkpoints_alone_and_never_the_source(vit, tmp_pa
 def test_two_conversions_to_one_place_do_not_meet(vit, tmp_path):
     folder, _ = vit
     out, other = tmp_path / "out", tmp_path / "other"
-    with _only_writer(out):
+    with only_writer(out, "out", "conversion"):
         with pytest.raises(ValueError, match="being written by another conversion"):
             polyscale.convert_checkpoint(folder, out)
         polyscale.convert_checkpoint(folder, other)
@@ -215,7 +216,7 @@ def test_a_disk_that_takes_no_more_is_said_to_be_that(vit, tmp_path, monkeypatch
     monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", fail)
     result = run("convert", vit[0], tmp_path / "out", "--to", "quadtree_vit", "--set", "max_patch_size=16")
     assert result.exit_code == 2
-    assert f"`out` {tmp_path / 'out'} cannot be written: {said}" in result.stderr.replace("\n", " ")
+    assert f"`OUT` {tmp_path / 'out'} cannot be written: {said}" in result.stderr.replace("\n", " ")
     assert contents(tmp_path) == ["vit"]
 
 
@@ -316,8 +317,8 @@ def test_patch_kernel_by_other_interpolation(tmp_path, tensors):
     [
         ("out.pt", ["--patch-size", "10", "--name", "nope"], "other.kernel"),
         ("out.pt", ["--patch-size", "10", "--name", "head.weight"], "patch_embed"),
-        ("out.pt", ["--patch-size", "0"], "new_patch_size"),
-        ("out.pt", ["--patch-size", "1", "2", "3"], "new_patch_size"),
+        ("out.pt", ["--patch-size", "0"], "--patch-size"),
+        ("out.pt", ["--patch-size", "1", "2", "3"], "--patch-size"),
         ("out.pt", ["--patch-size", "ten"], "ten"),
         ("out.pt", ["--patch-size", "10", "--interpolation", "area"], "interpolation"),
         ("out.safetensors", ["--patch-size", "10"], "must both be"),
@@ -346,3 +347,37 @@ def test_several_scales_of_several_scales_are_refused(tmp_path):
     with pytest.raises(ValueError, match="s2 is an S2 model, which has several scales already"):
         polyscale.convert_checkpoint(source, tmp_path / "out", to="s2_vision")
     assert contents(tmp_path) == ["s2"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"), [("nan", "holds NaN or infinite values"), ("std", "image_std must be above 0")]
+)
+def test_what_no_model_could_use_is_not_converted(tmp_path, damage, message):
+    source = save_tiny_flexivit(tmp_path / "source")
+    if damage == "nan":
+        weights = load_file(source / "model.safetensors")
+        weights["head.classifier.bias"][0] = float("nan")
+        save_file(weights, source / "model.safetensors", {"format": "pt"})
+    else:
+        file = source / "preprocessor_config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "image_std": [0, 0, 0]}))
+    with pytest.raises(ValueError, match=f"`source` .*source cannot be converted: .*{message}"):
+        polyscale.convert_checkpoint(source, tmp_path / "out", to="quadtree_vit")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("m", 5), "`out` must be a path or a name, got 5"),
+        (("m", None), "`out` must be a path or a name, got None"),
+        (([], "out"), "`source` must be a path, a name or a model, got a list"),
+    ],
+)
+def test_places_that_are_none(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        polyscale.convert_checkpoint(*arguments)
+    with pytest.raises(ValueError, match="`overwrite` must be True or False, got 'no'"):
+        polyscale.convert_checkpoint("m", "out", overwrite="no")
+    with pytest.raises(ValueError, match="`input` must be a path or a name, got 5"):
+        convert_patch_embed(5, "out.pt")

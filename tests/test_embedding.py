@@ -1,6 +1,7 @@
 """Embeddings of many images: the same as one by one, sharded, resumable, damaged images listed."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -11,12 +12,14 @@ import torch
 from datasets import Dataset, Features
 from datasets import Image as ImageFeature
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from polyscale.embedding import embed_images
 from polyscale.loading import load_base_model
 from polyscale.searching import search_embeddings
 from polyscale.utils.images import open_image
+from polyscale.utils.outputs import only_writer
 from polyscale_cli import app
 
 from .tiny_checkpoints import save_tiny_flexivit
@@ -119,7 +122,7 @@ def test_the_command(checkpoint, folder, tmp_path):
     assert "7 were there already" in again.output
     for wrong, message in (
         (["embed", str(tmp_path / "none"), str(out)], "none"),
-        ([*arguments[:-1], "nine"], "`budget` of a FlexiViT must be patch sizes such as 16 or 10x15, got 'nine'"),
+        ([*arguments[:-1], "nine"], "`--budget` of a FlexiViT must be patch sizes such as 16 or 10x15, got 'nine'"),
         ([*arguments[:2], str(folder / "0.png"), *arguments[3:]], "0.png"),
     ):
         result = CliRunner().invoke(app, wrong)
@@ -228,3 +231,37 @@ def test_two_processes_share_the_images(checkpoint, folder, tmp_path):
     shared_names, shared_rows = read(tmp_path / "shared")
     assert shared_names == names
     np.testing.assert_allclose(shared_rows, rows, atol=1e-6, rtol=1e-5)
+
+
+def test_a_run_goes_on_with_the_same_model_and_images_alone(checkpoint, folder, tmp_path):
+    model, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(checkpoint, model)
+    embed_images(folder, out, model, 8, shard_size=4)
+    whole = read(out)
+    (out / "part-00001.parquet").unlink()
+    weights, processing = model / "model.safetensors", model / "preprocessor_config.json"
+    kept = weights.read_bytes(), processing.read_text()
+
+    changed = {name: tensor + 0.01 for name, tensor in load_file(weights).items()}
+    save_file(changed, weights, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"holds embeddings of something else: weights was '.*' and is '"):
+        embed_images(folder, out, model, 8, shard_size=4)
+    with pytest.raises(ValueError, match=r"of '.*model' as it was: weights was .* Embed the images again"):
+        search_embeddings(out, folder / "0.png")
+    weights.write_bytes(kept[0])
+    processing.write_text(kept[1].replace("32", "48"))
+    with pytest.raises(ValueError, match="processing size height was 32 and is 48"):
+        embed_images(folder, out, model, 8, shard_size=4)
+    processing.write_text(kept[1])
+    other = (folder / "0.png").rename(folder / "00.png")
+    with pytest.raises(ValueError, match="something else: names was"):
+        embed_images(folder, out, model, 8, shard_size=4)
+    other.rename(folder / "0.png")
+
+    with (
+        only_writer(out, "out", "embedding"),
+        pytest.raises(ValueError, match=r"`out` .* is being written by another embedding"),
+    ):
+        embed_images(folder, out, model, 8, shard_size=4)
+    assert embed_images(folder, out, model, 8, shard_size=4)[:2] == (3, 4)
+    assert read(out) == whole

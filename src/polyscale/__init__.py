@@ -28,6 +28,7 @@ from .models.flexivit import (
 )
 from .models.quadtree_vit import (
     FeatureBasedPatchScorer,
+    PatchScorer,
     PixelBlurPatchScorer,
     PrecomputedPatchScorer,
     QuadtreeTokenizer,
@@ -41,6 +42,7 @@ from .models.quadtree_vit import (
     RandomPatchScorer,
     VanillaTokenizer,
     gradcam_oracle,
+    register_patch_scorer,
 )
 from .models.quadtree_vit.pyramid_quadtree_vit import reverse_quadtree
 from .models.quadtree_vit.selection_quadtree_vit import quadtree_tokens
@@ -108,6 +110,7 @@ __all__ = [
     "FlexiViTImageProcessorPil",
     "FlexiViTModel",
     "FlexiViTModelWithProjection",
+    "PatchScorer",
     "PatchSizeCallback",
     "PixelBlurPatchScorer",
     "PrecomputedPatchScorer",
@@ -151,6 +154,7 @@ __all__ = [
     "pi_resize_patch_embed",
     "quadtree_tokens",
     "register_family",
+    "register_patch_scorer",
     "remove_token_merging",
     "resize_abs_pos_embed",
     "reverse_quadtree",

@@ -19,11 +19,13 @@ import numpy as np
 import torch
 from transformers import ImageClassificationPipeline
 
-from .classification import Classification, answer_batch, as_pipeline, classify_files
+from .classification import Classification, answer_batch, as_pipeline, check_files, classify_files
+from .layers.budget_choice import checked_budgets
 from .layers.token_budget import budget_argument_of, budget_ladder_of, plain_size
 from .loading import LoadedModel
+from .utils.identity import changes_of, processing_of, weights_digest
 from .utils.outputs import write_text
-from .utils.validation import check_int, check_path
+from .utils.validation import check_int, check_path, shown
 
 
 _MOST_TRIES = 3  # budgets that a policy runs on one image at most
@@ -49,6 +51,9 @@ class BudgetPolicy:
         full_tokens (`float`, *optional*): tokens per calibration image of the full budget alone.
         images (`int`, *optional*): number of calibration images.
         model (`str`, *optional*): name of the model that it was calibrated on, the last part of its path.
+        weights (`str`, *optional*): digest of that model's weights, by which it is known under another name.
+        processing (`dict`, *optional*): how its images were prepared: size, crop, mean and the other fields of the
+            image processor.
 
     Raises:
         ValueError: for no budgets, or margins that do not fit them.
@@ -63,6 +68,8 @@ class BudgetPolicy:
     full_tokens: float | None = None
     images: int | None = None
     model: str | None = None
+    weights: str | None = None
+    processing: dict[str, Any] | None = None
 
     def __post_init__(self):
         if not isinstance(self.budgets, list) or not self.budgets:
@@ -81,6 +88,26 @@ class BudgetPolicy:
             value = getattr(self, name)
             if value is not None and not (_is_number(value) and 0 <= value < math.inf):
                 raise ValueError(f"`{name}` of a policy must be a number of at least 0, or None, got {value!r}.")
+        for name, kind in (("model", str), ("weights", str), ("processing", dict)):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, kind):
+                raise ValueError(f"`{name}` of a policy must be a {kind.__name__}, or None, got {value!r}.")
+
+    def unlike(self, classifier: ImageClassificationPipeline) -> list[str]:
+        """What of a classifier is not as it was calibrated with, in sentences."""
+        said = []
+        name = _name_of(classifier)
+        is_other = self.model and self.model != name
+        if self.weights is not None:
+            is_other = self.weights != weights_digest(classifier.model)
+        if is_other:
+            weights = " with other weights" if self.model == name else ""
+            said.append(f"`policy` was calibrated on {self.model!r}, and this is {name!r}{weights}")
+        if self.processing is not None:
+            changes = changes_of(self.processing, processing_of(classifier.image_processor))
+            if changes:
+                said.append(f"`policy` was calibrated on images that were prepared otherwise: {'; '.join(changes)}")
+        return said
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes it as JSON, whole or not at all.
@@ -101,18 +128,20 @@ class BudgetPolicy:
         path = check_path("policy", path)
         try:
             record = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise type(error)(f"`policy` {path} cannot be read: {error.strerror}.") from error
         except (ValueError, RecursionError) as error:
             raise ValueError(f"`policy` {path} is not JSON: {error}.") from None
         needed, known = {"budgets", "margins", "budget_argument"}, {field.name for field in fields(cls)}
         if not isinstance(record, dict) or not needed <= record.keys() <= known:
             raise ValueError(
-                f"`policy` {path} is no policy: expected an object with `budgets`, `margins` and "
-                "`budget_argument`, as `polyscale calibrate` writes it."
+                f"`policy` {path} is no policy: expected an object with budgets, margins and budget_argument, as "
+                "`polyscale calibrate` writes it."
             )
         try:
             return cls(**record)
         except ValueError as error:
-            raise ValueError(f"`policy` {path}: {error}") from error
+            raise ValueError(f"`policy` {path}: {str(error).replace('`', '')}") from error
 
 
 @dataclass(frozen=True)
@@ -132,6 +161,7 @@ def calibrate_policy(
     agreement: float = 0.98,
     device: str | int | torch.device | None = None,
     batch_size: int = 1,
+    image_size: int | tuple[int, int] | None = None,
     trust_remote_code: bool = False,
     progress: Callable[[int, int], object] | None = None,
 ) -> BudgetPolicy:
@@ -143,7 +173,7 @@ def calibrate_policy(
 
     Args:
         files (`Iterable[str or os.PathLike]`): image files, and folders that are searched for them. What cannot be
-            read is left out.
+            read is left out, and a file that is found twice counts once.
         model (`str`, `os.PathLike`, `LoadedModel` or `ImageClassificationPipeline`, *optional*, defaults to
             `"flexivit-cifar10"`): as in `polyscale.classification.classify_images`.
         budgets (`Sequence`, *optional*): values of the model's budget argument; the one of most tokens is the full
@@ -152,6 +182,7 @@ def calibrate_policy(
             budget.
         device (`str`, `int` or `torch.device`, *optional*): as in `classify_images`.
         batch_size (`int`, *optional*, defaults to 1): images per call.
+        image_size (`int` or `(height, width)`, *optional*): as in `classify_images`.
         trust_remote_code (`bool`, *optional*, defaults to `False`): run code that a checkpoint brings.
         progress (`Callable`, *optional*): called with the images done and their number, after each batch.
 
@@ -159,8 +190,8 @@ def calibrate_policy(
         `BudgetPolicy`: with what it reached on these images.
 
     Raises:
-        ValueError: for a model or a list of one budget alone, budgets of as many tokens, no image that can be read, or
-            an agreement out of (0, 1].
+        ValueError: for a model or a list of one budget alone, budgets of as many tokens or one that comes twice, no
+            image that can be read, or an agreement out of (0, 1].
 
     Example:
 
@@ -173,11 +204,12 @@ def calibrate_policy(
     ```
     """
     check_int("batch_size", batch_size, minimum=1)
-    if isinstance(agreement, bool) or not isinstance(agreement, int | float) or not 0 < agreement <= 1:
-        raise ValueError(f"`agreement` must be a share above 0 and at most 1, got {agreement!r}.")
-    classifier = as_pipeline(model, device, trust_remote_code=trust_remote_code)
+    if not _is_number(agreement) or not 0 < agreement <= 1:
+        raise ValueError(f"`agreement` must be a share above 0 and at most 1, got {shown(agreement)}.")
+    files = check_files(files)
+    classifier = as_pipeline(model, device, image_size=image_size, trust_remote_code=trust_remote_code)
     config = classifier.model.config
-    budgets = budget_ladder_of(config) if budgets is None else list(budgets)
+    budgets = budget_ladder_of(config) if budgets is None else checked_budgets(budgets, config)
     budgets = [plain_size(budget) if isinstance(budget, tuple) else budget for budget in budgets]
     if len(budgets) < 2:
         raise ValueError(
@@ -218,6 +250,8 @@ def calibrate_policy(
         full_tokens=float(trials.tokens[-1].mean()),
         images=len(table),
         model=_name_of(classifier) or None,
+        weights=weights_digest(classifier.model),
+        processing=processing_of(classifier.image_processor),
     )
 
 
@@ -280,10 +314,13 @@ def classify_with_policy(
     *,
     device: str | int | torch.device | None = None,
     batch_size: int = 1,
+    image_size: int | tuple[int, int] | None = None,
     trust_remote_code: bool = False,
     progress: Callable[[int, int], object] | None = None,
 ) -> Classification:
     """Classifies image files, each at the first budget of a policy whose answer is sure enough.
+
+    A warning says where the model, or how its images are prepared, is not as the policy was calibrated with.
 
     Args:
         files (`Iterable[str or os.PathLike]`): image files, and folders that are searched for them.
@@ -292,6 +329,7 @@ def classify_with_policy(
             `"flexivit-cifar10"`): as in `polyscale.classification.classify_images`.
         device (`str`, `int` or `torch.device`, *optional*): as there.
         batch_size (`int`, *optional*, defaults to 1): images per call; those that need more go on together.
+        image_size (`int` or `(height, width)`, *optional*): as in `classify_images`.
         trust_remote_code (`bool`, *optional*, defaults to `False`): run code that a checkpoint brings.
         progress (`Callable`, *optional*): called with the images done and their number, after each batch.
 
@@ -315,7 +353,7 @@ def classify_with_policy(
     check_int("batch_size", batch_size, minimum=1)
     if not isinstance(policy, BudgetPolicy):
         policy = BudgetPolicy.load(policy)
-    classifier = as_pipeline(model, device, trust_remote_code=trust_remote_code)
+    classifier = as_pipeline(model, device, image_size=image_size, trust_remote_code=trust_remote_code)
     argument = budget_argument_of(classifier.model.config)
     if argument != policy.budget_argument:
         has = "has no budget to choose" if argument is None else f"has the budget `{argument}`"
@@ -323,17 +361,14 @@ def classify_with_policy(
             f"`policy` is for models whose budget is `{policy.budget_argument}`; this one, of type "
             f"{classifier.model.config.model_type!r}, {has}."
         )
-    if policy.model and policy.model != _name_of(classifier):
-        warnings.warn(
-            f"`policy` was calibrated on {policy.model!r}, and this is {_name_of(classifier)!r}: how often it agrees "
-            "with its full budget is not known.",
-            stacklevel=2,
-        )
+    checked_budgets(policy.budgets, classifier.model.config, "policy")
+    for difference in policy.unlike(classifier):
+        warnings.warn(f"{difference}. How often it agrees with the full budget is not known.", stacklevel=2)
 
     def ask(inputs: dict[str, torch.Tensor]) -> list[list[dict]]:
         return [[record] for record in _try_in_turn(classifier, inputs, policy)]
 
-    return classify_files(files, classifier, policy.budgets, ask, batch_size, progress)
+    return classify_files(files, classifier, policy.budgets, ask, batch_size, progress, argument="policy")
 
 
 def _try_in_turn(

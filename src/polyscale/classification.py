@@ -12,12 +12,13 @@ from PIL import Image
 from transformers import ImageClassificationPipeline, pipeline
 from transformers.utils import ModelOutput
 
+from .layers.budget_choice import at_budget, checked_budgets
 from .layers.token_budget import budget_kwargs, default_budgets_of, plain_size, tokens_per_image
 from .loading import LoadedModel, load_classifier
 from .utils.images import UnreadableImageError, find_images, open_pixels
 from .utils.processors import process_images
 from .utils.timing import device_wait, timed
-from .utils.validation import check_path
+from .utils.validation import check_function, check_int, check_path, shown
 
 
 class Classification(NamedTuple):
@@ -41,6 +42,11 @@ def as_pipeline(
     trust_remote_code: bool = False,
 ) -> ImageClassificationPipeline:
     """`pipeline("image-classification")` of a model that is loaded already, or of a checkpoint (`load_classifier`)."""
+    if isinstance(model, torch.nn.Module):
+        raise ValueError(
+            "`model` must be a checkpoint's name, a pipeline, or `LoadedModel(model, image_processor)`: a model alone "
+            f"does not say how images are prepared; got {shown(model)}."
+        )
     if image_size is not None and isinstance(model, ImageClassificationPipeline | LoadedModel):
         raise ValueError(
             "`image_size` is for a model that is not loaded yet: give the checkpoint's name, or load it with "
@@ -73,7 +79,8 @@ def classify_images(
     before the first image one call per budget is made that is not counted, so that one-time costs do not show.
 
     Args:
-        files (`Iterable[str or os.PathLike]`): image files, and folders that are searched for them.
+        files (`Iterable[str or os.PathLike]`): image files, and folders that are searched for them. A file that is
+            found twice counts once.
         model (`str`, `os.PathLike`, `LoadedModel` or `ImageClassificationPipeline`, *optional*, defaults to
             `"flexivit-cifar10"`): name of a bundled checkpoint, local folder, name on the hub, or a loaded one.
         budgets (`Sequence`, *optional*): values of the model's budget argument, e.g. patch sizes of a FlexiViT, token
@@ -89,8 +96,8 @@ def classify_images(
         progress (`Callable`, *optional*): called with the images done and their number, after each batch.
 
     Raises:
-        ValueError: for a budget that the first image or the model does not allow, `repeats` or `batch_size` below 1,
-            or a checkpoint that is no trained classifier.
+        ValueError: for a budget that the first image or the model does not allow or that comes twice, `repeats` or
+            `batch_size` below 1, or a checkpoint that is no trained classifier.
         OSError: if there is no such checkpoint.
 
     Example:
@@ -103,19 +110,28 @@ def classify_images(
     >>> records[0]["label"], records[0]["tokens"]
     ```
     """
-    for name, value in (("repeats", repeats), ("batch_size", batch_size)):
-        if value < 1:
-            raise ValueError(f"`{name}` must be at least 1, got {value}.")
+    check_int("repeats", repeats, minimum=1)
+    files = check_files(files)
     classifier = as_pipeline(model, device, image_size=image_size, trust_remote_code=trust_remote_code)
-    budgets = default_budgets_of(classifier.model.config) if budgets is None else list(budgets)
-    if not budgets:
-        raise ValueError("`budgets` is empty: give at least one, or None for the model's own.")
+    config = classifier.model.config
+    budgets = default_budgets_of(config) if budgets is None else checked_budgets(budgets, config)
 
     def ask(inputs: dict[str, torch.Tensor]) -> list[list[dict]]:
         by_budget = [answer_batch(classifier, inputs, budget, repeats) for budget in budgets]
         return [list(records) for records in zip(*by_budget, strict=True)]
 
     return classify_files(files, classifier, budgets, ask, batch_size, progress)
+
+
+def check_files(files: object) -> list[str]:
+    """Image files and folders, as they are given to a function that reads many.
+
+    Raises:
+        ValueError: for no list, or what is no path in it.
+    """
+    if isinstance(files, str | bytes | os.PathLike) or not isinstance(files, Iterable):
+        raise ValueError(f"`files` must be a list of image files and folders, got {shown(files)}.")
+    return [check_path("files", file) for file in files]
 
 
 def classify_files(
@@ -125,6 +141,7 @@ def classify_files(
     ask: Callable[[dict[str, torch.Tensor]], list[list[dict]]],
     batch_size: int = 1,
     progress: Callable[[int, int], object] | None = None,
+    argument: str = "budgets",
 ) -> Classification:
     """Reads and processes image files, and gathers what is said of each.
 
@@ -137,19 +154,21 @@ def classify_files(
             without "file".
         batch_size (`int`, *optional*, defaults to 1): images per batch.
         progress (`Callable`, *optional*): called with the images done and their number, after each batch.
+        argument (`str`, *optional*, defaults to `"budgets"`): what gave the budgets, for errors.
 
     Raises:
-        ValueError: for files that are no list, or no paths.
+        ValueError: for files that are no list, or no paths, a `batch_size` below 1, and budgets that the first image
+            does not allow.
     """
-    if isinstance(files, str | bytes | os.PathLike) or not isinstance(files, Iterable):
-        raise ValueError(f"`files` must be a list of image files and folders, got {files!r}.")
-    files = [check_path("files", file) for file in files]
+    files = check_files(files)
+    check_int("batch_size", batch_size, minimum=1)
+    check_function("progress", progress)
     result = Classification([], [])
     paths, warm = _find(files, result.errors), False
     for done in range(0, len(paths), batch_size):
         images = list(_open(paths[done : done + batch_size], result.errors))
         if images and not warm:
-            warm = _try_budgets(classifier, images[0][1], budgets)
+            warm = _try_budgets(classifier, images[0][1], budgets, argument)
         for records, error in _classify_batch(classifier, images, ask):
             result.records.extend(records)
             result.errors.extend([error] if error else [])
@@ -159,13 +178,15 @@ def classify_files(
 
 
 def _find(paths: Iterable[str | os.PathLike], errors: list[dict]) -> list[Path]:
-    files = []
+    """The files of all paths, each once: a folder may be named beside a file in it."""
+    files: dict[str, Path] = {}
     for path in paths:
         try:
-            files.extend(find_images(path))
+            for file in find_images(path):
+                files.setdefault(os.path.abspath(file), file)
         except UnreadableImageError as error:
             errors.append({"file": str(path), "error": error.reason})
-    return files
+    return list(files.values())
 
 
 def _open(files: Sequence[Path], errors: list[dict]) -> Iterator[tuple[Path, Image.Image | np.ndarray]]:
@@ -178,7 +199,9 @@ def _open(files: Sequence[Path], errors: list[dict]) -> Iterator[tuple[Path, Ima
 
 
 @torch.no_grad()
-def _try_budgets(classifier: ImageClassificationPipeline, image: Image.Image | np.ndarray, budgets: Sequence) -> bool:
+def _try_budgets(
+    classifier: ImageClassificationPipeline, image: Image.Image | np.ndarray, budgets: Sequence, argument: str
+) -> bool:
     """One call per budget; `False` for an image that is nothing for the model."""
     try:
         _, inputs = next(process_images(classifier.image_processor, [image], _channels(classifier), str))
@@ -186,7 +209,8 @@ def _try_budgets(classifier: ImageClassificationPipeline, image: Image.Image | n
         return False
     inputs = _on_device(inputs, classifier.model)
     for budget in budgets:
-        classifier.model(**inputs, **budget_kwargs(classifier.model.config, budget))
+        with at_budget(budget, argument):
+            classifier.model(**inputs, **budget_kwargs(classifier.model.config, budget))
     return True
 
 

@@ -4,7 +4,6 @@ Each family reads its sources in its own module, `models/<family>/convert_<famil
 the output written, so that a failed conversion leaves nothing behind.
 """
 
-import hashlib
 import inspect
 import json
 import os
@@ -20,11 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 from huggingface_hub.errors import HFValidationError, StrictDataclassError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from transformers import PreTrainedModel
+from transformers import AutoImageProcessor, PreTrainedModel
 
 from .checkpoints import resolve_checkpoint
 from .layers.resizing import pi_resize_patch_embed
@@ -36,8 +34,9 @@ from .utils.checkpoint_files import (
     load_safetensors_file,
     load_torch_file,
 )
-from .utils.outputs import check_output, write_failure
-from .utils.validation import check_choice, closest_name
+from .utils.outputs import check_output, only_writer, write_failure
+from .utils.processors import check_processor
+from .utils.validation import check_choice, check_flag, check_path, closest_name
 
 
 # What the parsers of torch, NumPy, safetensors and the libraries that models come from raise at a file that lies.
@@ -84,8 +83,8 @@ def _family_of_source(source: Any) -> Family | None:
         return None
     try:
         record = json.loads((Path(resolve_checkpoint(source)) / "config.json").read_text(encoding="utf-8"))
-        return family_of(record["model_type"])
-    except (OSError, ValueError, LookupError, TypeError):
+        return family_of(str(record["model_type"]))
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return None
 
 
@@ -158,18 +157,6 @@ def _check_free(out: Path, name: str, overwrite: bool, source: Path | None) -> N
         )
 
 
-@contextmanager
-def _only_writer(out: Path) -> Iterator[None]:
-    """Keeps other processes of this machine from writing to `out`."""
-    key = hashlib.sha256(f"{Path.home()}\n{out.resolve()}".encode()).hexdigest()[:24]
-    lock = FileLock(Path(tempfile.gettempdir()) / f"polyscale-{key}.lock", timeout=0)
-    try:
-        with lock:
-            yield
-    except Timeout:
-        raise ValueError(f"`out` {out} is being written by another conversion. Wait for it or name another.") from None
-
-
 def _check_options(convert: Callable[..., Any], to: str, options: dict[str, Any]) -> None:
     """Refuses options that a family's converter does not take."""
     parameters = inspect.signature(convert).parameters
@@ -184,12 +171,17 @@ def _check_options(convert: Callable[..., Any], to: str, options: dict[str, Any]
 
 
 @contextmanager
-def _readable(source: Any) -> Iterator[None]:
-    """What breaks a parser at a file is the file's fault, and said so."""
+def _readable(source: Any, options: dict[str, Any]) -> Iterator[None]:
+    """What breaks a parser at a file is the file's fault, and said so; so is what is wrong where no options are."""
     try:
         yield
     except HFValidationError as error:
         raise ValueError(f"`source` {source!r} is no path, and no name that the hub can have: {error}") from error
+    except ValueError as error:
+        text = str(error)
+        if options or not isinstance(source, str | os.PathLike) or os.fspath(source) in text or "`source`" in text:
+            raise
+        raise ValueError(f"`source` {source} cannot be converted: {text.replace('`', '')}") from error
     except _PARSER_ERRORS as error:
         if isinstance(error, ValueError | OSError) or "Error while serializing" in str(error):
             raise
@@ -198,6 +190,22 @@ def _readable(source: Any) -> Iterator[None]:
         reason = str(error).strip().split("\n")[0] or "no reason given"
         name = "source" if isinstance(source, dict) else source
         raise ValueError(f"`{name}` cannot be converted ({type(error).__name__}: {reason}).") from error
+
+
+def _check_result(folder: Path) -> None:
+    """Refuses what no model could use: a source's weights that are not numbers, or its useless image processor.
+
+    Raises:
+        ValueError: naming the tensor, or the setting.
+    """
+    if (folder / "preprocessor_config.json").is_file():
+        check_processor(AutoImageProcessor.from_pretrained(folder, trust_remote_code=False))
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt", device="cpu") as tensors:
+            for name in tensors.keys():  # noqa: SIM118
+                tensor = tensors.get_tensor(name)
+                if tensor.is_floating_point() and not tensor.sum(dtype=torch.float32).isfinite():
+                    raise ValueError(f"its tensor {name!r} holds NaN or infinite values.")
 
 
 def convert_checkpoint(
@@ -231,6 +239,8 @@ def convert_checkpoint(
             than tensors.
         OSError: if a file is missing, or a download is needed and not possible.
     """
+    check_path("out", out)
+    check_flag("overwrite", overwrite)
     to = _fitting(source) if to is None else to
     convert = _converter(source, to)
     _check_options(convert, to, options)
@@ -243,14 +253,15 @@ def convert_checkpoint(
         if path.is_dir():
             check_index(path)
     out = Path(out).expanduser().absolute()
-    with _only_writer(out):
+    with only_writer(out, "out", "conversion"):
         _check_free(out, "out", overwrite, path)
         check_output(out, "out", folder=True)
         with _writable(out, "out"), _workplace(out) as workplace:
             result = workplace / out.name
             result.mkdir()
-            with _readable(source):
+            with _readable(source, options):
                 convert(source, result, **options)
+                _check_result(result)
             _move_into_place(result, out, workplace)
     return out
 
@@ -311,7 +322,9 @@ def convert_patch_embed(
         ValueError: if there is no such kernel, the file's kind is unknown, or it holds more than tensors.
         FileNotFoundError: if there is no such file.
     """
-    input, output = Path(input).expanduser(), Path(output).expanduser().absolute()
+    input = Path(check_path("input", input)).expanduser()
+    output = Path(check_path("output", output)).expanduser().absolute()
+    check_flag("overwrite", overwrite)
     suffixes = (input.suffix.lower(), output.suffix.lower())
     if not input.is_file():
         raise FileNotFoundError(f"There is no file `{input}`.")

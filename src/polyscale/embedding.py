@@ -5,6 +5,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,12 +18,14 @@ from PIL import Image
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from .layers.budget_choice import at_budget
 from .layers.token_budget import budget_kwargs
 from .loading import LoadedModel, load_base_model
+from .utils.identity import changes_of, digest_of, processing_of, weights_digest
 from .utils.images import UnreadableImageError, find_images, open_pixels
-from .utils.outputs import check_output, write_text, written_beside
+from .utils.outputs import check_output, only_writer, write_text, written_beside
 from .utils.processors import process_images
-from .utils.validation import check_path
+from .utils.validation import check_flag, check_function, check_path
 
 
 RECORD = "embedding.json"
@@ -125,13 +128,15 @@ def image_outputs(
 
 
 @torch.inference_mode()
-def _embed(loaded: LoadedModel, groups: list, count: int, tokens: bool, budget: Mapping[str, Any]) -> list[np.ndarray]:
+def _embed(loaded: LoadedModel, groups: list, count: int, tokens: bool, budget: Any) -> list[np.ndarray]:
     """One array per image: (width,), or with `tokens` (tokens, width), prefix tokens and padding left out."""
     model = loaded.model
     num_prefix = getattr(getattr(model.config, "vision_config", model.config), "num_prefix_tokens", 0)
     rows: list[np.ndarray | None] = [None] * count
+    call = budget_kwargs(model.config, budget)
     for indices, inputs in groups:
-        outputs = image_outputs(model, inputs, budget)
+        with at_budget(budget, "budget"):
+            outputs = image_outputs(model, inputs, call)
         if tokens:
             mask = getattr(outputs, "token_mask", None)
             hidden = outputs.last_hidden_state[:, num_prefix:].float().cpu()
@@ -198,10 +203,30 @@ def _check_record(out: Path, record: dict[str, Any]) -> None:
         write_text(path, json.dumps(record, indent=2) + "\n")
         return
     before = read_record(out)
-    different = [name for name in record if before.get(name) != record[name]]
-    if different:
-        told = "; ".join(f"{name} was {before.get(name)!r} and is {record[name]!r}" for name in different)
-        raise ValueError(f"`out` {out} holds embeddings of something else: {told}. Name another folder, or remove it.")
+    changes = changes_of(before, {name: value for name, value in record.items() if name in before})
+    if changes:
+        raise ValueError(
+            f"`out` {out} holds embeddings of something else: {'; '.join(changes)}. Name another folder, or remove it."
+        )
+
+
+def check_same_model(out: Path, record: Mapping[str, Any], loaded: LoadedModel) -> None:
+    """Refuses a model that is no longer the one whose embeddings a folder holds.
+
+    Raises:
+        ValueError: for other weights, or images that are prepared otherwise.
+    """
+    now = _identity_of(loaded)
+    changes = changes_of({name: record.get(name, value) for name, value in now.items()}, now)
+    if changes:
+        raise ValueError(
+            f"`out` {out} holds embeddings of {record['model']!r} as it was: {'; '.join(changes)}. Embed the images "
+            "again."
+        )
+
+
+def _identity_of(loaded: LoadedModel) -> dict[str, Any]:
+    return {"weights": weights_digest(loaded.model), "processing": processing_of(loaded.image_processor)}
 
 
 def embed_images(
@@ -245,54 +270,79 @@ def embed_images(
 
     Raises:
         ValueError: for a source without images, a budget that the model does not take, a number below 1, or an `out`
-            that holds embeddings of something else.
+            that holds embeddings of something else: of other images, of a model with other weights, ...
         OSError: if there is no such checkpoint.
     """
     for name, value in (("batch_size", batch_size), ("shard_size", shard_size), ("num_workers", num_workers)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"`{name}` must be an int of at least 1, got {value!r}.")
-    if not isinstance(tokens, bool):
-        raise ValueError(f"`tokens` must be True or False, got {tokens!r}.")
+    check_flag("tokens", tokens)
+    check_function("progress", progress)
     out = check_output(out, "out", folder=True)
     items = _items(source)
     if isinstance(model, LoadedModel):
         loaded, model_name = model, str(getattr(model.model.config, "name_or_path", ""))
     else:
         loaded, model_name = load_base_model(model, device, trust_remote_code=trust_remote_code), os.fspath(model)
-    call = budget_kwargs(loaded.model.config, budget)
+    budget_kwargs(loaded.model.config, budget)  # refuses one where there is none to choose
     state = PartialState(cpu=not torch.accelerator.is_available())
     record = {
         "source": os.fspath(source),
         "images": len(items),
+        "names": digest_of(item.name for item in items),
         "model": model_name,
         "budget": list(budget) if isinstance(budget, tuple) else budget,
         "tokens": tokens,
         "shard_size": shard_size,
+        **_identity_of(loaded),
     }
-    with state.main_process_first():
-        out.mkdir(parents=True, exist_ok=True)
-        _check_record(out, record)
+    # Of another run there is another main process; those of one run write different shards.
+    with only_writer(out, "out", "embedding") if state.is_main_process else nullcontext():
+        with state.main_process_first():
+            out.mkdir(parents=True, exist_ok=True)
+            _check_record(out, record)
+        shards = [items[start : start + shard_size] for start in range(0, len(items), shard_size)]
+        own = {number: shards[number] for number in range(state.process_index, len(shards), state.num_processes)}
+        try:
+            return _embed_shards(own, out, loaded, tokens, budget, batch_size, num_workers, progress, len(items))
+        except BaseException:
+            if state.is_main_process and not any(out.glob("part-*.parquet")):  # it came to nothing, and leaves nothing
+                (out / RECORD).unlink(missing_ok=True)
+                if not any(out.iterdir()):
+                    out.rmdir()
+            raise
 
-    shards = [range(start, min(start + shard_size, len(items))) for start in range(0, len(items), shard_size)]
+
+def _embed_shards(
+    shards: Mapping[int, list[_Item]],
+    out: Path,
+    loaded: LoadedModel,
+    tokens: bool,
+    budget: Any,
+    batch_size: int,
+    num_workers: int,
+    progress: Callable[[int, int], None] | None,
+    total: int,
+) -> EmbeddingSummary:
+    """Writes the shards of one process that are not there yet."""
     written = found = 0
     damaged: list[dict] = []
-    for number in range(state.process_index, len(shards), state.num_processes):
+    for number, items in shards.items():
         place, listed = out / f"part-{number:05d}.parquet", out / f"damaged-{number:05d}.json"
         if place.exists():
             found += open_shard(place).metadata.num_rows
-            damaged += json.loads(listed.read_text(encoding="utf-8")) if listed.exists() else []
+            damaged += _read_damaged(listed) if listed.exists() else []
             continue
-        own = [items[index] for index in shards[number]]
-        batches = [own[start : start + batch_size] for start in range(0, len(own), batch_size)]
+        batches = [items[start : start + batch_size] for start in range(0, len(items), batch_size)]
         names: list[str] = []
         rows: list[np.ndarray] = []
         unread: list[dict] = []
         for batch_names, groups, wrong in _ahead(batches, lambda batch: _prepared(batch, loaded), num_workers):
-            rows += _embed(loaded, groups, len(batch_names), tokens, call)
+            rows += _embed(loaded, groups, len(batch_names), tokens, budget)
             names += batch_names
             unread += wrong
             if progress is not None:
-                progress(found + written + len(names) + len(unread), len(items))
+                progress(found + written + len(names) + len(unread), total)
         if unread:
             write_text(listed, json.dumps(unread, indent=2) + "\n")
         with written_beside(place) as scratch:
@@ -302,9 +352,17 @@ def embed_images(
     return EmbeddingSummary(written, found, damaged)
 
 
+def _read_damaged(listed: Path) -> list[dict]:
+    try:
+        return [{"file": str(entry["file"]), "error": str(entry["error"])} for entry in json.loads(listed.read_text())]
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise ValueError(f"{listed} is damaged ({error}): remove it.") from error
+
+
 __all__ = [
     "RECORD",
     "EmbeddingSummary",
+    "check_same_model",
     "embed_images",
     "image_outputs",
     "open_shard",

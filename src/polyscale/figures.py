@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from .layers.budget_choice import distinct_budgets
 from .layers.token_budget import budget_argument_of, format_budget, parse_budget
 from .loading import load_base_model, load_config
 from .models.auto import families, family_of
@@ -20,6 +21,7 @@ from .utils.images import open_pixels, to_rgb
 from .utils.outputs import check_output
 from .utils.processors import process_images, seen_region
 from .utils.text import no_math
+from .utils.validation import check_list, check_path
 
 
 if TYPE_CHECKING:
@@ -186,10 +188,10 @@ def show(
 
     Raises:
         ValueError: for a model of another family, a file that is no image, or a budget or size that the model cannot
-            take.
+            take or that comes twice.
         OSError: if there is no such checkpoint.
     """
-    opened = to_rgb(image) if isinstance(image, Image.Image) else open_pixels(image)
+    opened = to_rgb(image) if isinstance(image, Image.Image) else open_pixels(check_path("image", image))
     config = load_config(model, trust_remote_code=trust_remote_code)
     family = family_of(config)
     if family is None or family.drawing is None:
@@ -199,7 +201,11 @@ def show(
         )
     network, processor = load_base_model(model, device, image_size=image_size, trust_remote_code=trust_remote_code)
     if budgets is not None:
-        budgets = [parse_budget(network.config, budget) if isinstance(budget, str) else budget for budget in budgets]
+        budgets = [
+            parse_budget(network.config, budget) if isinstance(budget, str) else budget
+            for budget in check_list("budgets", budgets, what="budgets")
+        ]
+        budgets = distinct_budgets(budgets)
     drawing = family.function("drawing")(network, processor, opened, budgets)
     return drawing if isinstance(drawing, Image.Image) else figure_to_image(drawing)
 

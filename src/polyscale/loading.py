@@ -1,8 +1,9 @@
 """Checkpoints as models that are sure to be whole, on a device that is there."""
 
 import os
+import pickle
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,12 +21,17 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.image_processing_utils import BaseImageProcessor
-from transformers.utils import logging
 
 from .checkpoints import available_checkpoints, resolve_checkpoint
 from .models.auto import family_of
-from .utils.processors import processor_for_size
-from .utils.validation import check_path
+from .utils.devices import pick_device
+from .utils.processors import check_processor, processor_for_size
+from .utils.validation import check_flag, check_path, shown
+from .utils.weight_files import DamagedWeightsError, check_weight_files, quiet_loading
+
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_TOLD = 400  # characters of another library's error that are passed on
 
 
 class LoadedModel(NamedTuple):
@@ -38,28 +44,6 @@ class LoadedModel(NamedTuple):
 
     model: PreTrainedModel
     image_processor: BaseImageProcessor
-
-
-def pick_device(device: str | int | torch.device | None = None) -> torch.device:
-    """A device that is there; the machine's accelerator, else the CPU, when `None`.
-
-    Raises:
-        ValueError: for a name of no device, or a device that is not there.
-    """
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if device is None:
-        return accelerator or torch.device("cpu")
-    there = ["cpu"]
-    if accelerator is not None:
-        there += [f"{accelerator.type}:{index}" for index in range(torch.accelerator.device_count())]
-    try:
-        chosen = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"`device` must be one of {', '.join(there)}, got {device!r}.") from error
-    name = chosen.type if chosen.index is None else f"{chosen.type}:{chosen.index}"
-    if name not in {*there, *(entry.partition(":")[0] for entry in there)}:
-        raise ValueError(f"`device` {str(device)!r} is not on this machine, which has {', '.join(there)}.")
-    return chosen
 
 
 class MissingCheckpointError(OSError, ValueError):
@@ -140,41 +124,61 @@ def _why_unread(source: str, error: OSError) -> str:
 
 
 @contextmanager
-def quiet_loading() -> Iterator[None]:
-    """Leaves out the table of tensors that do not fit, which transformers prints: here they are looked at."""
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
+def reading(argument: str, source: str | os.PathLike, chosen: Iterable[str] = ()) -> Iterator[None]:
+    """Turns what goes wrong while a checkpoint is read into a `ValueError` that names it.
 
-
-@contextmanager
-def reading(argument: str, source: str | os.PathLike) -> Iterator[None]:
-    """Turns what goes wrong while a checkpoint is read into a `ValueError` that names it."""
+    Args:
+        argument (`str`): what gave the checkpoint.
+        source (`str` or `os.PathLike`): the checkpoint.
+        chosen (`Iterable[str]`, *optional*): config fields that the caller sets: what is wrong with them is no fault
+            of the checkpoint.
+    """
     source = os.fspath(source)
     try:
         yield
     except OSError as error:
         if isinstance(error, MissingCheckpointError):
             raise
-        told = " ".join((str(error).splitlines() or [""])[0].split())
-        raise _missing(argument, source, told) from error
-    except ValueError:
-        raise
+        raise _missing(argument, source, _first_line(error)) from error
+    except DamagedWeightsError as error:
+        told = str(error).replace("`", "").rstrip(".")
+        raise ValueError(
+            f"`{argument}` {source!r} cannot be loaded: it is damaged or of another kind ({told})."
+        ) from error
+    except ValueError as error:
+        if f"`{argument}`" in str(error) or any(f"`{name}`" in str(error) for name in chosen):
+            raise
+        if "trust_remote_code" in str(error):
+            raise ValueError(
+                f"`{argument}` {source!r} brings code of its own, which runs only with `trust_remote_code=True`: read "
+                "it first."
+            ) from error
+        # what stands in backquotes is a field of the checkpoint, and no argument of the caller
+        told = _first_line(error).replace("`", "").rstrip(".")
+        raise ValueError(f"`{argument}` {source!r} cannot be loaded: {told}.") from error
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"`{argument}` {source!r} cannot be loaded: its weights are a pickle that holds more than tensors, and "
+            "unpickling such objects can run code on this machine."
+        ) from error
     except Exception as error:  # a damaged file may raise anything
-        told = (str(error).strip().splitlines() or [""])[0]
         raise ValueError(
             f"`{argument}` {source!r} cannot be loaded: it is damaged or of another kind ({type(error).__name__}: "
-            f"{told})."
+            f"{_first_line(error)})."
         ) from error
+
+
+def _first_line(error: Exception) -> str:
+    """The beginning of a message: some of transformers list hundreds of names."""
+    line = " ".join((str(error).strip().splitlines() or [""])[0].split())
+    return line if len(line) <= _TOLD else f"{line[:_TOLD]}..."
 
 
 def load_config(
     source: str | os.PathLike, *, trust_remote_code: bool = False, argument: str = "model"
 ) -> PreTrainedConfig:
     """The config of a checkpoint. Arguments and errors: `load_checkpoint`."""
+    check_flag("trust_remote_code", trust_remote_code)
     source = checkpoint_source(source, argument)
     with reading(argument, source):
         return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
@@ -186,6 +190,7 @@ def load_checkpoint(
     *,
     trust_remote_code: bool = False,
     argument: str = "model",
+    called: str | None = None,
     unused: tuple[str, ...] = (),
     **config_options: Any,
 ) -> PreTrainedModel:
@@ -196,7 +201,8 @@ def load_checkpoint(
         auto_class (`type`): `AutoModelForImageClassification`, `AutoModel` and the like.
         trust_remote_code (`bool`, *optional*, defaults to `False`): run code that the checkpoint brings; `False` never
             asks.
-        argument (`str`, *optional*, defaults to `"model"`): what an error calls the checkpoint.
+        argument (`str`, *optional*, defaults to `"model"`): the argument that an error names.
+        called (`str`, *optional*): what an error calls the checkpoint, where `source` is a copy of it.
         unused (`tuple[str, ...]`, *optional*): beginnings of the names of tensors that are not read, so that a
             checkpoint may lack them.
         config_options: config fields to set, and other arguments of `from_pretrained`.
@@ -205,29 +211,50 @@ def load_checkpoint(
         ValueError: for a checkpoint that lacks tensors of the model, has others than the model, or is damaged.
         MissingCheckpointError: if there is no such checkpoint.
     """
+    check_flag("trust_remote_code", trust_remote_code)
     source = checkpoint_source(source, argument)
-    with reading(argument, source), quiet_loading():
+    called = called or source
+    with reading(argument, called, config_options), quiet_loading():
+        if Path(source).is_dir():
+            check_weight_files(Path(source))
         model, info = auto_class.from_pretrained(
-            source, output_loading_info=True, trust_remote_code=trust_remote_code, **config_options
+            source,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+            trust_remote_code=trust_remote_code,
+            **config_options,
         )
     kind = "image classifier" if auto_class is AutoModelForImageClassification else "model"
     missing = {*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])}
     missing = sorted(name for name in missing if not name.startswith(unused))
     if missing:
         raise ValueError(
-            f"`{argument}` {source!r} holds no trained {kind}: {len(missing)} tensors are missing or have another "
+            f"`{argument}` {called!r} holds no trained {kind}: {len(missing)} tensors are missing or have another "
             f"shape, such as {missing[0]!r}."
         )
-    left_over = _left_over(model, info["unexpected_keys"])
+    left_over = left_over_tensors(model, info["unexpected_keys"])
     if left_over:
         raise ValueError(
-            f"`{argument}` {source!r} has {len(left_over)} tensors that its {type(model).__name__} does not, such as "
+            f"`{argument}` {called!r} has {len(left_over)} tensors that its {type(model).__name__} does not, such as "
             f"{left_over[0]!r}: its config.json belongs to another model."
         )
+    check_finite_weights(model, argument, called)
     return model.eval()
 
 
-def _left_over(model: PreTrainedModel, unexpected: set[str]) -> list[str]:
+def check_finite_weights(model: torch.nn.Module, argument: str, called: str) -> None:
+    """Refuses weights that are not numbers.
+
+    Raises:
+        ValueError: naming a tensor.
+    """
+    for name, tensor in model.state_dict().items():
+        is_plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and not tensor.is_meta
+        if is_plain and tensor.dtype in _FLOATS and not tensor.sum(dtype=torch.float32).isfinite():
+            raise ValueError(f"`{argument}` {called!r} is damaged: its tensor {name!r} holds NaN or infinite values.")
+
+
+def left_over_tensors(model: PreTrainedModel, unexpected: set[str]) -> list[str]:
     """Tensors that a checkpoint should not have. A head is no fault where the model without one was asked for, and
     other people's models keep all kinds of things.
     """
@@ -245,9 +272,12 @@ def load_image_processor(
     source: str | os.PathLike, *, trust_remote_code: bool = False, argument: str = "model"
 ) -> BaseImageProcessor:
     """The image processor of a checkpoint. Arguments and errors: `load_checkpoint`."""
+    check_flag("trust_remote_code", trust_remote_code)
     source = checkpoint_source(source, argument)
     with reading(argument, source):
-        return AutoImageProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)
+        processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)
+        check_processor(processor)
+    return processor
 
 
 def load_classifier(
@@ -280,6 +310,9 @@ def load_classifier(
             device that is not there.
         OSError: if there is no such checkpoint.
     """
+    check_flag("convert", convert)
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"`dtype` must be a floating-point type such as torch.bfloat16, got {shown(dtype)}.")
     chosen = pick_device(device)
     loaded = _converted(source, config_options) if convert else None
     if loaded is None:
@@ -345,9 +378,11 @@ def _model_type(source: str) -> str | None:
 __all__ = [
     "LoadedModel",
     "MissingCheckpointError",
+    "check_finite_weights",
     "checkpoint_folder",
     "checkpoint_source",
     "is_offline",
+    "left_over_tensors",
     "load_base_model",
     "load_checkpoint",
     "load_classifier",

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer
 
-from .embedding import RECORD, image_outputs, open_shard, read_record, takes_texts
+from .embedding import RECORD, check_same_model, image_outputs, open_shard, read_record, takes_texts
 from .layers.token_budget import budget_kwargs
 from .loading import LoadedModel, checkpoint_source, load_base_model, reading
 from .utils.images import IMAGE_SUFFIXES, open_image
@@ -116,8 +116,8 @@ def search_embeddings(
         `list[SearchResult]`: the nearest first.
 
     Raises:
-        ValueError: for a folder without embeddings, or with tokens instead of one vector per image; a text for a model
-            that reads none; a `top` below 1.
+        ValueError: for a folder without embeddings, or with tokens instead of one vector per image; a model that has
+            changed since; a text for a model that reads none; a `top` below 1.
         OSError: if the query, or the checkpoint, is not there.
     """
     if isinstance(top, bool) or not isinstance(top, int) or top < 1:
@@ -126,6 +126,7 @@ def search_embeddings(
     check_path("query", query)
     record = _record(out)
     loaded = load_base_model(record["model"], device, trust_remote_code=trust_remote_code)
+    check_same_model(out, record, loaded)
     vector = _normalized(_query_embedding(query, record, loaded, record["model"]))
     nearest: list[tuple[float, str]] = []
     for names, vectors in _rows(out):

@@ -21,6 +21,7 @@ from .explore import explore
 from .printing import silence_torch
 from .show import show
 from .train import train
+from .wording import WordedCommand
 
 
 app = typer.Typer(
@@ -53,7 +54,7 @@ def polyscale(
 
 
 for command in (train, evaluate, classify, calibrate, show, explore, benchmark, embed, convert, convert_patch_embed):
-    app.command()(command)
+    app.command(cls=WordedCommand)(command)
 
 
 def main() -> None:

@@ -78,15 +78,16 @@ class ListGroup(TyperGroup):
         return super().main(join_lists(sys.argv[1:] if args is None else args), *more, **options)
 
 
-def parse_size(text: str) -> int | tuple[int, int]:
-    """A number of pixels, or height and width: "16" -> 16, "10x15" -> (10, 15)."""
+def parse_size(text: str, option: str | None = None) -> int | tuple[int, int]:
+    """A number of pixels, or height and width: "16" -> 16, "10x15" -> (10, 15). An error names the option."""
     parts = text.lower().split("x")
     try:
         numbers = tuple(int(part) for part in parts)
     except ValueError:
         numbers = ()
     if len(numbers) not in (1, 2):
-        raise typer.BadParameter(f"expected a number such as 16, or height and width such as 10x15, got {text!r}")
+        message = f"expected a number such as 16, or height and width such as 10x15, got {text!r}"
+        raise typer.BadParameter(message, param_hint=option)
     return numbers[0] if len(numbers) == 1 else numbers
 
 
@@ -97,12 +98,12 @@ def split_list(text: str | Sequence[str] | None) -> list[str] | None:
     return (text if isinstance(text, str) else " ".join(text)).replace(",", " ").split()
 
 
-def parse_numbers(text: str | Sequence[str] | None) -> list[float] | None:
-    """The numbers of a list: "0.5,0.25 0.25" -> [0.5, 0.25, 0.25]; None stays None."""
+def parse_numbers(text: str | Sequence[str] | None, option: str | None = None) -> list[float] | None:
+    """The numbers of a list: "0.5,0.25 0.25" -> [0.5, 0.25, 0.25]; None stays None. An error names the option."""
     try:
         return None if text is None else [float(value) for value in split_list(text)]
     except ValueError:
-        raise typer.BadParameter(f"expected numbers, got {text!r}") from None
+        raise typer.BadParameter(f"expected numbers, got {text!r}", param_hint=option) from None
 
 
 def parse_fields(entries: list[str] | None, option: str = "--set") -> dict[str, Any]:
@@ -113,9 +114,11 @@ def parse_fields(entries: list[str] | None, option: str = "--set") -> dict[str, 
         if not separator:
             raise typer.BadParameter(f"expected FIELD=JSON, got {entry!r}", param_hint=option)
         try:
-            fields[name] = json.loads(value)
-        except json.JSONDecodeError:
-            fields[name] = value
+            parsed = json.loads(value)
+        except (json.JSONDecodeError, RecursionError):
+            parsed = value
+        if fields.setdefault(name, parsed) != parsed:
+            raise typer.BadParameter(f"{name} is set twice, to {fields[name]!r} and {parsed!r}", param_hint=option)
     return fields
 
 

@@ -42,7 +42,7 @@ def benchmark(
         results = benchmark_budgets(
             network,
             choose_budgets(network.config, budget_words(budgets, patch_sizes, num_tokens)),
-            image_size=image_size and parse_size(image_size),
+            image_size=image_size and parse_size(image_size, "--image-size"),
             batch_size=batch_size,
             rounds=rounds,
         )

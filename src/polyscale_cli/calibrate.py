@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .arguments import Budgets, Device, NumTokens, PatchSizes, TrustRemoteCode, budget_words
+from .arguments import Budgets, Device, ImageSize, NumTokens, PatchSizes, TrustRemoteCode, budget_words, parse_size
 from .printing import note, progress_bar, quiet, reporting
 
 
@@ -20,6 +20,7 @@ def calibrate(
     patch_sizes: PatchSizes = None,
     num_tokens: NumTokens = None,
     batch_size: Annotated[int, typer.Option(help="Images per call of the model.", min=1)] = 1,
+    image_size: ImageSize = None,
     device: Device = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
@@ -32,7 +33,12 @@ def calibrate(
 
         quiet()
         check_output(output)
-        loaded = load_classifier(model, device, trust_remote_code=trust_remote_code)
+        loaded = load_classifier(
+            model,
+            device,
+            image_size=image_size and parse_size(image_size, "--image-size"),
+            trust_remote_code=trust_remote_code,
+        )
         config = loaded.model.config
         with progress_bar("Calibrating") as progress:
             policy = calibrate_policy(

@@ -61,13 +61,17 @@ def classify(
         if policy is not None and excluded:
             raise ValueError(f"`policy` chooses the budgets and runs each once: leave `{excluded[0]}` out.")
         loaded = load_classifier(
-            model, device, image_size=image_size and parse_size(image_size), trust_remote_code=trust_remote_code
+            model,
+            device,
+            image_size=image_size and parse_size(image_size, "--image-size"),
+            trust_remote_code=trust_remote_code,
         )
         files = files or sample_photographs()
         few = len(files) <= LONG_TABLE and not any(file.is_dir() for file in files)
         with progress_bar("Classifying") as progress:
             if policy is not None:
                 with warnings.catch_warnings(record=True) as warned:
+                    warnings.simplefilter("always")  # whatever the environment leaves out
                     records, errors = classify_with_policy(
                         files, policy, loaded, batch_size=batch_size, progress=progress
                     )

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from .arguments import parse_fields, parse_size, split_list
-from .printing import reporting
+from .printing import no_bars, reporting
 
 
 def convert(
@@ -43,7 +43,7 @@ def convert(
             raise typer.BadParameter(f"{name} is no field of a config", param_hint="--set")
     for name, value in (("image_size", image_size), ("patch_size", patch_size)):
         if value is not None:
-            options[name] = parse_size(value)
+            options[name] = parse_size(value, f"--{name.replace('_', '-')}")
     if architecture is not None:
         options["architecture"] = architecture
     if replicates is not None:
@@ -52,6 +52,7 @@ def convert(
     with reporting("convert"):
         from polyscale.conversion import convert_checkpoint
 
+        no_bars()
         typer.echo(f"Wrote {convert_checkpoint(source, out, to, overwrite=overwrite, **options)}")
 
 
@@ -70,7 +71,7 @@ def convert_patch_embed(
     with reporting("convert-patch-embed"):
         from polyscale.conversion import convert_patch_embed as run
 
-        sizes = [parse_size(size) for size in split_list(patch_size)]
+        sizes = [parse_size(size, "--patch-size") for size in split_list(patch_size)]
         size = sizes[0] if len(sizes) == 1 else sizes
         old_shape, new_shape = run(
             input, output, name, size, interpolation=interpolation, antialias=antialias, overwrite=overwrite

@@ -7,6 +7,7 @@ import typer
 
 from .arguments import Device, TrustRemoteCode
 from .printing import note, quiet, reporting
+from .wording import printable
 
 
 def embed(
@@ -39,11 +40,12 @@ def embed(
         from rich.progress import Progress
 
         from polyscale.embedding import embed_images
+        from polyscale.layers.token_budget import parse_budget
         from polyscale.loading import load_config
 
         quiet()
         config = load_config(model, trust_remote_code=trust_remote_code)
-        chosen = None if budget is None else _parsed(config, budget)
+        chosen = None if budget is None else parse_budget(config, budget)
         with Progress(console=Console(stderr=True), transient=True) as bar:
             task = bar.add_task("embed", total=None)
             summary = embed_images(
@@ -69,15 +71,6 @@ def embed(
             _print_nearest(out, search, top, device, trust_remote_code)
 
 
-def _parsed(config, budget: str):
-    from polyscale.layers.token_budget import parse_budget
-
-    try:
-        return parse_budget(config, budget)
-    except ValueError as error:  # other commands take several
-        raise ValueError(str(error).replace("`budgets`", "`budget`")) from error
-
-
 def _print_nearest(out: Path, query: str, top: int, device: str | None, trust_remote_code: bool) -> None:
     """One line per image: the cosine and the file; on several processes the first prints, when all are done."""
     from accelerate import PartialState
@@ -88,7 +81,7 @@ def _print_nearest(out: Path, query: str, top: int, device: str | None, trust_re
     state.wait_for_everyone()
     if state.is_main_process:
         for found in search_embeddings(out, query, top=top, device=device, trust_remote_code=trust_remote_code):
-            typer.echo(f"{found.score:.4f}  {found.file}")
+            typer.echo(f"{found.score:.4f}  {printable(found.file)}")
 
 
 __all__ = ["embed"]

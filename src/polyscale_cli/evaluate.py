@@ -1,6 +1,7 @@
 """`polyscale evaluate`."""
 
 import json
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
@@ -71,7 +72,7 @@ def evaluate(
     if len(sources) < 2:
         raise typer.BadParameter("give at least one model, and a data set after it", param_hint="MODEL... DATASET")
     *models, dataset = sources
-    with reporting("evaluate"):
+    with reporting("evaluate"), ExitStack() as lock:
         import datasets
         import torch
         from rich.console import Console
@@ -80,12 +81,13 @@ def evaluate(
         from polyscale.evaluation.labels import read_label_map
         from polyscale.evaluation.report import per_class_table, results_table, to_records, write_evaluations
         from polyscale.evaluation.run import evaluate_checkpoints
-        from polyscale.utils.outputs import check_output
+        from polyscale.utils.outputs import check_output, only_writer
 
         quiet()
         datasets.disable_progress_bars()
         if output is not None:
             check_output(output, folder=True)
+            lock.enter_context(only_writer(output, "output", "evaluation"))
         config_options = {"resize_method": resize_method} if resize_method else {}
         with progress_bar("Evaluating") as progress:
             evaluations = evaluate_checkpoints(
@@ -100,10 +102,12 @@ def evaluate(
                 trust_remote_code=trust_remote_code,
                 config_options=config_options,
                 progress=progress,
-                image_sizes=[parse_size(value) for value in split_list(image_sizes)] if image_sizes else None,
+                image_sizes=[parse_size(value, "--image-sizes") for value in split_list(image_sizes)]
+                if image_sizes
+                else None,
                 crop_pct=crop_pct,
-                mean=_statistic(mean),
-                std=_statistic(std),
+                mean=_statistic(mean, "--mean"),
+                std=_statistic(std, "--std"),
                 interpolation=interpolation,
                 batch_size=batch_size,
                 label_map=read_label_map(label_map),
@@ -137,11 +141,11 @@ def evaluate(
             typer.echo(f"Wrote {', '.join(str(path) for path in written)}", err=as_json)
 
 
-def _statistic(text: str | None) -> str | list[float] | None:
+def _statistic(text: str | None, option: str) -> str | list[float] | None:
     values = split_list(text)
     if values is None or (len(values) == 1 and values[0].isalpha()):
         return text
-    return parse_numbers(text)
+    return parse_numbers(text, option)
 
 
 __all__ = ["evaluate"]

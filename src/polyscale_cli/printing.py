@@ -10,6 +10,8 @@ from contextlib import contextmanager
 
 import typer
 
+from .wording import as_typed, printable
+
 
 INTERRUPTED, TERMINATED = 130, 143
 
@@ -19,17 +21,24 @@ def silence_torch() -> None:
     logging.getLogger("torch.utils._pytree").addFilter(lambda record: record.levelno >= logging.ERROR)
 
 
+def no_bars() -> None:
+    """Leaves out the progress bars of transformers: one for each file, between lines of ours."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+
+
 def quiet() -> None:
     """Leaves out what transformers says of its own, and its progress bars."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    no_bars()
 
 
 def note(command: str, text: object) -> None:
-    """One line on the standard error."""
-    typer.echo(f"polyscale {command}: {' '.join(str(text).split())}", err=True)
+    """One line on the standard error, in the words of the command."""
+    typer.echo(f"polyscale {command}: {printable(' '.join(as_typed(text).split()))}", err=True)
 
 
 def fail(command: str, error: object, code: int = 2) -> typer.Exit:
@@ -99,4 +108,4 @@ def progress_bar(text: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-__all__ = ["fail", "note", "progress_bar", "quiet", "reporting", "silence_torch"]
+__all__ = ["fail", "no_bars", "note", "progress_bar", "quiet", "reporting", "silence_torch"]

@@ -37,7 +37,7 @@ def show(
             file or sample_photographs()[0],
             choose_budgets(config, budget_words(budgets, patch_sizes, num_tokens)),
             device=device,
-            image_size=image_size and parse_size(image_size),
+            image_size=image_size and parse_size(image_size, "--image-size"),
             trust_remote_code=trust_remote_code,
         )
         with written_beside(output) as scratch:

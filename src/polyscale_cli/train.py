@@ -126,14 +126,14 @@ def train(
         "preset": preset,
         "init_from": init_from,
         "bootstrap_from": bootstrap_from,
-        "tune_budgets": tune_budgets and tuple(parse_numbers(tune_budgets)),
+        "tune_budgets": tune_budgets and tuple(parse_numbers(tune_budgets, "--tune-budgets")),
         "tune_by": tune_by,
         "num_blocks": num_blocks,
         "frozen_share": frozen_share,
-        "image_size": image_size and parse_size(image_size),
+        "image_size": image_size and parse_size(image_size, "--image-size"),
         "num_channels": num_channels,
-        "image_mean": mean and tuple(parse_numbers(mean)),
-        "image_std": std and tuple(parse_numbers(std)),
+        "image_mean": mean and tuple(parse_numbers(mean, "--mean")),
+        "image_std": std and tuple(parse_numbers(std, "--std")),
         "limit": limit,
         "augmentation": augmentation,
         "mixup": mixup,
@@ -159,9 +159,9 @@ def train(
     }
     options = parse_fields(set_)
     if patch_sizes is not None:
-        options["train_patch_sizes"] = [parse_size(size) for size in split_list(patch_sizes)]
+        options["train_patch_sizes"] = [parse_size(size, "--patch-sizes") for size in split_list(patch_sizes)]
     if patch_size_probs is not None:
-        options["train_patch_size_probs"] = parse_numbers(patch_size_probs)
+        options["train_patch_size_probs"] = parse_numbers(patch_size_probs, "--patch-size-probs")
 
     with reporting("train"):
         from polyscale.evaluation.labels import read_label_map

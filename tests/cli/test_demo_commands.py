@@ -226,7 +226,7 @@ def test_an_output_that_cannot_be_is_refused_before_the_work(checkpoint, command
     (tmp_path / "file").write_text("kept")
     done = run(command, sample_photographs()[0], "--model", checkpoint, "--output", tmp_path / place)
     assert (done.exit_code, done.stdout) == (2, "")
-    assert "`output`" in done.stderr
+    assert "`--output`" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
 
 

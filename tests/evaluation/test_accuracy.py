@@ -339,7 +339,7 @@ def test_a_model_of_other_classes_is_refused_before_any_is_scored(split, checkpo
     models = [checkpoint, other] if place else [other, checkpoint]
     done = run(*models, tmp_path / "test.parquet", "--output", tmp_path / "out")
     assert (done.exit_code, done.stdout) == (2, "")
-    assert f"`model` {other}: 1 of the data's 3 classes are none of the model's 3: 'c'." in done.stderr
+    assert f"`MODEL` {other}: 1 of the data's 3 classes are none of the model's 3: 'c'." in done.stderr
     assert "Of the model: 'a', 'b', 'z'." in done.stderr
     assert not (tmp_path / "out").exists()
 
@@ -349,17 +349,17 @@ def test_missing_models_are_named_as_every_command_names_them(split, checkpoint,
     for models in (["nowhere"], ["some/where"], [tmp_path / "nowhere"], [checkpoint, "nowhere"]):
         done = run(*models, tmp_path / "test.parquet")
         assert done.exit_code == 2
-        assert f"`model` '{models[-1]}' cannot be loaded: it is neither a bundled checkpoint" in done.stderr
+        assert f"`MODEL` '{models[-1]}' cannot be loaded: it is neither a bundled checkpoint" in done.stderr
         assert len(done.stderr.strip().splitlines()) == 1
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--mean", "mars"], "`mean` must be one of"),
-        (["--num-tokens", "16"], "`num_tokens` does not fit a model of type 'flexivit'"),
+        (["--mean", "mars"], "`--mean` must be one of"),
+        (["--num-tokens", "16"], "`--num-tokens` does not fit a model of type 'flexivit'"),
         (["--budgets", "big"], "got 'big'"),
-        (["--device", "tpu9"], "`device`"),
+        (["--device", "tpu9"], "`--device`"),
         (["--split", "nonsense"], "nonsense"),
         (["--label-map", "a=z"], "no class of the model"),
         (["--label-map", "nowhere.json"], "must be NAME=NAME or a JSON file"),
@@ -379,6 +379,6 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_work(split, checkp
     for place in (tmp_path / "file", tmp_path / "file" / "below"):
         done = run(checkpoint, tmp_path / "test.parquet", "--output", place)
         assert (done.exit_code, done.stdout) == (2, "")
-        assert "`output`" in done.stderr
+        assert "`--output`" in done.stderr
     assert (tmp_path / "file").read_text() == "kept"
     assert run(checkpoint).exit_code == 2

@@ -47,3 +47,46 @@ def test_costs_stand_beside_accuracy(evaluations, tmp_path):
     table = costs_table(evaluations, records)
     assert list(table.columns[2].cells) == ["4", "8"]
     assert [column.header for column in table.columns][-2:] == ["ms, batch 1", "ms, batch 3"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_sizes": ()}, "`batch_sizes` is empty"),
+        ({"batch_sizes": 1}, "`batch_sizes` must be a list"),
+        ({"batch_sizes": (0,)}, "`batch_sizes` must be at least 1"),
+        ({"batch_sizes": (1, 1)}, "`batch_sizes` holds 1 twice"),
+        ({"rounds": True}, "`rounds` must be an int"),
+        ({"evaluations": []}, "`evaluations` is empty"),
+        ({"evaluations": [5]}, "`evaluations` must be a list of evaluations, got 5"),
+    ],
+)
+def test_arguments_that_are_none(evaluations, options, message):
+    with pytest.raises(ValueError, match=message):
+        frontier_records(**{"evaluations": evaluations, **options})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"models": "flexivit-cifar10"}, "`models` must be a list of checkpoints, got 'flexivit-cifar10'"),
+        ({"models": []}, "`models` is empty"),
+        ({"models": ["flexivit-cifar10"] * 2}, "`models` holds 'flexivit-cifar10' twice"),
+        ({"data": 5}, "`dataset` must be a path or a name, got 5"),
+        ({"split": 5}, r"`split` must be one of \['test'\], got 5"),
+        ({"limit": True}, "`limit` must be an int"),
+        ({"limit": 0}, "`limit` must be at least 1"),
+        ({"limit": 1, "seed": -1}, "`seed` must be at least 0"),
+        ({"budget_words": {"budgets": "16"}}, r"`budget_words\['budgets'\]` must be a list of texts"),
+        ({"budget_words": ["16"]}, "`budget_words` must be a dict"),
+        ({"image_sizes": [32, (32, 32)]}, r"`image_sizes` holds \(32, 32\) twice"),
+        ({"per_class": "yes"}, "`per_class` must be True or False"),
+        ({"crop_pct": True}, "`crop_pct` must be a number"),
+        ({"std": [0.5]}, "`std` must hold 3 numbers, one for each channel"),
+    ],
+)
+def test_arguments_of_an_evaluation(evaluations, options, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate_checkpoints(
+            **{"models": ["flexivit-cifar10"], "data": evaluations[0].data, "device": "cpu", **options}
+        )

@@ -72,3 +72,22 @@ def test_a_map_is_read_from_words_and_files(tmp_path):
         read_label_map([str(tmp_path / "list.json")])
     with pytest.raises(ValueError, match="must be NAME=NAME or a JSON file"):
         read_label_map(["nonsense"])
+
+
+def test_a_name_that_two_classes_of_a_model_have_says_nothing():
+    cranes = {0: "crane", 1: "dog", 2: "crane"}
+    with pytest.raises(ValueError, match=r"'crane'. The model has several called 'crane'. Classes of the data"):
+        match_labels(["crane", "dog"], cranes)
+    assert match_labels(["crane", "dog"], cranes, {"crane": 2}) == [2, 1]
+    with pytest.raises(ValueError, match="maps 'crane' to 'crane', which is no class of the model: 'dog'"):
+        match_labels(["crane", "dog"], cranes, {"crane": "crane"})
+
+
+def test_accents_may_be_encoded_otherwise():
+    assert match_labels(["cafe\u0301", "the"], {0: "the", 1: "caf\u00e9"}) == [1, 0]
+
+
+@pytest.mark.parametrize("label_map", [["cat"], "cat=dog", 5])
+def test_a_map_that_is_none(label_map):
+    with pytest.raises(ValueError, match="`label_map` must be a dict"):
+        match_labels(["cat"], PETS, label_map)

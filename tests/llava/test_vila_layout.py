@@ -259,3 +259,63 @@ def test_the_command_knows_the_layout(tmp_path):
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
     assert model.model.vision_tower.tower.config.token_order == "rows"
     assert model.model.vision_tower.tower.config.vision_config.img_sizes == [24, 48]
+
+
+def _cut(file):
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) // 2])
+
+
+def _edit(file, **fields):
+    file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
+
+
+PROJECTOR, GENERATION = "mm_projector/config.json", "llm/generation_config.json"
+DAMAGES = [
+    (lambda vila: (vila / "llm/model-00002-of-00003.safetensors").unlink(), "/llm` is incomplete: .*model-00002"),
+    (lambda vila: shutil.rmtree(vila / "llm"), "no whole VILA checkpoint: llm/config.json is missing"),
+    (lambda vila: (vila / "llm/tokenizer.json").write_text("{"), "/llm`: its tokenizer cannot be used"),
+    (lambda vila: _cut(vila / "llm/model-00002-of-00003.safetensors"), "/llm/model-00002.*` is not a readable"),
+    (lambda vila: _cut(vila / "vision_tower/model.safetensors"), "/vision_tower/model.safetensors` is not a readable"),
+    (
+        lambda vila: (vila / "mm_projector/model.safetensors").write_bytes(b""),
+        "/mm_projector/model.*` is not",
+    ),
+    (lambda vila: (vila / "mm_projector/model.safetensors").unlink(), "/mm_projector` has no weights"),
+    (lambda vila: _edit(vila / PROJECTOR, mm_projector_type="foo"), "mm_projector_type` is 'foo'"),
+    (lambda vila: _edit(vila / PROJECTOR, mm_projector_type=["a"]), "mm_projector_type` is "),
+    (lambda vila: _edit(vila / PROJECTOR, mm_projector_type="mlp2x_gelu"), "holds 'mm_projector/layers.1.bias'"),
+    (lambda vila: (vila / "config.json").write_text("{"), "/config.json` is missing or no readable JSON"),
+    (lambda vila: (vila / "llm/config.json").write_text("[" * 100_000), "/llm/config.json` is missing or no readable"),
+    (lambda vila: (vila / "vision_tower/preprocessor_config.json").write_text("[]"), "its image processor cannot be"),
+    (lambda vila: _edit(vila / "vision_tower/preprocessor_config.json", image_std=[0, 0, 0]), "`image_std` must be"),
+    (lambda vila: (vila / GENERATION).write_text("[]"), "/generation_config.json`: its settings cannot be used"),
+    (lambda vila: _edit(vila / GENERATION, eos_token_id="x"), "`eos_token_id` must be an int or a list"),
+    (lambda vila: _edit(vila / "llm/config.json", vocab_size="x"), "/llm/config.json`: its fields .*vocab_size"),
+    (lambda vila: _edit(vila / "llm/config.json", num_hidden_layers=3), "lacks 9 weights of the model"),
+    (lambda vila: _edit(vila / "vision_tower/config.json", num_hidden_layers=4), "/vision_tower` lacks 16 weights"),
+    (lambda vila: _edit(vila / "config.json", s2_max_split_size="x"), "/config.json`: its fields .*max_split_size"),
+    (lambda vila: _edit(vila / "config.json", image_aspect_ratio=["pad"]), "`image_aspect_ratio` must be text"),
+]
+
+
+@pytest.fixture(scope="module")
+def whole_vila(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("vila") / "whole"
+    write_vila(folder, S2)
+    return folder
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGES)
+def test_a_damaged_part_is_named_and_nothing_is_written(whole_vila, damage, message, tmp_path):
+    vila = tmp_path / "vila"
+    shutil.copytree(whole_vila, vila)
+    damage(vila)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_vila(vila)
+    assert "\n" not in str(caught.value)
+    done = CliRunner().invoke(app, ["convert", str(vila), str(tmp_path / "out")])
+    assert done.exit_code == 2
+    assert str(vila) in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["vila"]

@@ -3,7 +3,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from datasets import DatasetDict
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from datasets import Image as ImageFeature
 from PIL import Image
 
 from polyscale.training.data import check_images, evaluation_split, load_image_dataset, sample_rows
@@ -256,3 +257,70 @@ def test_a_hub_that_cannot_be_reached_is_not_waited_for(name, tmp_path, monkeypa
     monkeypatch.setattr("polyscale.training.data.load_dataset", lambda *_, **__: pytest.fail("the hub was asked"))
     with pytest.raises(ValueError, match=f"`dataset` '{name}' is no folder or file here, .* offline"):
         load_image_dataset(name)
+
+
+def _parquet(path, **columns):
+    """A file of three black images and columns (values, feature)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    features = Features({"image": ImageFeature(), **{name: feature for name, (_, feature) in columns.items()}})
+    values = {name: rows for name, (rows, _) in columns.items()}
+    black = [Image.new("RGB", (8, 8))] * 3
+    Dataset.from_dict({"image": black, **values}, features=features).to_parquet(path)
+    return path
+
+
+def test_the_label_column_that_is_meant(tmp_path):
+    coarse, fine = ([0, 0, 1], ClassLabel(names=["x", "y"])), ([0, 1, 2], ClassLabel(names=["a", "b", "c"]))
+    split = load_image_dataset(_parquet(tmp_path / "1.parquet", coarse_label=coarse, fine_label=fine))["train"]
+    assert split.features["label"].names == ["a", "b", "c"]
+    assert split["label"] == [0, 1, 2]
+    with pytest.raises(ValueError, match="several label columns, 'genus', 'species': rename the one"):
+        load_image_dataset(_parquet(tmp_path / "2.parquet", genus=coarse, species=fine))
+
+
+def test_parquet_files_tell_their_splits_by_the_beginning_of_their_names(tmp_path):
+    label = {"label": ([0, 1, 0], Value("int64"))}
+    hub = tmp_path / "hub"
+    for name in ("train-00000-of-00002", "train-00001-of-00002", "validation-00000-of-00001", "fold_2-00000-of-00001"):
+        _parquet(hub / "data" / f"{name}.parquet", **label)
+    counts = {name: len(split) for name, split in load_image_dataset(hub).items()}
+    assert counts == {"train": 6, "validation": 3, "fold_2": 3}
+    for split in ("test", "train"):
+        _parquet(tmp_path / "folders" / "default" / split / "0000.parquet", **label)
+    assert list(load_image_dataset(tmp_path / "folders")) == ["train", "test"]
+    for name in ("latest", "contest", "a"):  # no words of splits
+        _parquet(tmp_path / "plain" / f"{name}.parquet", **label)
+    assert {name: len(split) for name, split in load_image_dataset(tmp_path / "plain").items()} == {"train": 9}
+    for name in ("test", "a"):
+        _parquet(tmp_path / "mixed" / f"{name}.parquet", **label)
+    with pytest.raises(ValueError, match=r"splits 'test', and others that name none, such as a\.parquet"):
+        load_image_dataset(tmp_path / "mixed")
+
+
+@pytest.mark.parametrize("tops", [("train", "val", "extra"), ("train2017", "val2017")])
+def test_folders_that_are_half_splits_are_refused(tmp_path, tops):
+    for top in tops:
+        (tmp_path / top / "cat").mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / top / "cat" / "0.png")
+    with pytest.raises(ValueError, match="are called like splits, and hold folders"):
+        load_image_dataset(tmp_path)
+
+
+def test_names_of_images_beside_a_metadata_file_are_no_splits(tmp_path):
+    names = ("test_1", "img_2", "train-3", "val 4")
+    for folder in (tmp_path / "flat", tmp_path / "splits" / "train", tmp_path / "splits" / "test"):
+        folder.mkdir(parents=True)
+        for name in names:
+            Image.new("RGB", (8, 8)).save(folder / f"{name}.png")
+        rows = [f"{name}.png,{'ab'[index % 2]}" for index, name in enumerate(names)]
+        (folder / "metadata.csv").write_text("\n".join(["file_name,label", *rows]))
+    flat = load_image_dataset(tmp_path / "flat")
+    assert {name: split["label"] for name, split in flat.items()} == {"train": [0, 1, 0, 1]}
+    splits = load_image_dataset(tmp_path / "splits")
+    assert {name: len(split) for name, split in splits.items()} == {"train": 4, "test": 4}
+
+
+@pytest.mark.parametrize("source", [5, None, "", b"x"])
+def test_a_source_that_is_none(source):
+    with pytest.raises(ValueError, match="`dataset` must be a path or a name"):
+        load_image_dataset(source)

@@ -277,3 +277,45 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_written(image_fold
         run(image_folder, image_folder / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one"]
     assert not (image_folder / "out.training").exists()
+
+
+def test_a_teacher_s_processing_is_its_own(checkpoint, image_folder, tmp_path, monkeypatch):
+    teacher = tmp_path / "teacher"
+    AutoModelForImageClassification.from_pretrained(checkpoint).save_pretrained(teacher)
+    settings = AutoImageProcessor.from_pretrained(checkpoint).to_dict()
+    size = {"height": 24, "width": 24}
+    processor = type(AutoImageProcessor.from_pretrained(checkpoint)).from_dict(
+        {**settings, "size": size, "crop_size": size, "do_normalize": False}
+    )
+    processor.save_pretrained(teacher)
+
+    class Stop(Exception):
+        pass
+
+    def stop(*args, **options):
+        raise Stop(options["teacher_size"], options["image_stats"])
+
+    monkeypatch.setattr("polyscale.training.plans.ImageClassificationTrainer", stop)
+    with pytest.raises(Stop) as caught:
+        run(image_folder, tmp_path / "out", SHAPE, teacher=str(teacher))
+    size, (own, theirs) = caught.value.args
+    assert size == (24, 24)
+    assert own == ([0.5] * 3, [0.5] * 3)
+    assert theirs == ([0.0] * 3, [1.0] * 3)  # values of files
+
+
+def test_fields_that_say_another_size_than_the_recipe_are_refused(image_folder, tmp_path):
+    with pytest.raises(ValueError, match=r"`image_size` is \(16, 16\), and \(32, 32\) in `model_options`"):
+        run(image_folder, tmp_path / "out", {**SHAPE, "image_size": 32}, image_size=16)
+    with pytest.raises(ValueError, match="`num_channels` is 3, and 1 in `model_options`"):
+        run(image_folder, tmp_path / "out", {**SHAPE, "num_channels": 1}, num_channels=3)
+
+
+def test_tensors_of_a_checkpoint_that_have_no_place_are_said(checkpoint, image_folder, tmp_path, capsys):
+    source = tmp_path / "source"
+    AutoModelForImageClassification.from_pretrained(checkpoint).save_pretrained(source)
+    AutoImageProcessor.from_pretrained(checkpoint).save_pretrained(source)
+    weights = load_file(source / "model.safetensors")
+    save_file({**weights, "flexivit.foo": torch.ones(2)}, source / "model.safetensors", metadata={"format": "pt"})
+    train(image_folder, tmp_path / "out", make_recipe(None, init_from=str(source), **QUICK))
+    assert "1 tensors of" in capsys.readouterr().out

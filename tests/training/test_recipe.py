@@ -2,9 +2,10 @@
 
 import math
 
+import numpy as np
 import pytest
 
-from polyscale.training import TrainingRecipe, make_recipe
+from polyscale.training import TrainingRecipe, make_recipe, train
 from polyscale.training.schedule import schedule_notes, steps_of, warmup_steps
 
 
@@ -73,3 +74,49 @@ def test_what_does_not_fit_the_run_is_said():
     assert "longer than the run of 100: it is shortened to 10" in notes[0]
     assert "still holds 90 % of the first weights after 100 steps" in notes[1]
     assert schedule_notes(TrainingRecipe(ema_decay=0.9), Arguments, 100) == []
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        ({"bf16": "no"}, "`bf16` must be True or False, got 'no'"),
+        ({"trust_remote_code": "false"}, "`trust_remote_code` must be True or False"),
+        ({"model_options": []}, r"`model_options` must be a dict, got \[\]"),
+        ({"model_options": {"num_labels": 3}}, "`model_options` must not hold `num_labels`"),
+        ({"label_map": ["a"]}, "`label_map` must be a dict"),
+        ({"image_mean": "abc"}, "`image_mean` must be a list of numbers"),
+        ({"image_mean": [True]}, "`image_mean` must hold a finite number"),
+        ({"tune_budgets": 0.5}, "`tune_budgets` must be a list of two shares"),
+        ({"seed": 2**32}, "`seed` must be at most 4294967295"),
+        ({"batch_size": 10**20}, "`batch_size` must be at most"),
+        ({"family": ""}, "`family` must be text, got ''"),
+    ],
+)
+def test_values_of_other_types(choice, message):
+    with pytest.raises(ValueError, match=message):
+        TrainingRecipe(**choice)
+
+
+def test_numbers_of_numpy_are_kept_as_plain_ones():
+    recipe = TrainingRecipe(batch_size=np.int64(4), learning_rate=np.float32(0.5), image_mean=np.full(3, 0.25))
+    assert TrainingRecipe.from_json(recipe.to_json()) == recipe
+    assert (recipe.batch_size, recipe.learning_rate, recipe.image_mean) == (4, 0.5, (0.25, 0.25, 0.25))
+    with pytest.raises(ValueError, match="`foo` is no field of a recipe of this version"):
+        TrainingRecipe.from_json({"foo": 1})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((5, "out"), "`dataset` must be a path or a name, got 5"),
+        (("data", None), "`output_dir` must be a path or a name"),
+        (("data", "out", "flexivit"), "`recipe` must be a TrainingRecipe or a dict of its fields, got 'flexivit'"),
+        (("data", "out", {"epoch": 3}), "`epoch` is no field of a recipe; did you mean `epochs`"),
+        (("data", "out", None, "yes"), "`resume` must be True or False"),
+    ],
+)
+def test_arguments_of_a_training(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        train(*arguments)
+    assert list(tmp_path.iterdir()) == []

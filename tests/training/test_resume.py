@@ -231,3 +231,16 @@ def test_the_recipe_is_kept_with_the_run(tmp_path):
     assert type(recipe()).from_json(run.read()["given"]) == recipe(image_size=(8, 16))
     assert json.loads((run.path / "run.json").read_text())["given"]["image_size"] == [8, 16]
     run.discard()
+
+
+def test_other_files_than_those_the_run_was_started_with_are_refused(tmp_path, monkeypatch):
+    data, output = tmp_path / "data", tmp_path / "model"
+    write_images(data)
+    break_off(monkeypatch, data, output)
+    first = sorted((data / "train").rglob("*.png"))[0]
+    moved = first.rename(first.with_name("zz.png"))
+    with pytest.raises(ValueError, match="not what the run was started with: its files, or their labels, are other"):
+        train(data, output, resume=True, verbose=False)
+    moved.rename(first)
+    data = data.rename(tmp_path / "elsewhere")  # the same files
+    assert train(data, output, resume=True, verbose=False)["budgets"]

@@ -60,3 +60,11 @@ def test_loss_of_distillation_is_kl_at_the_temperature(tmp_path, batch):
 def test_a_student_that_is_its_teacher_has_no_loss(tmp_path, batch):
     trainer = make_trainer(tmp_path, teacher=tiny_model())
     assert trainer.compute_loss(trainer.model, batch).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_a_teacher_sees_images_of_its_own_size(tmp_path, batch):
+    assert (
+        make_trainer(tmp_path, teacher=tiny_model(image_size=32)).teacher_inputs(batch["pixel_values"]).shape[2] == 32
+    )
+    trainer = make_trainer(tmp_path, teacher=tiny_model(image_size=32), teacher_size=(24, 20))
+    assert trainer.teacher_inputs(batch["pixel_values"]).shape == (3, 3, 24, 20)

@@ -19,11 +19,21 @@ from transformers.image_utils import (
     OPENAI_CLIP_STD,
 )
 
+from ..layers.budget_choice import at_budget, checked_budgets
 from ..layers.token_budget import TokenBudgetMixin, budget_kwargs, default_budgets_of, tokens_per_image
 from ..utils.images import read_image
 from ..utils.processors import RESAMPLINGS, options_for_size, output_size, process_images
 from ..utils.timing import device_wait, timed
-from ..utils.validation import check_choice, to_pair
+from ..utils.validation import (
+    check_choice,
+    check_distinct,
+    check_flag,
+    check_function,
+    check_int,
+    check_list,
+    check_number,
+    to_pair,
+)
 from .labels import match_labels
 from .metrics import TopKAccuracy, wilson_interval
 
@@ -67,18 +77,22 @@ class BudgetResult:
 class _Scores:
     """What is gathered at one budget, batch by batch."""
 
+    budget: Any
     logits: list[np.ndarray] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     seconds: float = 0.0
 
 
 def value_options(
-    mean: str | Sequence[float] | None, std: str | Sequence[float] | None, interpolation: str | None
+    mean: str | Sequence[float] | None,
+    std: str | Sequence[float] | None,
+    interpolation: str | None,
+    num_channels: int = 3,
 ) -> dict[str, Any]:
     """Arguments of an image processor's call for other statistics or another interpolation; none for `None`.
 
     Raises:
-        ValueError: for an unknown name, or numbers that are no statistics.
+        ValueError: for an unknown name, or numbers that are no statistics of so many channels.
     """
     options: dict[str, Any] = {}
     for name, value, index in (("mean", mean, 0), ("std", std, 1)):
@@ -86,9 +100,12 @@ def value_options(
             check_choice(name, value, tuple(IMAGE_STATISTICS))
             value = IMAGE_STATISTICS[value][index]
         if value is not None:
-            values = [float(number) for number in value]
-            if not np.isfinite(values).all() or (name == "std" and min(values, default=0) <= 0):
+            numbers = check_list(name, value, int | float, "numbers, one for each channel")
+            values = [float(number) for number in numbers]
+            if not np.isfinite(values).all() or (name == "std" and min(values) <= 0):
                 raise ValueError(f"`{name}` must be finite{' and above 0' if name == 'std' else ''}, got {values}.")
+            if len(values) != num_channels:
+                raise ValueError(f"`{name}` must hold {num_channels} numbers, one for each channel, got {values}.")
             options[f"image_{name}"] = values
     if interpolation is not None:
         check_choice("interpolation", interpolation, tuple(RESAMPLINGS))
@@ -178,20 +195,25 @@ def evaluate_budgets(
         `list[BudgetResult]`: one per image size and budget, in the order given.
 
     Raises:
-        ValueError: for a budget or size that model or processor cannot take, classes that are not the model's, an
-            image that cannot be read, scores that are not finite, or an unknown choice.
+        ValueError: for a budget or size that model or processor cannot take or that comes twice, classes that are not
+            the model's, an image that cannot be read, scores that are not finite, or an unknown choice.
     """
     if len(split) == 0:
         raise ValueError("The data set is empty: there is nothing to evaluate.")
-    if batch_size < 1:
-        raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
-    budgets = default_budgets_of(model.config) if budgets is None else list(budgets)
-    sizes = [None] if image_sizes is None else [to_pair(size, "image_sizes") for size in image_sizes]
-    if not budgets or not sizes:
-        raise ValueError(f"`{'image_sizes' if budgets else 'budgets'}` is empty: give at least one, or None.")
+    check_int("batch_size", batch_size, minimum=1)
+    check_flag("per_class", per_class)
+    check_function("progress", progress)
+    if crop_pct is not None:
+        check_number("crop_pct", crop_pct)
+    budgets = default_budgets_of(model.config) if budgets is None else checked_budgets(budgets, model.config)
+    sizes: list[tuple[int, int] | None] = [None]
+    if image_sizes is not None:
+        given = check_list("image_sizes", image_sizes, what="sizes in pixels")
+        sizes = [to_pair(size, "image_sizes") for size in given]
+        check_distinct("image_sizes", given, sizes)
     calls = [budget_kwargs(model.config, budget) for budget in budgets]
     labels = class_indices(split, model.config.id2label, label_map)
-    values = value_options(mean, std, interpolation)
+    values = value_options(mean, std, interpolation, getattr(model.config, "num_channels", 3))
 
     results = []
     for number, size in enumerate(sizes):
@@ -200,7 +222,7 @@ def evaluate_budgets(
         if target is None and crop_pct is not None:
             raise ValueError("`crop_pct` needs `image_sizes`: the image processor has no size of its own.")
         options = values | ({} if target is None else options_for_size(processor, target, crop_pct))
-        scores = [_Scores() for _ in calls]
+        scores = [_Scores(budget) for budget in budgets]
         seen_sizes, done = set(), number * len(split)
         for images in _batches(split, batch_size):
             name_of = partial(_stored_name, split, done - number * len(split))
@@ -242,7 +264,8 @@ def _score_batch(
         sizes.add(shape[-2:] if len(shape) == 4 else None)  # tiles are cut by the shape of each image
         for index, call in enumerate(calls):
             if not scores[index].logits and not scores[index].seconds:
-                model(**{name: tensor[:1] for name, tensor in inputs.items()}, **call)  # one-time costs
+                with at_budget(scores[index].budget):  # one-time costs
+                    model(**{name: tensor[:1] for name, tensor in inputs.items()}, **call)
             outputs, seconds = timed(lambda: model(**inputs, **call), device_wait(model.device))  # noqa: B023
             scores[index].seconds += seconds
             logits[index][indices] = outputs.logits.float().cpu().numpy()

@@ -10,6 +10,7 @@ from rich.table import Table
 from ..loading import load_classifier
 from ..utils.outputs import write_text, written_beside
 from ..utils.text import no_math, plain
+from ..utils.validation import check_distinct, check_function, check_int, check_list
 from .report import csv_text, format_size, model_names, source_text, to_records
 from .run import Evaluation
 from .speed import benchmark_budgets
@@ -42,7 +43,15 @@ def frontier_records(
 
     Returns:
         `list[dict]`: with `gflops` per image and `milliseconds_batch_N` per batch.
+
+    Raises:
+        ValueError: for no evaluations, a number below 1, or a batch size that comes twice.
     """
+    evaluations = check_list("evaluations", evaluations, Evaluation, "evaluations")
+    batch_sizes = [check_int("batch_sizes", size, minimum=1) for size in check_list("batch_sizes", batch_sizes)]
+    check_distinct("batch_sizes", batch_sizes)
+    check_int("rounds", rounds, minimum=1)
+    check_function("progress", progress)
     done, total = 0, sum(len({r.image_size for r in e.results}) for e in evaluations) * len(batch_sizes)
     records = []
     for evaluation in evaluations:

@@ -2,8 +2,12 @@
 
 import json
 import re
+import unicodedata
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from ..utils.validation import shown
 
 
 _GENERIC = re.compile(r"LABEL_\d+")
@@ -33,8 +37,9 @@ def match_labels(
 ) -> list[int]:
     """For each label of a data set, the index of the same class in a model.
 
-    Names are compared exactly, and where that leaves some over, without regard to upper and lower case. Integers stand
-    for themselves, where the model's names are `LABEL_n` or the data has no names.
+    Names are compared exactly, and where that leaves some over, without regard to upper and lower case. A name that
+    two classes of the model have stands for neither. Integers stand for themselves, where the model's names are
+    `LABEL_n` or the data has no names.
 
     Args:
         data_names (`Sequence[str]` or `None`): the data's class names by label; `None` where it has none.
@@ -49,6 +54,10 @@ def match_labels(
     Raises:
         ValueError: where classes of the data have no counterpart, or two have the same; it lists both sides.
     """
+    if label_map is not None and not isinstance(label_map, Mapping):
+        raise ValueError(
+            f"`label_map` must be a dict, class of the data -> class of the model, got {shown(label_map)}."
+        )
     id2label = {int(index): str(name) for index, name in id2label.items()}
     count = len(data_names) if data_names is not None else num_classes
     if count is None:
@@ -67,13 +76,15 @@ def match_labels(
         found = {key: int(key) if key.isdecimal() and ours is None else label for label, key in enumerate(keys)}
         found = {key: index for key, index in found.items() if index in id2label}
     else:
-        found = _by_name(ours, {name: index for index, name in id2label.items()})
+        found = _by_name(ours, _index_of_names(id2label))
     found |= mapped
     missing = [key for key in keys if key not in found]
     if missing:
+        twice = [name for name in missing if list(id2label.values()).count(name) > 1]
+        several = f" The model has several called {_listed(twice)}." if twice else ""
         raise ValueError(
             f"{len(missing)} of the data's {count} classes are none of the model's {len(id2label)}: "
-            f"{_listed(missing)}. Classes of the data: {_listed(keys)}. Of the model: "
+            f"{_listed(missing)}.{several} Classes of the data: {_listed(keys)}. Of the model: "
             f"{_listed([id2label[index] for index in sorted(id2label)])}. "
             "Name their counterparts with `label_map` (`--label-map`)."
         )
@@ -88,17 +99,28 @@ def _by_name(names: Sequence[str], indices: Mapping[str, int]) -> dict[str, int]
     """Exact matches, and for the other names those that differ in case alone, where there is just one."""
     folded: dict[str, set[int]] = {}
     for name, index in indices.items():
-        folded.setdefault(name.casefold(), set()).add(index)
+        folded.setdefault(_folded(name), set()).add(index)
     found = {name: indices[name] for name in names if name in indices}
     for name in names:
-        candidates = folded.get(name.casefold(), set())
+        candidates = folded.get(_folded(name), set())
         if name not in found and len(candidates) == 1:
             found[name] = next(iter(candidates))
     return found
 
 
+def _index_of_names(id2label: Mapping[int, str]) -> dict[str, int]:
+    """The index of each name that a model has once: a name of two classes says nothing of either."""
+    counts = Counter(id2label.values())
+    return {name: index for index, name in id2label.items() if counts[name] == 1}
+
+
+def _folded(name: str) -> str:
+    """A name without regard to case, and to how its accents are encoded: some file systems change that."""
+    return unicodedata.normalize("NFC", name).casefold()
+
+
 def _resolve_map(label_map: Mapping, keys: Sequence[str], id2label: Mapping[int, str]) -> dict[str, int]:
-    indices = {name: index for index, name in id2label.items()}
+    indices = _index_of_names(id2label)
     resolved = {}
     for key, target in label_map.items():
         if str(key) not in keys:
@@ -115,30 +137,33 @@ def _resolve_map(label_map: Mapping, keys: Sequence[str], id2label: Mapping[int,
 
 
 def _listed(names: Sequence[str]) -> str:
-    shown = ", ".join(map(repr, names[:_SHOWN]))
-    return shown if len(names) <= _SHOWN else f"{shown} and {len(names) - _SHOWN} more"
+    text = ", ".join(map(repr, names[:_SHOWN]))
+    return text if len(names) <= _SHOWN else f"{text} and {len(names) - _SHOWN} more"
 
 
 def read_label_map(entries: Sequence[str] | None) -> dict[str, str]:
     """`label_map` as it is typed: "data class=model class", any number of them, or a JSON file with an object.
 
     Raises:
-        ValueError: for an entry that is neither.
+        ValueError: for an entry that is neither, and for two of one class.
     """
     mapping: dict[str, str] = {}
     for entry in entries or []:
         name, separator, target = entry.partition("=")
-        if separator:
-            mapping[name] = target
-            continue
-        try:
-            content = json.loads(Path(entry).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"`label_map` must be NAME=NAME or a JSON file, got {entry!r} ({error}).") from error
-        if not isinstance(content, dict):
-            raise ValueError(f"`label_map` {entry!r} must hold a JSON object, got a {type(content).__name__}.")
-        mapping |= {str(name): str(target) for name, target in content.items()}
+        for key, value in ({name: target} if separator else _map_in_file(entry)).items():
+            if mapping.setdefault(key, value) != value:
+                raise ValueError(f"`label_map` maps {key!r} to {mapping[key]!r} and to {value!r}: give one of them.")
     return mapping
+
+
+def _map_in_file(file: str) -> dict[str, str]:
+    try:
+        content = json.loads(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"`label_map` must be NAME=NAME or a JSON file, got {file!r} ({error}).") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"`label_map` {file!r} must hold a JSON object, got a {type(content).__name__}.")
+    return {str(name): str(target) for name, target in content.items()}
 
 
 __all__ = ["data_class_names", "match_labels", "model_class_names", "read_label_map"]

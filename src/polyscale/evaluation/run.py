@@ -13,6 +13,7 @@ from datasets import Dataset
 from .. import __version__
 from ..layers.token_budget import choose_budgets, format_budget
 from ..loading import load_classifier, load_config
+from ..utils.validation import check_distinct, check_list, check_path, shown
 from .accuracy import BudgetResult, class_indices, evaluate_budgets
 
 
@@ -74,6 +75,23 @@ def _check_classes(
         raise ValueError(f"`model` {os.fspath(source)}: {error}") from error
 
 
+def _place(model: str) -> str:
+    """The same for names of one checkpoint."""
+    return os.path.realpath(model) if os.path.exists(model) else model
+
+
+def _checked_words(words: object) -> dict[str, list[str] | None]:
+    """`budget_words`, of which text alone would be read letter by letter."""
+    if words is None:
+        return {}
+    if not isinstance(words, Mapping):
+        raise ValueError(f"`budget_words` must be a dict from options to lists of texts, got {shown(words)}.")
+    return {
+        name: None if texts is None else check_list(f"budget_words[{name!r}]", texts, str, "texts such as '8'")
+        for name, texts in words.items()
+    }
+
+
 def evaluate_checkpoints(
     models: Sequence[str | os.PathLike],
     data: str | os.PathLike,
@@ -92,7 +110,7 @@ def evaluate_checkpoints(
     """Scores checkpoints on one split of a data set, at each budget.
 
     Args:
-        models (`Sequence[str or os.PathLike]`): what `load_classifier(..., convert=True)` takes.
+        models (`Sequence[str or os.PathLike]`): what `load_classifier(..., convert=True)` takes, each once.
         data (`str` or `os.PathLike`): what `load_image_dataset` takes.
         split (`str`, *optional*): validation or test when `None`; where there is neither, the first.
         limit (`int`, *optional*): a sample of so many images, drawn over the whole split.
@@ -106,11 +124,15 @@ def evaluate_checkpoints(
         `list[Evaluation]`: one per model.
 
     Raises:
-        ValueError: as `load_classifier`, `load_image_dataset` and `evaluate_budgets`.
+        ValueError: as `load_classifier`, `load_image_dataset` and `evaluate_budgets`; for models that are no list, or
+            one that comes twice.
         OSError: if there is no such checkpoint.
     """
     from ..training.data import evaluation_split, load_image_dataset, sample_rows
 
+    models = [check_path("models", model) for model in check_list("models", models, what="checkpoints")]
+    check_distinct("models", models, map(_place, models))
+    words = _checked_words(budget_words)
     splits = load_image_dataset(data)
     name = evaluation_split(splits, split) or next(iter(splits))
     rows = sample_rows(splits[name], limit, seed)
@@ -127,7 +149,7 @@ def evaluate_checkpoints(
             **(config_options or {}),
         )
         model, processor = loaded
-        budgets = choose_budgets(model.config, budget_words or {})
+        budgets = choose_budgets(model.config, words)
         results = evaluate_budgets(model, processor, rows, budgets, progress=progress, **options)
         evaluations.append(
             Evaluation(

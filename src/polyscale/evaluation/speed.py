@@ -10,9 +10,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 from transformers import PreTrainedModel
 
+from ..layers.budget_choice import at_budget, checked_budgets
 from ..layers.token_budget import budget_kwargs, default_budgets_of, tokens_per_image
 from ..utils.timing import device_wait, time_alternating
-from ..utils.validation import to_pair
+from ..utils.validation import check_int, to_pair
 
 
 @dataclass(frozen=True)
@@ -94,14 +95,12 @@ def benchmark_budgets(
         rounds: timed forward passes per budget; the median counts.
 
     Raises:
-        ValueError: for budgets on a model that has none to choose, or a budget, size or number that is not allowed.
+        ValueError: for budgets on a model that has none to choose, a budget that comes twice, or a budget, size or
+            number that is not allowed.
     """
-    for name, value in (("batch_size", batch_size), ("rounds", rounds)):
-        if value < 1:
-            raise ValueError(f"`{name}` must be at least 1, got {value}.")
-    budgets = default_budgets_of(model.config) if budgets is None else list(budgets)
-    if not budgets:
-        raise ValueError("`budgets` is empty: give at least one, or None for the model's own.")
+    check_int("batch_size", batch_size, minimum=1)
+    check_int("rounds", rounds, minimum=1)
+    budgets = default_budgets_of(model.config) if budgets is None else checked_budgets(budgets, model.config)
     if image_size is None:
         image_size = getattr(model.config, "image_size", None)
         if image_size is None:
@@ -111,7 +110,10 @@ def benchmark_budgets(
     pixel_values = pixel_values.to(device=model.device, dtype=model.dtype)
 
     arguments = [budget_kwargs(model.config, budget) for budget in budgets]
-    tokens = [_mean_tokens(model, pixel_values, chosen) for chosen in arguments]
+    tokens = []
+    for budget, chosen in zip(budgets, arguments, strict=True):
+        with at_budget(budget):
+            tokens.append(_mean_tokens(model, pixel_values, chosen))
     calls = {str(index): partial(model, pixel_values, **chosen) for index, chosen in enumerate(arguments)}
     gflops = [count_gflops(call) / batch_size for call in calls.values()]
     seconds = time_alternating(calls, rounds, device_wait(model.device))

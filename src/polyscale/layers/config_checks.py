@@ -56,6 +56,7 @@ _MARKS_OF_A_FILE = ("model_type", "_name_or_path")
 _MOST = 1 << 20  # of anything that is counted: more is a slip, or an attempt to fill the memory
 # What a field may hold; transformers does not check the fields that it declares itself.
 _PLAIN = (type(None), bool, int, float, str, list, tuple, dict, PreTrainedConfig, torch.dtype)
+_PAIR = tuple[int, int]
 _WORDS = {int: "an int", float: "a number", bool: "True or False", str: "a string", type(None): "None"}
 
 
@@ -79,7 +80,11 @@ def _expectation(annotation: Any) -> str:
     if get_origin(annotation) in (Union, UnionType):
         parts = get_args(annotation)
         kinds = [part for part in parts if not (part is int and float in parts)]
+        if _PAIR in kinds:  # which a file holds as a list
+            kinds = [part for part in kinds if part != list[int]]
         return " or ".join(dict.fromkeys(map(_expectation, kinds)))
+    if annotation == _PAIR:
+        return "a pair of ints"
     kind = get_origin(annotation) or annotation
     if kind in (list, tuple):
         return "a list"
@@ -338,12 +343,13 @@ def activation(default: str) -> Any:
     return validated_field(_check_activation, default=default)
 
 
-def choice(choices: Collection[str], default: str) -> Any:
-    """A field for names out of a collection that other code reads too, or adds to."""
+def choice(choices: Collection[str], default: str, hint: str | None = None) -> Any:
+    """A field for names out of a collection that other code reads too, or adds to; errors end with the hint."""
 
     def check(value: Any) -> None:
         if value not in choices:
-            raise ValueError(f"must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+            more = "" if hint is None else f": {hint}"
+            raise ValueError(f"must be one of {', '.join(map(repr, choices))}, got {value!r}{more}.")
 
     return validated_field(check, default=default)
 

@@ -30,16 +30,16 @@ from ..loading import checkpoint_folder, quiet_loading
 from ..models.s2_vision.configuration_s2_vision import S2VisionConfig
 from ..models.s2_vision.convert_llava_s2_vision import FITS_OF_LLAVA, IMAGE_TOKEN, PAD_TOKEN
 from ..models.s2_vision.image_processing_s2_vision import S2ImageProcessor
-from ..utils.checkpoint_files import check_index
+from ..utils.processors import check_processor
 from ..utils.vision_configs import base_image_size
-from ..utils.weight_files import fill_model, iterate_tensors, model_to_fill
+from ..utils.weight_files import fill_model, iterate_tensors, model_to_fill, reading_part, weight_files
 from .adapters import LlavaAdapter
 from .chat_templates import chat_template, conversation_for, stop_tokens
 from .downsampled import DownsampledTowerConfig
 from .layout import token_layout
 from .packed import PackedTowerConfig
 from .swap import set_config
-from .vila_layout import VilaLayout, projector_names
+from .vila_layout import PARTS, VilaLayout, projector_names
 
 
 _MULTIPLE = 64  # of the rows of an embedding that has to grow
@@ -48,7 +48,8 @@ FILES = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja"]
 
 
 def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", trust_remote_code=False)
+    with reading_part(folder, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", trust_remote_code=False)
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]}, replace_extra_special_tokens=False)
     if tokenizer.pad_token is None:
         tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
@@ -96,8 +97,7 @@ def _load_vision(model: PreTrainedModel, config: PreTrainedConfig, folder: Path,
         for name, module in model.named_modules()
         if isinstance(module, PreTrainedModel) and type(module.config) is type(config)
     )
-    check_index(folder)
-    with quiet_loading():
+    with quiet_loading(), reading_part(folder, "weights"):
         loaded, info = AutoModel.from_pretrained(
             folder, config=old.config, dtype=dtype, output_loading_info=True, trust_remote_code=False
         )
@@ -138,9 +138,14 @@ def _weights(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
 
 def _generation_config(folder: Path, tokenizer: PreTrainedTokenizerBase, stop: tuple[str, ...]) -> GenerationConfig:
     is_there = (folder / "generation_config.json").is_file()
-    config = GenerationConfig.from_pretrained(folder) if is_there else GenerationConfig()
+    with reading_part(folder / "generation_config.json", "settings"):
+        config = GenerationConfig.from_pretrained(folder) if is_there else GenerationConfig()
     ends = config.eos_token_id
-    ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+    ends = [] if ends is None else list(ends) if isinstance(ends, list | tuple) else [ends]
+    if not all(isinstance(end, int) for end in ends):
+        raise ValueError(
+            f"`{folder / 'generation_config.json'}`: `eos_token_id` must be an int or a list, got {ends}."
+        )
     vocabulary = tokenizer.get_vocab()
     ends += [tokenizer.eos_token_id, *(vocabulary[token] for token in stop if token in vocabulary)]
     config.eos_token_id = list(dict.fromkeys(end for end in ends if end is not None))
@@ -155,7 +160,10 @@ def _generation_config(folder: Path, tokenizer: PreTrainedTokenizerBase, stop: t
 
 
 def _image_processor(layout: VilaLayout) -> BaseImageProcessor:
-    base = AutoImageProcessor.from_pretrained(layout.folder / "vision_tower", trust_remote_code=False)
+    folder = layout.folder / "vision_tower"
+    with reading_part(folder / "preprocessor_config.json", "image processor"):
+        base = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
+        check_processor(base)
     crops = bool(getattr(base, "do_center_crop", False))
     fit = FITS_OF_LLAVA.get(layout.image_aspect_ratio, "crop" if crops else "squash")
     tower = layout.tower_config
@@ -218,6 +226,8 @@ def load_vila(
     ```
     """
     layout = VilaLayout(checkpoint_folder(source, "source", FILES), image_aspect_ratio, token_order)
+    for part in PARTS:
+        weight_files(layout.folder / part)
     llm = layout.folder / "llm"
     before, after = layout.around_image
     tokenizer = _tokenizer(llm)
@@ -228,7 +238,8 @@ def load_vila(
     model = model_to_fill(config, dtype)
     filled = _load_vision(model, layout.vision_config, layout.folder / "vision_tower", dtype)
     tied = ("lm_head.weight",) if config.tie_word_embeddings else ()
-    fill_model(model, _weights(layout.folder), lambda name: _new_names(layout, name), filled, tied)
+    with reading_part(layout.folder, "weights"):
+        fill_model(model, _weights(layout.folder), lambda name: _new_names(layout, name), filled, tied)
     model.tie_weights()
     model.generation_config = _generation_config(llm, tokenizer, stop_tokens(name))
 

@@ -16,7 +16,7 @@ from ..models.s2_vision.configuration_s2_vision import S2VisionConfig
 from ..models.s2_vision.projector_s2_vision import is_nvila, token_order_of
 from ..utils.validation import check_choice
 from ..utils.vision_configs import base_num_prefix_tokens
-from ..utils.weight_files import iterate_tensors, read_json
+from ..utils.weight_files import iterate_tensors, read_json, reading_part
 from .downsampled import DownsampledTowerConfig
 
 
@@ -39,7 +39,7 @@ def is_vila(folder: Path) -> bool:
     """Whether a folder has the layout of VILA, or a part of it."""
     try:
         record = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         record = {}
     named = isinstance(record, dict) and "llm_cfg" in record
     return named or all((folder / part).is_dir() for part in ("vision_tower", "mm_projector"))
@@ -89,6 +89,8 @@ class VilaLayout:
         self.record = read_json(self.folder / "config.json")
         if self.image_aspect_ratio is None:
             self.image_aspect_ratio = self.record.get("image_aspect_ratio")
+        if not isinstance(self.image_aspect_ratio, str | None):
+            raise ValueError(f"`image_aspect_ratio` must be text, got {self.image_aspect_ratio!r}.")
         if self.token_order is not None:
             check_choice("token_order", self.token_order, ("rows", "columns"))
         self._check_supported()
@@ -96,7 +98,8 @@ class VilaLayout:
         self.vision_config = self._part_config("vision_tower", VISION_MODELS, "vision tower")
         self._check_features()
         self._leave_out_head()
-        tower = self._tower()
+        with reading_part(self.folder / "config.json", "fields"):
+            tower = self._tower()
         self.feature_layer = self.record.get("mm_vision_select_layer", -2)
         count = self.vision_config.num_hidden_layers + 1
         if not isinstance(self.feature_layer, int) or not -count <= self.feature_layer < count:
@@ -129,7 +132,7 @@ class VilaLayout:
     @property
     def projector(self) -> str:
         """The kind of its projector."""
-        return read_json(self.folder / "mm_projector" / "config.json").get("mm_projector_type")
+        return str(read_json(self.folder / "mm_projector" / "config.json").get("mm_projector_type"))
 
     @property
     def is_new(self) -> bool:
@@ -160,7 +163,8 @@ class VilaLayout:
                 f"The {what} of {self.folder} is quantized (`quantization_config`): convert the checkpoint with full "
                 "weights, and quantize the result."
             )
-        return AutoConfig.from_pretrained(self.folder / part, trust_remote_code=False)
+        with reading_part(self.folder / part / "config.json", "fields"):
+            return AutoConfig.from_pretrained(self.folder / part, trust_remote_code=False)
 
     def _check_supported(self) -> None:
         record = self.record

@@ -19,13 +19,14 @@ from datasets import (
     load_dataset,
 )
 from datasets import config as datasets_config
-from datasets.data_files import DataFilesDict, EmptyDatasetError, get_data_patterns
+from datasets.data_files import EmptyDatasetError
 from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub import HfApi
 from PIL import Image as PILImage
 
 from ..loading import is_offline
 from ..utils.images import ARRAY_SUFFIX, UnreadableImageError, files_below, is_image_file, open_pixels, read_image
+from ..utils.validation import check_flag, check_int, check_path, shown
 from .labels import listed, unify_labels
 
 
@@ -41,6 +42,9 @@ SPLIT_NAMES = {
     "testing": "test",
 }
 LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target")
+IMAGE_COLUMNS = ("image", "img", "images")
+# Of one file of several: "train-00000-of-00002".
+_SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}.*")
 _METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 # Up to so many bytes of files, every image is decoded before training; above, files are only looked for.
@@ -67,6 +71,8 @@ def load_image_dataset(source: str | Path, labelled: bool = True) -> DatasetDict
     Raises:
         ValueError: if there is no such source, it has no image column or no label column, or labels are missing.
     """
+    source = check_path("dataset", source)
+    check_flag("labelled", labelled)
     parts = _read(source, labelled)
     described = f"data set {str(source)!r}"
     standard = {name: [_with_standard_columns(part, described, labelled) for part in split] for name, split in parts}
@@ -89,12 +95,19 @@ def _read(source: str | Path, labelled: bool) -> list[tuple[str, list[Dataset]]]
     if path.is_dir():
         files = list(files_below(path))
         if any(file.name in _METADATA_FILES for file in files):
-            return [(name, [split]) for name, split in _load("imagefolder", data_dir=str(path)).items()]
+            patterns = _patterns_of_splits(path, files)
+            return [
+                (name, [split])
+                for name, split in _load("imagefolder", data_dir=str(path), data_files=patterns).items()
+            ]
         if any(is_image_file(file) for file in files):
             return _read_image_folder(path, files, labelled)
-        if any(file.suffix == ".parquet" for file in files):
-            found = DataFilesDict.from_patterns(get_data_patterns(str(path)), base_path=str(path))
-            return [(str(name), [_read_parquet(file) for file in files]) for name, files in found.items()]
+        parquet = [file for file in files if file.suffix == ".parquet"]
+        if parquet:
+            return [
+                (name, [_read_parquet(str(file)) for file in part])
+                for name, part in _parquet_splits(path, parquet).items()
+            ]
         if not files:
             raise ValueError(f"`dataset` {source!s} is an empty folder.")
         return [(name, [split]) for name, split in _load(str(path)).items()]
@@ -142,10 +155,66 @@ def _first_line(error: BaseException) -> str:
     return (str(cause).strip().splitlines() or [type(cause).__name__])[0]
 
 
+def _in_order(splits: Mapping[str, list]) -> dict[str, list]:
+    """Splits with the usual ones first."""
+    usual = [name for name in ("train", "validation", "test") if name in splits]
+    return {name: splits[name] for name in [*usual, *sorted(splits.keys() - set(usual))]}
+
+
+def _parquet_splits(path: Path, files: Sequence[Path]) -> dict[str, list[Path]]:
+    """The files of each split: by their own names (train.parquet, train-00000-of-00002.parquet), or by those of the
+    folders that they lie in; one split where no name says anything.
+
+    Raises:
+        ValueError: where some names do, and others do not.
+    """
+    splits: dict[str, list[Path]] = {}
+    for file in files:
+        shard = _SHARD.fullmatch(file.stem)
+        own = shard[1] if shard else file.stem
+        words = [own, re.split(r"[\W\d_]", own, maxsplit=1)[0], *reversed(file.relative_to(path).parts[:-1])]
+        found = next((SPLIT_NAMES[word.lower()] for word in words if word.lower() in SPLIT_NAMES), shard and own)
+        splits.setdefault(found or "", []).append(file)
+    unnamed = splits.pop("", [])
+    if unnamed and splits:
+        raise ValueError(
+            f"`dataset` {path} has files of the splits {listed(list(splits))}, and others that name none, such as "
+            f"{unnamed[0].name}: begin their names with train, validation or test."
+        )
+    return _in_order(splits) if splits else {"train": unnamed}
+
+
+def _split_folders(path: Path, files: Sequence[Path]) -> list[str]:
+    """The folders at the top of a data set, where they are its splits; none where they are its classes.
+
+    Raises:
+        ValueError: where folders of folders are called like splits, but not all of them.
+    """
+    tops = sorted({file.parts[0] for file in files if len(file.parts) > 1})
+    if tops and all(top.lower() in SPLIT_NAMES for top in tops):
+        return tops
+    deep = sorted({file.parts[0] for file in files if len(file.parts) > 2})
+    like = [top for top in deep if re.split(r"[\W\d_]", top, maxsplit=1)[0].lower() in SPLIT_NAMES]
+    if like and len(tops) > 1:
+        raise ValueError(
+            f"`dataset` {path}: {listed(like)} are called like splits, and hold folders; all of {listed(tops)} would "
+            "be classes. Call the splits train, validation and test, with nothing beside them, or give the folder of "
+            "one."
+        )
+    return []
+
+
+def _patterns_of_splits(path: Path, files: Sequence[Path]) -> dict[str, list[str]]:
+    """Which files belong to each split of a folder with a metadata file, as `datasets` is told."""
+    patterns: dict[str, list[str]] = {}
+    for top in _split_folders(path, [file.relative_to(path) for file in files]):
+        patterns.setdefault(SPLIT_NAMES[top.lower()], []).append(f"{top}/**")
+    return _in_order(patterns) if patterns else {"train": ["**"]}
+
+
 def _read_image_folder(path: Path, files: list[Path], labelled: bool) -> list[tuple[str, list[Dataset]]]:
     images = [file.relative_to(path) for file in files if is_image_file(file)]
-    tops = sorted({file.parts[0] for file in images if len(file.parts) > 1})
-    has_splits = bool(tops) and all(top.lower() in SPLIT_NAMES for top in tops)
+    has_splits = bool(_split_folders(path, images))
     depth = int(has_splits)
     bare = [file for file in images if len(file.parts) < depth + 2]
     if labelled and bare:
@@ -158,7 +227,7 @@ def _read_image_folder(path: Path, files: list[Path], labelled: bool) -> list[tu
     for file in images:
         name = SPLIT_NAMES[file.parts[0].lower()] if has_splits and len(file.parts) > 1 else "train"
         splits.setdefault(name, []).append(file)
-    order = [name for name in ("train", "validation", "test") if name in splits]
+    order = list(_in_order(splits))
     columns: Mapping[str, dict] = {name: {"image": [str(path / file) for file in splits[name]]} for name in order}
     features = {"image": Image(decode=False)}
     if labelled:
@@ -170,22 +239,36 @@ def _read_image_folder(path: Path, files: list[Path], labelled: bool) -> list[tu
     return [(name, [Dataset.from_dict(columns[name], features=Features(features))]) for name in order]
 
 
+def _the_column(
+    found: Sequence[str], names: Sequence[str], kind: str, accepted: str, source: str, features: Features
+) -> str:
+    """The one of the columns of a kind that is meant: the only one, or the first that has one of the usual names."""
+    if not found:
+        raise ValueError(
+            f"The {source} must have {'an' if kind == 'image' else 'a'} {kind} column{accepted}, got the columns "
+            f"{listed(list(features))}."
+        )
+    if len(found) == 1:
+        return found[0]
+    usual = [name for name in names if name in found]
+    if not usual:
+        raise ValueError(
+            f"The {source} has several {kind} columns, {listed(found)}: rename the one that is meant to {kind!r}."
+        )
+    return usual[0]
+
+
 def _with_standard_columns(part: Dataset, source: str, labelled: bool) -> Dataset:
     features = part.features
     images = [name for name, feature in features.items() if isinstance(feature, Image)]
     images = images or [name for name, feature in features.items() if isinstance(feature, Array2D | Array3D)]
-    if not images:
-        raise ValueError(f"The {source} must have an image column, got the columns {listed(list(features))}.")
-    columns = {images[0]: "image"}
+    columns = {_the_column(images, IMAGE_COLUMNS, "image", "", source, features): "image"}
     if labelled:
-        labels = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
-        labels = labels or [name for name in LABEL_COLUMNS if name in features]
-        if not labels:
-            raise ValueError(
-                f"The {source} must have a label column ({', '.join(LABEL_COLUMNS)}, or of the type ClassLabel), got "
-                f"the columns {listed(list(features))}."
-            )
-        columns[labels[0]] = "label"
+        classes = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
+        named = [name for name in LABEL_COLUMNS if name in features]
+        labels = [name for name in named if name in classes] or named or classes
+        accepted = f" ({', '.join(LABEL_COLUMNS)}, or of the type ClassLabel)"
+        columns[_the_column(labels, LABEL_COLUMNS, "label", accepted, source, features)] = "label"
     part = part.select_columns(list(columns))
     part = part.rename_columns({old: new for old, new in columns.items() if old != new})
     return part.cast_column("image", Image(decode=False)) if isinstance(part.features["image"], Image) else part
@@ -259,15 +342,20 @@ def evaluation_split(splits: DatasetDict, name: str | None = None) -> str | None
         ValueError: if `name` is given and the data set has no such split.
     """
     if name is not None:
-        if name not in splits:
-            raise ValueError(f"`split` must be one of {list(splits)}, got {name!r}.")
+        if not isinstance(name, str) or name not in splits:
+            raise ValueError(f"`split` must be one of {list(splits)}, got {shown(name)}.")
         return name
     return next((split for split in ("validation", "valid", "val", "dev", "test") if split in splits), None)
 
 
 def sample_rows(split: Dataset, limit: int | None, seed: int = 0) -> Dataset:
-    """At most `limit` rows, drawn from the whole split by a seed; in the split's order."""
-    if limit is None or limit >= len(split):
+    """At most `limit` rows, drawn from the whole split by a seed; in the split's order.
+
+    Raises:
+        ValueError: for a `limit` below 1, or a `seed` below 0.
+    """
+    check_int("seed", seed, minimum=0)
+    if limit is None or check_int("limit", limit, minimum=1) >= len(split):
         return split
     return split.select(sorted(np.random.default_rng(seed).choice(len(split), limit, replace=False).tolist()))
 

@@ -10,6 +10,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..evaluation.metrics import wilson_interval
+from ..utils.text import no_markup
 from .report import describe_budget, duration, forward_arguments
 from .resume import write_json
 
@@ -156,7 +157,7 @@ def _card_sections(facts: Mapping[str, Any], config: Any, is_classifier: bool) -
     counts = ", ".join(f"{split}: {count:,} images" for split, count in data["splits"].items())
     lines = [f"- data: `{data['source']}` ({counts})"]
     if data["classes"]:
-        shown = ", ".join(str(label) for label in data["classes"][:20])
+        shown = ", ".join(map(no_markup, data["classes"][:20]))
         more = ", ..." if len(data["classes"]) > 20 else ""
         lines.append(f"- classes: {len(data['classes'])} ({shown}{more})")
     lines += [

@@ -4,16 +4,18 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+import torch
 from datasets import Dataset, DatasetDict
-from transformers import AutoModelForImageClassification, TrainingArguments
+from transformers import AutoModelForImageClassification, PreTrainedModel, TrainingArguments
 from transformers.image_processing_utils import BaseImageProcessor
 
 from ..evaluation.labels import match_labels
+from ..loading import load_checkpoint, load_image_processor
+from ..utils.processors import output_size, processor_for_size
 from .bootstrapping import BootstrapTrainer, load_teacher, make_student
 from .data import check_images, evaluation_split, image_shapes, sample_rows
 from .labels import listed, renumbered
 from .processing import adopt_processing, make_image_processor
-from .reading import load_processor, load_whole
 from .recipe import TrainingRecipe
 from .starting_point import StartingPoint, completed, starting_point
 from .trainer import BudgetTrainer, ImageClassificationTrainer
@@ -150,33 +152,44 @@ def _teacher(recipe: TrainingRecipe, point: StartingPoint) -> dict:
     """Arguments of `ImageClassificationTrainer` for the teacher of a recipe."""
     if recipe.teacher is None:
         return {}
-    teacher = load_whole("teacher", recipe.teacher, AutoModelForImageClassification, recipe)
+    trust = {"trust_remote_code": recipe.trust_remote_code, "argument": "teacher"}
+    teacher = load_checkpoint(recipe.teacher, AutoModelForImageClassification, **trust, dtype=torch.float32)
     label_map = recipe.label_map if recipe.init_from is None else None
     try:
         classes = match_labels(point.label_names, teacher.config.id2label, label_map)
     except ValueError as error:
         raise ValueError(f"`teacher` {recipe.teacher!r} does not know the classes of the data. {error}") from error
-    processor = load_processor("teacher", recipe.teacher, recipe)
-    stats = (
-        (list(recipe.image_mean), list(recipe.image_std)),
-        (list(processor.image_mean), list(processor.image_std)),
-    )
+    theirs = _processing_of(teacher, load_image_processor(recipe.teacher, **trust), recipe)
     return {
         "teacher": teacher,
         "teacher_classes": None if classes == list(range(teacher.config.num_labels)) else classes,
-        "image_stats": stats if stats[0] != stats[1] else None,
+        "image_stats": _stats(recipe, theirs),
+        "teacher_size": theirs.image_size,
     }
+
+
+def _processing_of(teacher: PreTrainedModel, processor: BaseImageProcessor, recipe: TrainingRecipe) -> TrainingRecipe:
+    """The recipe with the image size and the statistics of a teacher: what it sees is its own affair."""
+    if output_size(processor) is None:
+        processor = processor_for_size(processor, getattr(teacher.config, "image_size", None) or recipe.image_size)
+    open_recipe = replace(recipe, image_size=None, num_channels=None, image_mean=None, image_std=None)
+    return adopt_processing(open_recipe, processor, teacher.config)[0]
+
+
+def _stats(recipe: TrainingRecipe, theirs: TrainingRecipe) -> tuple | None:
+    """((mean, std) of the student, (mean, std) of the teacher), where they differ."""
+    stats = tuple((list(one.image_mean), list(one.image_std)) for one in (recipe, theirs))
+    return stats if stats[0] != stats[1] else None
 
 
 def _bootstrapping(
     recipe: TrainingRecipe, splits: DatasetDict, arguments: Callable[[TrainingRecipe], TrainingArguments]
 ) -> Plan:
     teacher = load_teacher(recipe.bootstrap_from, recipe)
-    processor = load_processor("bootstrap_from", recipe.bootstrap_from, recipe)
-    # what the teacher sees is its own affair; the student is trained on images of the recipe's size
-    theirs, _ = adopt_processing(
-        replace(recipe, image_size=None, num_channels=None, image_mean=None, image_std=None), processor, teacher.config
+    processor = load_image_processor(
+        recipe.bootstrap_from, trust_remote_code=recipe.trust_remote_code, argument="bootstrap_from"
     )
+    theirs = _processing_of(teacher, processor, recipe)
     recipe = replace(
         recipe,
         image_size=recipe.image_size or theirs.image_size,
@@ -191,7 +204,6 @@ def _bootstrapping(
         **{name: value for name, value in shape.items() if value is not None},
         **{"image_size": list(recipe.image_size), **recipe.model_options},
     )
-    stats, their_stats = ((list(one.image_mean), list(one.image_std)) for one in (recipe, theirs))
     processor = make_image_processor(recipe, student.config)
     trainer = BootstrapTrainer(
         model=student,
@@ -199,7 +211,7 @@ def _bootstrapping(
         **datasets_of(recipe, splits, processor),
         data_collator=collate_images,
         teacher=teacher,
-        image_stats=(stats, their_stats) if stats != their_stats else None,
+        image_stats=_stats(recipe, theirs),
         teacher_size=theirs.image_size,
     )
     return Plan(trainer, processor, recipe, is_classifier=False)

@@ -4,15 +4,26 @@ import difflib
 import json
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from numbers import Integral, Real
 from typing import Any
 
-from ..utils.validation import check_choice, to_pair
+import numpy as np
+
+from ..utils.validation import check_choice, check_flag, check_list, shown, to_pair
 from .transforms import AUGMENTATIONS
 
 
 TUNED_BY = ("budget", "merging")
+_MOST_SEED = 2**32 - 1  # that NumPy takes
+# More of anything that is counted is a slip.
+_MOST, _MOST_WORKERS = 2**31, 1024
+
+
+def _plain(value: Any) -> Any:
+    """A number as JSON can hold it, where it is one of NumPy."""
+    return value.item() if isinstance(value, np.generic) else value
 
 
 @dataclass
@@ -119,10 +130,20 @@ class TrainingRecipe:
         check_choice("tune_by", self.tune_by, TUNED_BY)
         check_choice("save_dtype", self.save_dtype, (None, "float16", "bfloat16"))
         self._check_texts()
+        for name in ("bf16", "gradient_checkpointing", "trust_remote_code"):
+            check_flag(name, getattr(self, name))
+        for name in ("model_options", "label_map"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, Mapping):
+                raise ValueError(f"`{name}` must be a dict, got {shown(value)}.")
+        self.model_options = dict(self.model_options or {})
+        for name in ("num_labels", "id2label", "label2id"):
+            if name in self.model_options:
+                raise ValueError(f"`model_options` must not hold `{name}`: the classes are those of the data.")
         for name in ("batch_size", "gradient_accumulation_steps", "limit", "save_steps", "num_channels", "num_blocks"):
-            self._check_number(name, whole=True, minimum=1)
-        for name in ("num_workers", "seed"):
-            self._check_number(name, whole=True)
+            self._check_number(name, whole=True, minimum=1, maximum=_MOST)
+        self._check_number("num_workers", whole=True, maximum=_MOST_WORKERS)
+        self._check_number("seed", whole=True, maximum=_MOST_SEED)
         for name in ("epochs", "mixup", "cutmix", "label_smoothing", "warmup", "weight_decay", "max_grad_norm"):
             self._check_number(name)
         for name in ("learning_rate", "temperature"):
@@ -153,8 +174,8 @@ class TrainingRecipe:
         for name in ("family", "preset", "init_from", "bootstrap_from", "teacher"):
             value = getattr(self, name)
             if value is not None:
-                if not isinstance(value, str | os.PathLike):
-                    raise ValueError(f"`{name}` must be text, got {value!r}.")
+                if not isinstance(value, str | os.PathLike) or not os.fspath(value):
+                    raise ValueError(f"`{name}` must be text, got {shown(value)}.")
                 setattr(self, name, os.fspath(value))
 
     def _check_number(
@@ -169,6 +190,8 @@ class TrainingRecipe:
         value = getattr(self, name)
         if value is None and _defaults()[name] is None:
             return
+        value = _plain(value)
+        setattr(self, name, value)
         kind = Integral if whole else Real
         if isinstance(value, bool) or not isinstance(value, kind) or not math.isfinite(value):
             raise ValueError(f"`{name}` must be a {'whole' if whole else 'finite'} number, got {value!r}.")
@@ -188,8 +211,9 @@ class TrainingRecipe:
             values = getattr(self, name)
             if values is None:
                 continue
-            values = (values,) if isinstance(values, Real) else tuple(values)
-            if not values or not all(isinstance(value, Real) and math.isfinite(value) for value in values):
+            given = [values] if isinstance(values, Real) else values
+            values = tuple(map(_plain, check_list(name, given, Real, "numbers, one for each channel")))
+            if not all(math.isfinite(value) and not isinstance(value, bool) for value in values):
                 raise ValueError(f"`{name}` must hold a finite number for each channel, got {values}.")
             if name == "image_std" and min(values) <= 0:
                 raise ValueError(f"`image_std` must be above 0: values are divided by it; got {values}.")
@@ -239,12 +263,8 @@ class TrainingRecipe:
         )
 
     def _check_tuning(self) -> None:
-        shares = tuple(self.tune_budgets)
-        if (
-            len(shares) != 2
-            or not all(isinstance(share, Real) for share in shares)
-            or not 0 < shares[0] <= shares[1] <= 1
-        ):
+        shares = tuple(check_list("tune_budgets", self.tune_budgets, Real, "two shares, the lowest and the highest"))
+        if len(shares) != 2 or bool in map(type, shares) or not 0 < shares[0] <= shares[1] <= 1:
             raise ValueError(
                 "`tune_budgets` must be two shares of the full budget, the lowest and the highest, such as 0.3 and "
                 f"1.0; got {shares}."
@@ -272,9 +292,16 @@ class TrainingRecipe:
         return json.loads(json.dumps(asdict(self)))
 
     @classmethod
-    def from_json(cls, fields: dict) -> "TrainingRecipe":
-        """What `to_json` gave."""
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
+    def from_json(cls, choices: dict) -> "TrainingRecipe":
+        """What `to_json` gave.
+
+        Raises:
+            ValueError: for fields that a recipe does not have.
+        """
+        unknown = sorted(choices.keys() - _defaults().keys())
+        if unknown:
+            raise ValueError(f"`{unknown[0]}` is no field of a recipe of this version of polyscale.")
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in choices.items()})
 
 
 def _defaults() -> dict[str, Any]:
@@ -343,6 +370,8 @@ def given_choices(name: str | None = None, model_options: dict | None = None, **
     """The fields of a recipe that are chosen, and no others. Arguments: `make_recipe`."""
     if name is not None:
         check_choice("recipe", name, tuple(RECIPES))
+    if not isinstance(model_options, Mapping | None):
+        raise ValueError(f"`model_options` must be a dict, got {shown(model_options)}.")
     fields = dict(RECIPES[name]) if name else {}
     options = {**fields.pop("model_options", {}), **(model_options or {})}
     fields |= {field_name: value for field_name, value in choices.items() if value is not None}

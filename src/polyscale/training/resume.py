@@ -7,11 +7,15 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+import pyarrow.compute as pc
+import pyarrow.types as pa_types
 from accelerate import PartialState
+from datasets import DatasetDict
 from filelock import FileLock, SoftFileLock, Timeout
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
+from ..utils.identity import digest_of
 from .recipe import TrainingRecipe
 
 
@@ -150,9 +154,12 @@ class RunFolder:
             ValueError: for a damaged file.
         """
         try:
-            return json.loads((self.path / RUN_FILE).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            facts = json.loads((self.path / RUN_FILE).read_text(encoding="utf-8"))
+            if not isinstance(facts, dict):
+                raise ValueError(f"it holds a {type(facts).__name__}")
+        except (OSError, ValueError, RecursionError) as error:
             raise ValueError(f"{self.path / RUN_FILE} cannot be read ({error}): remove {self.path}.") from error
+        return facts
 
     def discard(self) -> None:
         """Removes the folder; what tells that there is a run goes last, so that a killed removal can go on."""
@@ -219,6 +226,20 @@ def check_unchanged(recorded: dict, given: dict, ignored: Sequence[str] = ()) ->
         )
 
 
+def data_digest(splits: DatasetDict, source: str | os.PathLike) -> str:
+    """Tells a data set from another of as many images: by the names of its files below `source`, and its labels."""
+    texts = []
+    for name, split in splits.items():
+        texts.append(name)
+        images = split.data.column("image")
+        if pa_types.is_struct(images.type) and images.type.get_field_index("path") >= 0:
+            paths = pc.struct_field(images, "path").to_pylist()
+            texts += [os.path.relpath(path, source) if path and os.path.isabs(path) else str(path) for path in paths]
+        if "label" in split.column_names:
+            texts += map(str, split.data.column("label").to_pylist())
+    return digest_of(texts)
+
+
 def recipe_of(recorded: dict) -> TrainingRecipe:
     """The completed recipe in what `RunFolder.record` kept."""
     return TrainingRecipe.from_json(recorded["recipe"])
@@ -228,6 +249,7 @@ __all__ = [
     "RunFolder",
     "WholeCheckpointCallback",
     "check_unchanged",
+    "data_digest",
     "damage_of",
     "mark_whole",
     "recipe_of",

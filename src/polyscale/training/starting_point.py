@@ -18,12 +18,21 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from ..conversion import convert_checkpoint
 from ..evaluation.labels import match_labels
-from ..loading import checkpoint_source, load_config, load_image_processor, quiet_loading, reading
+from ..loading import (
+    check_finite_weights,
+    checkpoint_source,
+    left_over_tensors,
+    load_checkpoint,
+    load_config,
+    load_image_processor,
+    quiet_loading,
+    reading,
+)
 from ..models.auto import family_of
-from .configs import as_pair, at_image_size, check_saved_config, label_fields, make_config, unknown_family
+from ..utils.weight_files import check_weight_files
+from .configs import at_image_size, check_saved_config, label_fields, make_config, unknown_family
 from .labels import listed
 from .processing import adopt_processing, default_image_size, make_image_processor
-from .reading import load_whole
 from .recipe import TrainingRecipe
 
 
@@ -67,10 +76,15 @@ def starting_point(
         ValueError: for an unknown family, preset or field, or a checkpoint that cannot be used.
     """
     options = dict(recipe.model_options)
-    if "image_size" in options:
-        recipe = replace(recipe, image_size=recipe.image_size or as_pair(options.pop("image_size")))
-    if "num_channels" in options:
-        recipe = replace(recipe, num_channels=recipe.num_channels or options.pop("num_channels"))
+    for name in ("image_size", "num_channels"):  # of the data too, and so choices of their own
+        if options.get(name) is not None:
+            set_to = replace(recipe, **{name: options.pop(name)})
+            own = getattr(recipe, name)
+            if own not in (None, getattr(set_to, name)):
+                raise ValueError(
+                    f"`{name}` is {own}, and {getattr(set_to, name)} in `model_options`: give one of them."
+                )
+            recipe = set_to
     recipe = completed(recipe, num_images, learning_rate=1e-3 if recipe.init_from is None else 1e-4)
     start = _fresh if recipe.init_from is None else _from_checkpoint
     point = start(recipe, options, list(label_names), shapes)
@@ -159,7 +173,14 @@ def _from_checkpoint(
     with _opened(recipe) as opened:
         names, numbers, keeps_head = _classes(opened.config, label_names, recipe.label_map)
         config = make_config(opened.recipe, {**options, **label_fields(names)}, base=opened.config)
-        model, kept_head = _classifier_with_weights(opened.source, recipe.init_from, config, opened.recipe, keeps_head)
+        model, kept_head, unused = _classifier_with_weights(
+            opened.source, recipe.init_from, config, opened.recipe, keeps_head
+        )
+    if unused:
+        opened.notes.append(
+            f"{len(unused)} tensors of {recipe.init_from}, such as {unused[0]!r}, have no place in this model: they "
+            "are not used."
+        )
     opened.notes.append(
         "The classes are those of the checkpoint: its head is kept."
         if kept_head
@@ -180,7 +201,15 @@ def whole_checkpoint(
         classifier = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING.get(type(config), None)
         is_classifier = classifier is not None and classifier.__name__ in (config.architectures or [])
         auto_class = AutoModelForImageClassification if is_classifier else AutoModel
-        model = load_whole("init_from", recipe.init_from, auto_class, recipe, opened.source, config)
+        model = load_checkpoint(
+            opened.source,
+            auto_class,
+            trust_remote_code=recipe.trust_remote_code,
+            argument="init_from",
+            called=recipe.init_from,
+            config=config,
+            dtype=torch.float32,
+        )
     check_saved_config(model.config)
     return model, opened.processor, opened.recipe, opened.notes
 
@@ -205,9 +234,13 @@ def _classes(
 
 def _classifier_with_weights(
     source: str, name: str, config: PreTrainedConfig, recipe: TrainingRecipe, keeps_head: bool
-) -> tuple[PreTrainedModel, bool]:
-    """The classifier, all of whose weights but those of the head come from the checkpoint; whether they do too."""
+) -> tuple[PreTrainedModel, bool, list[str]]:
+    """The classifier, all of whose weights but those of the head come from the checkpoint; whether they do too; and
+    the tensors of the checkpoint that are left over.
+    """
     with reading("init_from", name), quiet_loading():
+        if Path(source).is_dir():
+            check_weight_files(Path(source))
         model, info = AutoModelForImageClassification.from_pretrained(
             source,
             config=config,
@@ -216,6 +249,7 @@ def _classifier_with_weights(
             output_loading_info=True,
             trust_remote_code=recipe.trust_remote_code,
         )
+    check_finite_weights(model, "init_from", name)
     body = f"{model.base_model_prefix}."
     lost = [key for key in info["missing_keys"] if key.startswith(body)]
     other = [entry for entry in info["mismatched_keys"] if entry[0].startswith(body)]
@@ -232,7 +266,7 @@ def _classifier_with_weights(
     new = {*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])} & is_head
     if not keeps_head and not new:
         model = _with_new_head(model, is_head)
-    return model, keeps_head and not new
+    return model, keeps_head and not new, left_over_tensors(model, info["unexpected_keys"])
 
 
 def _with_new_head(model: PreTrainedModel, head: set[str]) -> PreTrainedModel:

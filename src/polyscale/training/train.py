@@ -26,6 +26,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import logging
 
 from ..utils.outputs import write_failure
+from ..utils.validation import check_flag, check_path, shown
 from .callbacks import DatasetEpochCallback
 from .data import evaluation_split, load_image_dataset
 from .ema import EMACallback
@@ -38,9 +39,9 @@ from .interruption import (
 )
 from .outputs import draw_curve, versions, write_card, write_record
 from .plans import Plan, make_plan, splits_for
-from .recipe import TrainingRecipe
+from .recipe import TrainingRecipe, make_recipe
 from .report import Reporter, default_result, result_line, summary_lines, time_of_step
-from .resume import RECORD_FILE, RunFolder, WholeCheckpointCallback, check_unchanged
+from .resume import RECORD_FILE, RunFolder, WholeCheckpointCallback, check_unchanged, data_digest
 from .schedule import schedule_notes, steps_of, training_arguments
 from .trainer import BudgetTrainer
 
@@ -64,8 +65,8 @@ def train(
             `test` is scored after each epoch. Where there is neither, a tenth of 50 or more images is kept back for
             that. With `recipe.bootstrap_from` or `recipe.tune_budgets` it needs no labels.
         output_dir (`str` or `os.PathLike`): must not exist.
-        recipe (`TrainingRecipe`, *optional*): the choices of the run. With `resume` it may be left out, or be a dict
-            of some choices: they must be those that the run was started with.
+        recipe (`TrainingRecipe` or `dict`, *optional*): the choices of the run. With `resume` it may be left out, or
+            be a dict of some choices: they must be those that the run was started with.
         resume (`bool`, *optional*, defaults to `False`): go on with the run of the same `output_dir`, from its last
             whole checkpoint.
         verbose (`bool`, *optional*, defaults to `True`): print summary, progress and the results of each epoch.
@@ -80,7 +81,12 @@ def train(
         TrainingStopped: if the run cannot go on: no memory, no space, weights that diverge.
         TrainingInterrupted: a `KeyboardInterrupt`, on SIGINT or SIGTERM. Both messages say how to go on.
     """
-    run = RunFolder(output_dir)
+    dataset = check_path("dataset", dataset)
+    check_flag("resume", resume)
+    check_flag("verbose", verbose)
+    if not isinstance(recipe, TrainingRecipe | Mapping | None):
+        raise ValueError(f"`recipe` must be a TrainingRecipe or a dict of its fields, got {shown(recipe)}.")
+    run = RunFolder(check_path("output_dir", output_dir))
     check_outside(dataset, run.output_dir)
     again = f"polyscale train {shlex.quote(str(dataset))} {shlex.quote(str(output_dir))} --resume"
     # initialises torch's processes before anything asks which one this is
@@ -173,9 +179,12 @@ class _Start:
 def _start(run: RunFolder, given: TrainingRecipe | Mapping | None, resume: bool, state: PartialState) -> _Start:
     if not resume:
         if not isinstance(given, TrainingRecipe):
-            given = TrainingRecipe(**dict(given or {}))
+            given = make_recipe(**(given or {}))
         return _Start(given, None, None, [])
     recorded = run.read()
+    lacking = [name for name in ("id", "given", "recipe", "data") if name not in recorded]
+    if lacking:
+        raise ValueError(f"What {run.path} says of its run lacks {lacking[0]!r}: remove that folder.")
     if given is not None:
         fields = given.to_json() if isinstance(given, TrainingRecipe) else _as_json(given)
         check_unchanged(recorded["given"], fields)
@@ -202,9 +211,11 @@ def _run(
     if resume and run.output_dir.exists():
         return _finished(run)
     start = _start(run, given, resume, state)
-    splits, notes = splits_for(load_image_dataset(str(dataset), labelled=start.recipe.needs_labels), start.recipe)
+    loaded = load_image_dataset(dataset, labelled=start.recipe.needs_labels)
+    splits, notes = splits_for(loaded, start.recipe)
     data = {
         "source": str(dataset),
+        "digest": data_digest(loaded, os.path.abspath(dataset)),
         "splits": {name: len(split) for name, split in splits.items()},
         "classes": splits["train"].features["label"].names if start.recipe.needs_labels else [],
         "evaluated": evaluation_split(splits),
@@ -214,6 +225,8 @@ def _run(
         changed = [
             f"{name} were {was[name]}, now {data[name]}" for name in ("splits", "classes") if was[name] != data[name]
         ]
+        if not changed and was.get("digest", data["digest"]) != data["digest"]:
+            changed = ["its files, or their labels, are others"]
         if changed:
             raise ValueError(f"`dataset` is not what the run was started with: {'; '.join(changed)[:1000]}.")
     set_seed(start.recipe.seed)

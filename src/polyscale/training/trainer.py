@@ -179,6 +179,7 @@ class ImageClassificationTrainer(BudgetTrainer):
         temperature: of the softmax of student and teacher.
         label_smoothing: of the cross entropy.
         image_stats: ((mean, std) of the student, (mean, std) of the teacher), when their normalisation differs.
+        teacher_size: (height, width) in pixels that the teacher sees; that of its config when None.
     """
 
     metrics = ("top1", "loss")
@@ -191,6 +192,7 @@ class ImageClassificationTrainer(BudgetTrainer):
         temperature: float = 1.0,
         label_smoothing: float = 0.0,
         image_stats: tuple | None = None,
+        teacher_size: tuple[int, int] | None = None,
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
@@ -201,10 +203,11 @@ class ImageClassificationTrainer(BudgetTrainer):
         self.teacher_classes = None if teacher_classes is None else list(teacher_classes)
         if teacher is not None:
             self.teacher = teacher.requires_grad_(False).eval().to(self.args.device)
+        self.teacher_size = teacher_size or getattr(getattr(teacher, "config", None), "image_size", None)
 
     def teacher_inputs(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """The images (batch, channels, height, width) normalised and resized as the teacher wants them."""
-        return images_for_teacher(pixel_values, self.image_stats, getattr(self.teacher.config, "image_size", None))
+        return images_for_teacher(pixel_values, self.image_stats, self.teacher_size)
 
     @torch.no_grad()
     def teacher_logits(self, pixel_values: torch.Tensor) -> torch.Tensor:

@@ -1,12 +1,14 @@
 """Files that commands write: their places checked before the work, and each file whole or not there."""
 
 import errno
+import hashlib
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from .validation import check_path
@@ -52,6 +54,26 @@ def check_output(path: str | os.PathLike, name: str = "output", folder: bool = F
     if not os.access(place, os.W_OK | os.X_OK):
         raise ValueError(f"`{name}` {path} cannot be written: {place} is read-only.")
     return path
+
+
+@contextmanager
+def only_writer(path: str | os.PathLike, name: str, what: str) -> Iterator[None]:
+    """Keeps other processes of this machine from writing to a place as long as the `with` block lasts.
+
+    Args:
+        path (`str` or `os.PathLike`): the place.
+        name (`str`): of the argument that names it, for errors.
+        what (`str`): is done, for errors: "conversion".
+
+    Raises:
+        ValueError: where another one writes to it.
+    """
+    key = hashlib.sha256(f"{Path.home()}\n{Path(path).resolve()}".encode()).hexdigest()[:24]
+    try:
+        with FileLock(Path(tempfile.gettempdir()) / f"polyscale-{key}.lock", timeout=0):
+            yield
+    except Timeout:
+        raise ValueError(f"`{name}` {path} is being written by another {what}. Wait for it or name another.") from None
 
 
 def write_failure(error: BaseException, folder: Path) -> str | None:
@@ -107,4 +129,4 @@ def write_text(path: str | os.PathLike, text: str) -> None:
         scratch.write_text(text, encoding="utf-8")
 
 
-__all__ = ["check_output", "write_failure", "write_text", "written_beside"]
+__all__ = ["check_output", "only_writer", "write_failure", "write_text", "written_beside"]

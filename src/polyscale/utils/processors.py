@@ -21,7 +21,7 @@ from transformers.image_utils import PILImageResampling
 
 from .arrays import with_values_of_files
 from .images import UnreadableImageError, displayed, to_rgb
-from .validation import to_pair
+from .validation import MAX_SIDE, check_int, check_number, shown, to_pair
 
 
 # Names of interpolations, as users and timm write them.
@@ -37,6 +37,34 @@ def _side_lengths(size: Any) -> dict[str, int | None]:
 
 def _crops(processor: BaseImageProcessor) -> bool:
     return bool(getattr(processor, "do_center_crop", False)) and getattr(processor, "crop_size", None) is not None
+
+
+def check_processor(processor: BaseImageProcessor) -> None:
+    """Refuses an image processor whose settings make no images, as a damaged file gives it.
+
+    Raises:
+        ValueError: naming the setting.
+    """
+    for name in ("image_mean", "image_std"):
+        values = getattr(processor, name, None)
+        for value in values if isinstance(values, list | tuple) else [] if values is None else [values]:
+            check_number(name, value)
+            if not np.isfinite(value):
+                raise ValueError(f"`{name}` must be finite, got {values}.")
+            if name == "image_std" and value <= 0:
+                raise ValueError(f"`{name}` must be above 0: values are divided by it; got {values}.")
+    factor = getattr(processor, "rescale_factor", None)
+    if factor is not None:
+        check_number("rescale_factor", factor)
+        if not np.isfinite(factor) or factor == 0:
+            raise ValueError(f"`rescale_factor` must be finite and not 0, got {factor}.")
+    for name in ("size", "crop_size"):
+        for side, length in _side_lengths(getattr(processor, name, None)).items():
+            if length is not None and not 1 <= check_int(f"{name}[{side!r}]", length) <= MAX_SIDE:
+                raise ValueError(f"`{name}[{side!r}]` must be from 1 to {MAX_SIDE} pixels, got {length}.")
+    resample = getattr(processor, "resample", None)
+    if isinstance(resample, int) and resample not in list(Image.Resampling):
+        raise ValueError(f"`resample` must be a filter of Pillow, from 0 to 5, got {shown(resample)}.")
 
 
 def output_size(processor: BaseImageProcessor) -> tuple[int, int] | None:
@@ -223,6 +251,7 @@ def process_images(
 
 __all__ = [
     "RESAMPLINGS",
+    "check_processor",
     "options_for_size",
     "output_size",
     "pixels_and_options",

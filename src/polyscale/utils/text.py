@@ -1,5 +1,6 @@
 """Words of users and files, safe for what prints or draws them."""
 
+import re
 from typing import TYPE_CHECKING
 
 
@@ -20,4 +21,10 @@ def no_math(text: object) -> str:
     return str(text).replace("$", r"\$")
 
 
-__all__ = ["no_math", "plain"]
+def no_markup(text: object) -> str:
+    """Text for a line of Markdown: neither links, code and tags nor line breaks and control characters in it."""
+    line = "".join(char if char.isprintable() else " " for char in str(text))
+    return re.sub(r"([\\`*\[\]<>|])", r"\\\1", line)
+
+
+__all__ = ["no_markup", "no_math", "plain"]

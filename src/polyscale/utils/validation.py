@@ -2,8 +2,10 @@
 
 import difflib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from operator import index
+from types import UnionType
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,12 +18,66 @@ from .images import to_rgb, upright_8_bit
 
 
 MAX_SIDE = 1 << 16  # pixels; more is a slip, or an attempt to fill the memory
+_SHOWN = 100  # characters of a value in an error
+
+
+def shown(value: object) -> str:
+    """A value as an error shows it, in one line: a model or an array has pages of them."""
+    if isinstance(value, torch.Tensor | torch.nn.Module | np.ndarray):
+        return f"a {type(value).__name__}"
+    text = " ".join(repr(value).split())
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
 
 
 def check_choice(name: str, value: object, choices: tuple) -> None:
     """Raises ValueError naming `name`, its legal values and what came, if `value` is not one of `choices`."""
     if not any(isinstance(value, type(choice)) and value == choice for choice in choices):
-        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {shown(value)}.")
+
+
+def check_flag(name: str, value: object) -> None:
+    """Raises ValueError naming `name` for anything but True and False: the text "false" would count as true."""
+    if not isinstance(value, bool):
+        raise ValueError(f"`{name}` must be True or False, got {shown(value)}.")
+
+
+def check_function(name: str, value: object) -> None:
+    """Raises ValueError naming `name` for anything but `None` and what can be called."""
+    if value is not None and not callable(value):
+        raise ValueError(f"`{name}` must be a function or None, got {shown(value)}.")
+
+
+def check_list(name: str, value: object, kind: type | UnionType = object, what: str = "values") -> list:
+    """The entries of a list, tuple or array; raises ValueError naming `name` for anything else (text among it), an
+    empty one, and entries that are not of `kind`.
+    """
+    if isinstance(value, np.ndarray | torch.Tensor):
+        value = value.tolist()
+    if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
+        raise ValueError(f"`{name}` must be a list of {what}, got {shown(value)}.")
+    entries = list(value)
+    if not entries:
+        raise ValueError(f"`{name}` is empty: give at least one.")
+    for entry in entries:
+        if not isinstance(entry, kind):
+            raise ValueError(f"`{name}` must be a list of {what}, got {shown(entry)} in it.")
+    return entries
+
+
+def check_distinct(name: str, entries: Iterable[Any], keys: Iterable[Hashable] | None = None, hint: str = "") -> None:
+    """Raises ValueError naming `name` where an entry comes twice.
+
+    Args:
+        name (`str`): of the argument.
+        entries (`Iterable`): as they were given.
+        keys (`Iterable[Hashable]`, *optional*): by what they are told apart, where it is not by themselves.
+        hint (`str`, *optional*): what the error ends with.
+    """
+    entries, seen = list(entries), set()
+    for entry, key in zip(entries, entries if keys is None else keys, strict=True):
+        if key in seen:
+            raise ValueError(f"`{name}` holds {shown(entry)} twice: give each once.{hint and ' '}{hint}")
+        seen.add(key)
 
 
 def check_int(name: str, value: object, minimum: int | None = None) -> int:
@@ -29,7 +85,7 @@ def check_int(name: str, value: object, minimum: int | None = None) -> int:
     try:
         value = index(None if isinstance(value, bool) else value)
     except TypeError:
-        raise ValueError(f"`{name}` must be an int, got {value!r}.") from None
+        raise ValueError(f"`{name}` must be an int, got {shown(value)}.") from None
     if minimum is not None and value < minimum:
         raise ValueError(f"`{name}` must be at least {minimum}, got {value!r}.")
     return value
@@ -38,7 +94,7 @@ def check_int(name: str, value: object, minimum: int | None = None) -> int:
 def check_number(name: str, value: object) -> None:
     """Raises ValueError naming `name` for anything but an int or a float that is not NaN."""
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
-        raise ValueError(f"`{name}` must be a number, got {value!r}.")
+        raise ValueError(f"`{name}` must be a number, got {shown(value)}.")
     if value != value:
         raise ValueError(f"`{name}` is NaN: expected a number.")
 
@@ -46,7 +102,7 @@ def check_number(name: str, value: object) -> None:
 def check_path(name: str, value: object) -> str:
     """A path, or a name in its place, as text; raises ValueError naming `name` for anything else."""
     if not isinstance(value, (str, os.PathLike)) or not isinstance(os.fspath(value), str) or not os.fspath(value):
-        raise ValueError(f"`{name}` must be a path or a name, got {value!r}.")
+        raise ValueError(f"`{name}` must be a path or a name, got {shown(value)}.")
     return os.fspath(value)
 
 
@@ -80,7 +136,7 @@ def to_pair(value: int | Sequence[int], name: str = "size") -> tuple[int, int]:
             raise TypeError
         height, width = index(height), index(width)  # makes a symbolic size of a tracer a constant
     except (TypeError, ValueError):
-        raise ValueError(f"`{name}` must be an int or a pair (height, width) of ints, got {value!r}.") from None
+        raise ValueError(f"`{name}` must be an int or a pair (height, width) of ints, got {shown(value)}.") from None
     if height < 1 or width < 1:
         raise ValueError(f"`{name}` must be at least 1 pixel in height and width, got {value!r}.")
     if max(height, width) > MAX_SIDE:
@@ -231,12 +287,17 @@ class FiniteImagesMixin:
 __all__ = [
     "FiniteImagesMixin",
     "check_choice",
+    "check_distinct",
+    "check_flag",
+    "check_function",
     "check_int",
+    "check_list",
     "check_number",
     "check_path",
     "check_pixel_values",
     "check_tensor",
     "check_video",
     "closest_name",
+    "shown",
     "to_pair",
 ]

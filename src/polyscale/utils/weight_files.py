@@ -3,6 +3,7 @@
 import json
 import pickle
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,32 +12,103 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
+from transformers.utils import logging
 
 from .checkpoint_files import check_index, load_torch_file
+
+
+_TOLD = 300  # characters of another library's error that are passed on
+
+
+class DamagedWeightsError(ValueError):
+    """A file of weights that is missing or not whole. The message names it."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Raises ValueError for a file that is missing or no JSON object."""
     try:
-        record = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"`{path}` is missing or no readable JSON: {error}.") from error
     if not isinstance(record, dict):
         raise ValueError(f"`{path}` must hold a JSON object, got {type(record).__name__}.")
     return record
 
 
-def _check_shards(folder: Path) -> None:
-    """Refuses an index of shards that names files outside of the folder, or files that are not there."""
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Leaves out the table of tensors that do not fit, which transformers prints: here they are looked at."""
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+
+
+@contextmanager
+def reading_part(part: Path, what: str) -> Iterator[None]:
+    """Says which part of a checkpoint an error is about, whatever a library raises at it.
+
+    Args:
+        part (`Path`): the file or folder that is read.
+        what (`str`): of it is read: "tokenizer".
+
+    Raises:
+        ValueError: naming the part.
+    """
+    try:
+        yield
+    except Exception as error:  # a damaged file may raise anything
+        if isinstance(error, ValueError) and str(part) in str(error):
+            raise
+        reason = " ".join(str(error).split())[:_TOLD]
+        told = reason if isinstance(error, ValueError) else f"{type(error).__name__}: {reason}"
+        raise ValueError(f"`{part}`: its {what} cannot be used: {told.rstrip('.')}.") from error
+
+
+def check_weight_files(folder: Path) -> None:
+    """Finds what is missing or cut off in a folder's weights before any of them is read.
+
+    Raises:
+        ValueError: naming the file: where a shard is missing, an index names files outside of the folder, or a
+            safetensors file is not whole.
+    """
     check_index(folder)
     for index in folder.glob("*.index.json"):
         names = sorted(set(read_json(index)["weight_map"].values()))
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
-            raise ValueError(
+            raise DamagedWeightsError(
                 f"`{folder}` is incomplete: {index.name} names {len(names)} files of weights, and {missing[0]!r} is "
                 "not there. Download it again."
             )
+    for file in sorted(folder.glob("*.safetensors")):
+        with _readable(file), safe_open(file, framework="pt", device="cpu"):
+            pass
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files of a folder's weights.
+
+    Raises:
+        ValueError: where there are none, and as `check_weight_files`.
+    """
+    files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    if not files:
+        raise ValueError(f"`{folder}` has no weights: expected model*.safetensors or pytorch_model*.bin.")
+    check_weight_files(folder)
+    return files
+
+
+@contextmanager
+def _readable(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except (SafetensorError, OSError) as error:
+        raise DamagedWeightsError(
+            f"`{file}` is not a readable safetensors file: {error}. Download it again."
+        ) from error
 
 
 def _mapped(file: Path) -> dict[str, torch.Tensor]:
@@ -53,18 +125,13 @@ def iterate_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
     Raises:
         ValueError: if there are none, a shard is missing, a file is damaged, or a pickle holds more than tensors.
     """
-    files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
-    if not files:
-        raise ValueError(f"`{folder}` has no weights: expected model*.safetensors or pytorch_model*.bin.")
-    _check_shards(folder)
-    for file in files:
+    for file in weight_files(folder):
         if file.suffix == ".safetensors":
-            try:
-                with safe_open(file, framework="pt", device="cpu") as tensors:
-                    for name in tensors.keys():  # noqa: SIM118
-                        yield name, tensors.get_tensor(name)
-            except SafetensorError as error:
-                raise ValueError(f"`{file}` is not a readable safetensors file: {error}.") from error
+            with _readable(file):
+                tensors = safe_open(file, framework="pt", device="cpu")
+            with tensors:
+                for name in tensors.keys():  # noqa: SIM118
+                    yield name, tensors.get_tensor(name)
         else:
             yield from _mapped(file).items()
 
@@ -128,4 +195,15 @@ def fill_model(
         raise ValueError(f"The checkpoint lacks {len(wanted)} weights of the model, {sorted(wanted)[0]!r} among them.")
 
 
-__all__ = ["fill_model", "fill_parameter", "iterate_tensors", "model_to_fill", "read_json"]
+__all__ = [
+    "DamagedWeightsError",
+    "check_weight_files",
+    "fill_model",
+    "fill_parameter",
+    "iterate_tensors",
+    "model_to_fill",
+    "quiet_loading",
+    "read_json",
+    "reading_part",
+    "weight_files",
+]

@@ -16,8 +16,9 @@ from transformers.utils import logging
 from ..models.flexivit.image_processing_flexivit import FlexiViTImageProcessor
 from ..models.flexivit.modeling_flexivit import FlexiViTForImageClassification, FlexiViTModel, FlexiViTPreTrainedModel
 from ..models.flexivit.modeling_projection_flexivit import FlexiViTModelWithProjection
-from ..utils.checkpoint_files import check_hub_name, check_index, rename_keys
+from ..utils.checkpoint_files import check_hub_name, rename_keys
 from ..utils.validation import to_pair
+from ..utils.weight_files import check_weight_files, quiet_loading
 from .common import ORDINARY_KERNEL, FlexiViTSource, label_maps, make_image_processor, make_source
 from .timm_vit import load_timm_name
 
@@ -364,7 +365,7 @@ def load_hf_source(source: str | Path, **overrides: Any) -> FlexiViTSource:
     """
     source = str(source)
     if Path(source).exists():
-        check_index(source)
+        check_weight_files(Path(source))
     else:
         check_hub_name(source)
     try:
@@ -379,7 +380,8 @@ def load_hf_source(source: str | Path, **overrides: Any) -> FlexiViTSource:
     model_class = _class_of(config, source)
     try:
         # tensors of other shapes are reported in `info`, where they are refused by name
-        model, info = model_class.from_pretrained(source, output_loading_info=True, ignore_mismatched_sizes=True)
+        with quiet_loading():
+            model, info = model_class.from_pretrained(source, output_loading_info=True, ignore_mismatched_sizes=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"The weights of `{source}` are refused: they are a pickle that holds more than tensors, and unpickling "

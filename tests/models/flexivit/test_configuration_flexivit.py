@@ -127,3 +127,22 @@ def test_config_survives_saving(tmp_path):
     assert loaded.resolve_patch_size() == (10, 15)
     assert [tuple(size) if isinstance(size, list) else size for size in loaded.train_patch_sizes] == [8, (10, 15)]
     assert loaded.train_patch_size_probs == [0.25, 0.75]
+
+
+def test_each_budget_is_listed_once():
+    config = FlexiViTConfig(image_size=32, base_patch_size=8, train_patch_sizes=[16, 8, [8, 8], [8, 4], 16])
+    assert config.default_budgets() == [[8, 4], 8, 16]
+
+
+@pytest.mark.parametrize("size", [[8], [8, 4, 4], (8, 4, 4), [[8]], "8", 8.0, True, []])
+def test_a_patch_size_that_is_none(size):
+    config = FlexiViTConfig(image_size=32, base_patch_size=8)
+    with pytest.raises(ValueError, match=r"`patch_size` must be an int or a pair \(height, width\) of ints, got"):
+        config.num_tokens_for(32, patch_size=size)
+    with pytest.raises(ValueError, match="`patch_size` must be an int or a pair"):
+        FlexiViTConfig(patch_size=size)
+    with torch.device("meta"):
+        model = FlexiViTForImageClassification(FlexiViTConfig(image_size=32, base_patch_size=8, num_hidden_layers=0))
+    for batch in (1, 2):
+        with pytest.raises(ValueError, match=r"`patch_size` must be an int(,| or a pair) "):
+            model(torch.zeros(batch, 3, 32, 32, device="meta"), patch_size=size)

@@ -316,10 +316,14 @@ class CentrePatchScorer(PatchScorer):
 
 @torch.no_grad()
 def test_a_scorer_of_your_own_is_registered_saved_and_reloaded(images, tmp_path):
-    with pytest.raises(ValueError, match=r"`patch_scorer` must be one of .*got 'centre'"):
+    with pytest.raises(ValueError, match=r"`patch_scorer` .*got 'centre': .*`polyscale.register_patch_scorer`"):
         QuadtreeViTConfig(**SHAPE, patch_scorer="centre")
     with pytest.raises(ValueError, match="'entropy' is a patch scorer of this library"):
         register_patch_scorer("entropy", CentrePatchScorer)
+    with pytest.raises(ValueError, match="`name` must be a name, got 5"):
+        register_patch_scorer(5, CentrePatchScorer)
+    with pytest.raises(ValueError, match="`make` must be a function"):
+        register_patch_scorer("centre", None)
     register_patch_scorer("centre", lambda config: CentrePatchScorer(config.min_patch_size, config.max_patch_size))
     try:
         model = make_model(QuadtreeViTForImageClassification, patch_scorer="centre")

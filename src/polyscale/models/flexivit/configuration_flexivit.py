@@ -195,9 +195,9 @@ class FlexiViTConfig(EncoderConfig):
         return count if self.merge_tokens_to is None else min(count, self.merge_tokens_to)
 
     def default_budgets(self) -> list[int | list[int]]:
-        """The patch sizes it was trained with, smallest first, else its own one."""
-        sizes = self.train_patch_sizes or [self.resolve_patch_size()]
-        return [plain_size(size) for size in sorted(sizes, key=lambda size: math.prod(to_pair(size, "patch_size")))]
+        """The patch sizes it was trained with, smallest first and each once, else its own one."""
+        sizes = {to_pair(size, "patch_size") for size in self.train_patch_sizes or [self.resolve_patch_size()]}
+        return [plain_size(size) for size in sorted(sizes, key=lambda size: (math.prod(size), size))]
 
     def parse_budget(self, text: str) -> int | tuple[int, int]:
         """A patch size as a user types it: "16", or height and width, "10x15".

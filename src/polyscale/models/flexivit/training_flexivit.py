@@ -5,7 +5,7 @@ from typing import Any
 
 from ...layers.encoder_config import training_shape
 from ...layers.token_budget import plain_size
-from ...utils.validation import to_pair
+from ...utils.validation import check_distinct, to_pair
 from .configuration_flexivit import FlexiViTConfig
 
 
@@ -37,7 +37,14 @@ def training_config(
         preset: a published size; one that fits the images when None.
         base: the config of a checkpoint, which only `options` change.
         options: fields of the config, which go before all others.
+
+    Raises:
+        ValueError: for a patch size that comes twice, or is larger than the image.
     """
+    if isinstance(options.get("train_patch_sizes"), list | tuple):
+        given = options["train_patch_sizes"]
+        sizes = [to_pair(size, "train_patch_sizes") for size in given]
+        check_distinct("train_patch_sizes", given, sizes, "`train_patch_size_probs` draws one more often.")
     if base is not None:
         if "train_patch_sizes" in options:
             options.setdefault("train_patch_size_probs", None)  # those of the base belong to its own sizes

@@ -132,7 +132,9 @@ class QuadtreeViTConfig(EncoderConfig):
     num_tokens: int | None = positive(None)
     split_threshold: float | int | None = None
     round_num_tokens: bool = False
-    patch_scorer: str = choice(PATCH_SCORERS, "pixel_blur")
+    patch_scorer: str = choice(
+        PATCH_SCORERS, "pixel_blur", "one of your own is made known by `polyscale.register_patch_scorer` first"
+    )
     scorer_stride: int = positive(32)
     scorer_error: str = choice(SCORER_ERRORS, "mse")
     scorer_seed: int | None = None

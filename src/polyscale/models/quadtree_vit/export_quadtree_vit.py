@@ -6,13 +6,14 @@ no place in a FlexiViT.
 """
 
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoImageProcessor, PreTrainedModel
 from transformers.utils import logging
 
-from ...utils.checkpoint_files import check_index
+from ...utils.weight_files import check_weight_files, quiet_loading
 from ...vit_sources.common import ORDINARY_KERNEL, FlexiViTSource, make_source
 from ...vit_sources.transformers_vit import convert_image_processor
 from ..flexivit.convert_flexivit import flexivit_from_source
@@ -34,20 +35,19 @@ _FOR_LARGE_PATCHES = ("embeddings.patch_scorer.", "embeddings.precomputed_scorer
 
 def _load(source: str | os.PathLike) -> tuple[QuadtreeViTPreTrainedModel, Any]:
     """The model of a folder and its image processor, None where it has none."""
-    check_index(source)
+    check_weight_files(Path(source))
     config = QuadtreeViTConfig.from_pretrained(source)
     named = (config.architectures or ["QuadtreeViTModel"])[0]
     if named not in _CLASSES:
         raise ValueError(f"`source` {source} is a {named}, which cannot become a FlexiViT. What can: {[*_CLASSES]}.")
-    model, info = _CLASSES[named].from_pretrained(source, output_loading_info=True)
+    with quiet_loading():
+        model, info = _CLASSES[named].from_pretrained(source, output_loading_info=True)
     if info["missing_keys"] or info["unexpected_keys"]:
         names = sorted({*info["missing_keys"], *info["unexpected_keys"]})
         raise ValueError(f"The weights of `source` {source} do not fit its config: {', '.join(names[:8])}.")
-    try:
-        processor = AutoImageProcessor.from_pretrained(source)
-    except (OSError, ValueError):
-        processor = None
-    return model, processor
+    names = ("preprocessor_config.json", "processor_config.json")
+    has_processor = any((Path(source) / name).is_file() for name in names)
+    return model, AutoImageProcessor.from_pretrained(source) if has_processor else None
 
 
 def _check_has_no_more(model: QuadtreeViTPreTrainedModel) -> None:

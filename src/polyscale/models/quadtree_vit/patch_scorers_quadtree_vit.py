@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from transformers import AutoBackbone
 
+from ...utils.validation import shown
 from .configuration_quadtree_vit import PATCH_SCORERS, QuadtreeViTConfig
 from .feature_scoring_quadtree_vit import FeatureBasedPatchScorer
 from .scoring_quadtree_vit import (
@@ -25,11 +26,13 @@ def register_patch_scorer(name: str, make: Callable[[QuadtreeViTConfig], PatchSc
             into it.
 
     Raises:
-        ValueError: for the name of a scorer of this library.
+        ValueError: for the name of a scorer of this library, no name, or no function.
 
     Example:
 
     ```python
+    >>> from polyscale import PatchScorer, register_patch_scorer
+
     >>> class CentrePatchScorer(PatchScorer):
     ...     def config_fields(self):
     ...         return {"patch_scorer": "centre"}
@@ -40,6 +43,10 @@ def register_patch_scorer(name: str, make: Callable[[QuadtreeViTConfig], PatchSc
     >>> register_patch_scorer("centre", lambda config: CentrePatchScorer(config.min_patch_size, config.max_patch_size))
     ```
     """
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"`name` must be a name, got {shown(name)}.")
+    if not callable(make):
+        raise ValueError(f"`make` must be a function (config) -> scorer, got {shown(make)}.")
     if name in _BUILT_IN:
         raise ValueError(f"`name` {name!r} is a patch scorer of this library: give yours another name.")
     PATCH_SCORERS[name] = make

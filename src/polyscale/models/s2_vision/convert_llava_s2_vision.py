@@ -31,7 +31,8 @@ from transformers import (
 )
 
 from ...utils.checkpoint_files import load_torch_file
-from ...utils.weight_files import fill_model, iterate_tensors, model_to_fill, read_json
+from ...utils.processors import check_processor
+from ...utils.weight_files import fill_model, iterate_tensors, model_to_fill, read_json, reading_part
 from .configuration_s2_vision import S2VisionConfig
 from .image_processing_s2_vision import S2ImageProcessor
 
@@ -93,6 +94,9 @@ class LoraUpdates:
                 raise ValueError(
                     f"`{folder / 'adapter_config.json'}` has `{name}`={config[name]!r}: only plain LoRA is converted."
                 )
+        for name in ("r", "lora_alpha"):
+            if not isinstance(config.get(name), int | float) or not config[name] > 0:
+                raise ValueError(f"`{folder / 'adapter_config.json'}`: `{name}` must be a number above 0.")
         rank = config["r"]
         self.scaling = config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)
         self.factors: dict[str, dict[str, torch.Tensor]] = {}
@@ -170,7 +174,8 @@ def _check_supported(record: dict[str, Any], tower: S2VisionConfig) -> None:
 
 def _text_config(record: dict[str, Any], base: Path | None) -> LlamaConfig:
     if base is not None:
-        config = AutoConfig.from_pretrained(base, trust_remote_code=False)
+        with reading_part(base / "config.json", "fields"):
+            config = AutoConfig.from_pretrained(base, trust_remote_code=False)
         if config.model_type != "llama":
             raise ValueError(f"`base` must be a Llama (LLaVA-1.5: Vicuna), got {config.model_type!r}.")
         return config
@@ -185,7 +190,8 @@ def _text_config(record: dict[str, Any], base: Path | None) -> LlamaConfig:
 
 
 def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    with reading_part(folder, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
     if tokenizer.pad_token is None:
         tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
@@ -252,7 +258,8 @@ def load_llava_s2(
     record = read_json(source / "config.json")
     base = _base_folder(source, None if base is None else str(base), record)
     vision_name = str(vision_tower or record.get("mm_vision_tower"))
-    vision_config = AutoConfig.from_pretrained(vision_name, trust_remote_code=False)
+    with reading_part(Path(vision_name), "config"):
+        vision_config = AutoConfig.from_pretrained(vision_name, trust_remote_code=False)
     vision_config = getattr(vision_config, "vision_config", None) or vision_config
     tower = s2_config(record, vision_config)
     _check_supported(record, tower)
@@ -276,20 +283,29 @@ def load_llava_s2(
         image_seq_length=tower.num_tokens,
     )
     if dtype is None:
-        dtype = getattr(
-            torch, str(record.get("torch_dtype") or record.get("dtype") or "float32").removeprefix("torch.")
-        )
+        name = str(record.get("torch_dtype") or record.get("dtype") or "float32").removeprefix("torch.")
+        dtype = getattr(torch, name, None)
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"`torch_dtype` in {source / 'config.json'} is {name!r}, which is none.")
     model = model_to_fill(config, dtype)
-    clip = AutoModel.from_pretrained(vision_name, config=vision_config, dtype=dtype)
+    with reading_part(Path(vision_name), "weights"):
+        clip, info = AutoModel.from_pretrained(
+            vision_name, config=vision_config, dtype=dtype, output_loading_info=True, trust_remote_code=False
+        )
+        missing = sorted({*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])})
+        if missing:
+            raise ValueError(f"{len(missing)} are missing or have another shape, {missing[0]!r} among them")
     model.model.vision_tower.vision_model.load_state_dict(clip.state_dict())
     del clip
     tied = ("lm_head.weight",) if text_config.tie_word_embeddings else ()
     hint = ": is `vision_tower` the right one?"
-    fill_model(model, _weights(source, base), new_name, "model.vision_tower.", tied, hint)
+    with reading_part(source, "weights"):
+        fill_model(model, _weights(source, base), new_name, "model.vision_tower.", tied, hint)
     model.tie_weights()
     generation = base or source
     if (generation / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(generation)
+        with reading_part(generation / "generation_config.json", "settings"):
+            model.generation_config = GenerationConfig.from_pretrained(generation)
 
     fit = FITS_OF_LLAVA.get(record.get("image_aspect_ratio"), "crop")
     image_processor = S2ImageProcessor.for_config(tower, _image_processor(vision_name), fit)
@@ -308,7 +324,10 @@ def load_llava_s2(
 def _image_processor(vision_name: str):
     if Path(vision_name).is_dir() and not (Path(vision_name) / "preprocessor_config.json").is_file():
         return CLIPImageProcessor()
-    return AutoImageProcessor.from_pretrained(vision_name, trust_remote_code=False)
+    with reading_part(Path(vision_name), "image processor"):
+        processor = AutoImageProcessor.from_pretrained(vision_name, trust_remote_code=False)
+        check_processor(processor)
+    return processor
 
 
 __all__ = ["FITS_OF_LLAVA", "IMAGE_TOKEN", "PAD_TOKEN", "load_llava_s2", "s2_config"]

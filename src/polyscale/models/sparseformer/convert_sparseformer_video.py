@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from ...utils.weight_files import check_weight_files, quiet_loading
 from .configuration_sparseformer import SparseFormerConfig
 from .configuration_sparseformer_video import SparseFormerVideoConfig
 from .convert_sparseformer import MODEL_CLASSES, SparseFormerSource, load_official, save_source
@@ -79,7 +80,14 @@ def _read_image_model(
             f"{path} holds a model of type {fields.get('model_type')!r}; only 'sparseformer' can be inflated."
         )
     name = (fields.get("architectures") or ["SparseFormerModel"])[0]
-    model = MODEL_CLASSES[name].from_pretrained(path)
+    if name not in MODEL_CLASSES:
+        raise ValueError(f"`source` {path} is a {name}. What can be inflated: {', '.join(MODEL_CLASSES)}.")
+    check_weight_files(path)
+    with quiet_loading():
+        model, info = MODEL_CLASSES[name].from_pretrained(path, output_loading_info=True)
+    wrong = sorted({*info["missing_keys"], *info["unexpected_keys"]})
+    if wrong:
+        raise ValueError(f"The weights of `source` {path} do not fit its config: {', '.join(wrong[:8])}.")
     has_processor = (path / "preprocessor_config.json").is_file() or (path / "processor_config.json").is_file()
     processor = SparseFormerImageProcessor.from_pretrained(path) if has_processor else None
     return model.config, model.state_dict(), name, processor

@@ -1,0 +1,6 @@
+from polyscale.utils.text import no_markup
+
+
+def test_a_class_is_no_markup_in_a_model_card():
+    assert no_markup("golden_retriever") == "golden_retriever"
+    assert no_markup("[a](b)\n# <b>`c`|d\x1b") == r"\[a\](b) # \<b\>\`c\`\|d "
