@@ -161,7 +161,7 @@ def _card_sections(facts: Mapping[str, Any], config: Any, is_classifier: bool) -
         more = ", ..." if len(data["classes"]) > 20 else ""
         lines.append(f"- classes: {len(data['classes'])} ({shown}{more})")
     lines += [
-        f"- {facts['steps']:,} steps in {facts['epochs']:g} epochs, {duration(facts['seconds'])} on {facts['device']}",
+        f"- {facts['steps']:,} steps, epochs: {facts['epochs']:g}, {duration(facts['seconds'])} on {facts['device']}",
         f"- command: `{facts['command']}`",
         "- versions: " + ", ".join(f"{name} {version}" for name, version in facts["versions"].items()),
     ]

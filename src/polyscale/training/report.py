@@ -112,7 +112,7 @@ def summary_lines(
         **facts,
         "device": f"{args.device}, {args.world_size} process{'es' if args.world_size > 1 else ''}",
         "batch": f"{batch} images per step",
-        "steps": f"{num_steps} ({math.ceil(args.num_train_epochs)} epochs), a step takes about "
+        "steps": f"{num_steps} (epochs: {math.ceil(args.num_train_epochs)}), a step takes about "
         f"{duration(seconds_per_step)}, all of them {duration(num_steps * seconds_per_step)}",
     }
     width = max(map(len, rows))
