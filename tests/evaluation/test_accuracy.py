@@ -1,5 +1,6 @@
 import csv
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -332,16 +333,39 @@ def test_a_model_of_other_classes_is_refused_before_any_is_scored(split, checkpo
     config |= {"id2label": {"0": "a", "1": "b", "2": "z"}, "label2id": {"a": 0, "b": 1, "z": 2}}
     (other / "config.json").write_text(json.dumps(config))
 
-    def forward(*_, **__):
-        raise AssertionError("a model was run")
-
-    monkeypatch.setattr(FlexiViTForImageClassification, "forward", forward)
+    images = count_images(monkeypatch)
     models = [checkpoint, other] if place else [other, checkpoint]
     done = run(*models, tmp_path / "test.parquet", "--output", tmp_path / "out")
     assert (done.exit_code, done.stdout) == (2, "")
     assert f"`MODEL` {other}: 1 of the data's 3 classes are none of the model's 3: 'c'." in done.stderr
     assert "Of the model: 'a', 'b', 'z'." in done.stderr
+    assert set(images) <= {1}
     assert not (tmp_path / "out").exists()
+
+
+def count_images(monkeypatch) -> list[int]:
+    """How many images each forward pass of a FlexiViT has, from now on."""
+    images, forward = [], FlexiViTForImageClassification.forward
+
+    def counted(self, pixel_values, *args, **kwargs):
+        images.append(len(pixel_values))
+        return forward(self, pixel_values, *args, **kwargs)
+
+    monkeypatch.setattr(FlexiViTForImageClassification, "forward", counted)
+    return images
+
+
+def test_a_budget_that_one_model_cannot_take_is_refused_before_any_is_scored(split, checkpoint, tmp_path, monkeypatch):
+    split.to_parquet(tmp_path / "test.parquet")
+    other = shutil.copytree(checkpoint, tmp_path / "other")
+    config = json.loads((other / "preprocessor_config.json").read_text())
+    config |= {"size": {"height": 8, "width": 8}, "crop_size": {"height": 8, "width": 8}}
+    (other / "preprocessor_config.json").write_text(json.dumps(config))
+    images = count_images(monkeypatch)
+    done = run(checkpoint, other, tmp_path / "test.parquet", "--budgets", "8", "16")
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert f"`MODEL` {other}: `--budgets` 16: `patch_size` must not be larger than the image" in done.stderr
+    assert set(images) == {1}
 
 
 def test_missing_models_are_named_as_every_command_names_them(split, checkpoint, tmp_path):

@@ -7,14 +7,16 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
+from transformers import PreTrainedModel
 
 from .. import __version__
 from ..layers.token_budget import choose_budgets, format_budget
-from ..loading import load_classifier, load_config
+from ..loading import load_classifier
 from ..utils.validation import check_distinct, check_list, check_path, shown
-from .accuracy import BudgetResult, class_indices, evaluate_budgets
+from .accuracy import BudgetResult, evaluate_budgets
 
 
 @dataclass(frozen=True)
@@ -56,23 +58,6 @@ def library_versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return versions
-
-
-def _check_classes(
-    source: str | os.PathLike, rows: Dataset, label_map: Mapping | None, trust_remote_code: bool
-) -> None:
-    """Refuses a model that does not know the classes of the data, before another one is scored.
-
-    What has no config of transformers (a timm name, a `.npz`) is looked at when it is loaded.
-    """
-    try:
-        config = load_config(source, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError):
-        return
-    try:
-        class_indices(rows, config.id2label, label_map)
-    except ValueError as error:
-        raise ValueError(f"`model` {os.fspath(source)}: {error}") from error
 
 
 def _place(model: str) -> str:
@@ -136,11 +121,9 @@ def evaluate_checkpoints(
     splits = load_image_dataset(data)
     name = evaluation_split(splits, split) or next(iter(splits))
     rows = sample_rows(splits[name], limit, seed)
-    for source in models if len(models) > 1 else ():
-        _check_classes(source, rows, options.get("label_map"), trust_remote_code)
-    evaluations = []
-    for source in models:
-        loaded = load_classifier(
+
+    def score(source: str, images: Dataset, progress: Callable | None) -> tuple[PreTrainedModel, list[BudgetResult]]:
+        model, processor = load_classifier(
             source,
             device,
             dtype=dtype,
@@ -148,9 +131,20 @@ def evaluate_checkpoints(
             trust_remote_code=trust_remote_code,
             **(config_options or {}),
         )
-        model, processor = loaded
         budgets = choose_budgets(model.config, words)
-        results = evaluate_budgets(model, processor, rows, budgets, progress=progress, **options)
+        return model, evaluate_budgets(model, processor, images, budgets, progress=progress, **options)
+
+    # What one of several models cannot take is said before another one is scored: one image goes through all of them,
+    # that of the highest label, which tells how many there are.
+    labels = [-1 if label is None else label for label in rows.with_format(None)["label"]]
+    for source in models if len(models) > 1 and labels else ():
+        try:
+            score(source, rows.select([int(np.argmax(labels))]), None)
+        except ValueError as error:
+            raise ValueError(f"`model` {os.fspath(source)}: {error}") from error
+    evaluations = []
+    for source in models:
+        model, results = score(source, rows, progress)
         evaluations.append(
             Evaluation(
                 model=os.fspath(source),
