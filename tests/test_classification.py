@@ -377,6 +377,15 @@ def test_the_bundled_checkpoint_gets_the_sample_photographs_mostly_right():
     assert sum(right) >= 4  # of six: the model is small, and two of the photographs are hard for it
 
 
+@pytest.mark.skipif("quadtree-vit-cifar10" not in available_checkpoints(), reason="the checkpoint is not installed")
+@pytest.mark.parametrize(("num_tokens", "same"), [(64, 6), (40, 5), (31, 4)])
+def test_the_bundled_quadtree_answers_like_the_flexivit_that_it_was_made_of(num_tokens, same):
+    source, _ = classify_images(sample_photographs(), "flexivit-cifar10", [4])
+    records, _ = classify_images(sample_photographs(), "quadtree-vit-cifar10", [num_tokens])
+    assert {record["tokens"] for record in records} == {num_tokens}
+    assert sum(a["label"] == b["label"] for a, b in zip(records, source, strict=True)) >= same
+
+
 def test_a_hub_that_cannot_be_reached_is_not_waited_for(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr("polyscale.loading.is_offline", lambda: True)
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("the hub was asked"))

@@ -34,6 +34,7 @@ def test_local_folders_come_before_the_bundled_checkpoints(explorer):
         "sparse (sparseformer)",
         "s2 (s2_vision)",
         "flexivit-cifar10 (flexivit)",
+        "quadtree-vit-cifar10 (quadtree_vit)",
     ]
 
 
