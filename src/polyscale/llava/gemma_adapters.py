@@ -32,21 +32,29 @@ def _is_square(tower: PreTrainedConfig) -> bool:
     return all(isinstance(getattr(tower, name, None), int) for name in ("image_size", "patch_size"))
 
 
-class PaliGemmaAdapter(LlavaAdapter):
-    """PaliGemma: one tensor with the tokens that leave the last layer, as many for every image."""
+class GemmaAdapter(LlavaAdapter):
+    """What both have in common: they read the last layer and pass nothing but the images to their tower."""
 
-    name = "PaliGemma"
-    model_classes = (PaliGemmaForConditionalGeneration, PaliGemmaModel)
-    plain_processor_class = PaliGemmaProcessor
-    processor_class = BudgetPaliGemmaProcessor
     reads_layers = False
-    projector_linear = "linear"
 
     def feature_layer(self, config: PreTrainedConfig) -> int:
         return -1
 
     def packed_fields(self, config: PreTrainedConfig) -> dict[str, Any]:
         return {"budget_in_pixels": True}
+
+    def _settings(self, processor: ProcessorMixin, config: PreTrainedConfig, layout: TokenLayout) -> dict[str, Any]:
+        return {"tokenizer": processor.tokenizer, "chat_template": processor.chat_template}
+
+
+class PaliGemmaAdapter(GemmaAdapter):
+    """PaliGemma: one tensor with the tokens that leave the last layer, as many for every image."""
+
+    name = "PaliGemma"
+    model_classes = (PaliGemmaForConditionalGeneration, PaliGemmaModel)
+    plain_processor_class = PaliGemmaProcessor
+    processor_class = BudgetPaliGemmaProcessor
+    projector_linear = "linear"
 
     def tower_fields(self, config: PreTrainedConfig, tower: PreTrainedConfig) -> dict[str, Any]:
         return {"projection_dim": config.projection_dim}
@@ -72,11 +80,8 @@ class PaliGemmaAdapter(LlavaAdapter):
         image_processor.image_seq_length = layout.num_tokens + layout.num_prefix_tokens
         return super().make_processor(processor, config, layout, image_processor)
 
-    def _settings(self, processor: ProcessorMixin, config: PreTrainedConfig, layout: TokenLayout) -> dict[str, Any]:
-        return {"tokenizer": processor.tokenizer, "chat_template": processor.chat_template}
 
-
-class Gemma3Adapter(PaliGemmaAdapter):
+class Gemma3Adapter(GemmaAdapter):
     """Gemma 3: a grid of tokens, averaged to the square of `mm_tokens_per_image` tokens.
 
     A tower of this library averages its tokens itself, whatever grid a budget gives, and the projector finds nothing
@@ -87,7 +92,6 @@ class Gemma3Adapter(PaliGemmaAdapter):
     model_classes = (Gemma3ForConditionalGeneration, Gemma3Model)
     plain_processor_class = Gemma3Processor
     processor_class = BudgetGemma3Processor
-    projector_linear = None
     host_knobs = ("mm_tokens_per_image",)
 
     def packed_fields(self, config: PreTrainedConfig) -> dict[str, Any]:
@@ -159,15 +163,6 @@ class Gemma3Adapter(PaliGemmaAdapter):
             )
         normalization = {} if given is not None else own_normalization(inner_config(config.vision_config))
         return resized(own, layout.image_size, **normalization)
-
-    def make_processor(
-        self,
-        processor: ProcessorMixin,
-        config: PreTrainedConfig,
-        layout: TokenLayout,
-        image_processor: BaseImageProcessor,
-    ) -> ProcessorMixin:
-        return LlavaAdapter.make_processor(self, processor, config, layout, image_processor)
 
     def _settings(self, processor: ProcessorMixin, config: PreTrainedConfig, layout: TokenLayout) -> dict[str, Any]:
         return {**super()._settings(processor, config, layout), "image_seq_length": config.mm_tokens_per_image}
