@@ -354,7 +354,10 @@ def _embed_shards(
 
 def _read_damaged(listed: Path) -> list[dict]:
     try:
-        return [{"file": str(entry["file"]), "error": str(entry["error"])} for entry in json.loads(listed.read_text())]
+        return [
+            {"file": str(entry["file"]), "error": str(entry["error"])}
+            for entry in json.loads(listed.read_text(encoding="utf-8"))
+        ]
     except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise ValueError(f"{listed} is damaged ({error}): remove it.") from error
 
