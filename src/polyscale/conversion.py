@@ -37,6 +37,7 @@ from .utils.checkpoint_files import (
 from .utils.outputs import check_output, only_writer, write_failure
 from .utils.processors import check_processor
 from .utils.validation import check_choice, check_flag, check_path, closest_name
+from .utils.weight_files import is_finite
 
 
 # What the parsers of torch, NumPy, safetensors and the libraries that models come from raise at a file that lies.
@@ -203,8 +204,7 @@ def _check_result(folder: Path) -> None:
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt", device="cpu") as tensors:
             for name in tensors.keys():  # noqa: SIM118
-                tensor = tensors.get_tensor(name)
-                if tensor.is_floating_point() and not tensor.sum(dtype=torch.float32).isfinite():
+                if not is_finite(tensors.get_tensor(name)):
                     raise ValueError(f"its tensor {name!r} holds NaN or infinite values.")
 
 

@@ -27,10 +27,9 @@ from .models.auto import family_of
 from .utils.devices import pick_device
 from .utils.processors import check_processor, processor_for_size
 from .utils.validation import check_flag, check_path, shown
-from .utils.weight_files import DamagedWeightsError, check_weight_files, quiet_loading
+from .utils.weight_files import DamagedWeightsError, check_weight_files, is_finite, quiet_loading
 
 
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _TOLD = 400  # characters of another library's error that are passed on
 
 
@@ -250,7 +249,7 @@ def check_finite_weights(model: torch.nn.Module, argument: str, called: str) -> 
     """
     for name, tensor in model.state_dict().items():
         is_plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and not tensor.is_meta
-        if is_plain and tensor.dtype in _FLOATS and not tensor.sum(dtype=torch.float32).isfinite():
+        if is_plain and not is_finite(tensor):
             raise ValueError(f"`{argument}` {called!r} is damaged: its tensor {name!r} holds NaN or infinite values.")
 
 

@@ -27,6 +27,7 @@ from transformers.utils import logging
 
 from ..utils.outputs import write_failure
 from ..utils.validation import check_flag, check_path, shown
+from ..utils.weight_files import is_finite
 from .callbacks import DatasetEpochCallback
 from .data import evaluation_split, load_image_dataset
 from .ema import EMACallback
@@ -321,7 +322,7 @@ def check_finite(model: nn.Module) -> None:
         TrainingStopped: naming a tensor.
     """
     for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        if not is_finite(tensor):
             raise TrainingStopped(f"The weights diverged: {name} holds NaN or infinity. Lower the `learning_rate`.")
 
 

@@ -17,6 +17,7 @@ from transformers.utils import logging
 from .checkpoint_files import check_index, load_torch_file
 
 
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _TOLD = 300  # characters of another library's error that are passed on
 
 
@@ -65,6 +66,11 @@ def reading_part(part: Path, what: str) -> Iterator[None]:
         reason = " ".join(str(error).split())[:_TOLD]
         told = reason if isinstance(error, ValueError) else f"{type(error).__name__}: {reason}"
         raise ValueError(f"`{part}`: its {what} cannot be used: {told.rstrip('.')}.") from error
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor infinity, by its sum; integers and packed formats never do."""
+    return tensor.dtype not in _FLOATS or bool(tensor.sum(dtype=torch.float32).isfinite())
 
 
 def check_weight_files(folder: Path) -> None:
@@ -200,6 +206,7 @@ __all__ = [
     "check_weight_files",
     "fill_model",
     "fill_parameter",
+    "is_finite",
     "iterate_tensors",
     "model_to_fill",
     "quiet_loading",
