@@ -3,7 +3,8 @@
     python benchmarks/tiny200/tiny_images.py TINY_IMAGENET_FOLDER ARRAYS_FOLDER
 
 Decodes the JPEG files once. `ARRAYS_FOLDER` then holds `train_images.npy` and `val_images.npy` (uint8, images x 64 x
-64 x 3), `train_labels.npy` and `val_labels.npy` (int64), and `classes.json` (the names in the order of the labels).
+64 x 3), `train_labels.npy` and `val_labels.npy` (int64), and `classes.json` and `wnids.json` (names and WordNet
+numbers in the order of the labels).
 
 `--validation-folder DATA` also sorts the validation images into a folder a class, as `polyscale evaluate MODEL DATA`
 reads them.
@@ -17,10 +18,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 
 SIZE = 64
+NUM_TRAIN = 100_000
 # CLIP's statistics: the weights that a student starts from were made for them.
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -62,6 +65,7 @@ def decode(folder: Path, output: Path, validation_folder: Path | None = None) ->
         target = validation_folder / "validation" / wnids[label] / path.name
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target)
+    (output / "wnids.json").write_text(json.dumps(wnids, indent=1) + "\n")
     (output / "classes.json").write_text(json.dumps(class_names(folder, wnids), indent=1) + "\n")
 
 
@@ -85,6 +89,31 @@ def normalize(images: np.ndarray) -> torch.Tensor:
     """(images, height, width, 3) uint8 -> (images, 3, height, width) float32"""
     pixels = torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).float().div_(255)
     return pixels.sub_(torch.tensor(MEAN)[:, None, None]).div_(torch.tensor(STD)[:, None, None])
+
+
+def view_of(images: np.ndarray, indices: torch.Tensor, view: int) -> torch.Tensor:
+    """An augmented view of training images, the same each time: a random crop of 0.4 to all of the area, half mirrored.
+
+    Args:
+        images: (images, 64, 64, 3) uint8.
+        indices: (images,) which training images they are.
+        view: its number.
+
+    Returns:
+        (images, 3, 64, 64), normalised.
+    """
+    draws = np.random.default_rng(view).random((5, NUM_TRAIN), dtype=np.float32)[:, indices.numpy()]
+    area, aspect, top, left, mirror = torch.from_numpy(draws)
+    area, aspect = 0.4 + 0.6 * area, torch.exp((2 * aspect - 1) * np.log(4 / 3))
+    height, width = (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1)
+    theta = torch.zeros(len(images), 2, 3)
+    theta[:, 0, 0] = torch.where(mirror < 0.5, -width, width)
+    theta[:, 1, 1] = height
+    theta[:, 0, 2] = (1 - width) * (2 * left - 1)
+    theta[:, 1, 2] = (1 - height) * (2 * top - 1)
+    pixel_values = normalize(images)
+    grid = F.affine_grid(theta, pixel_values.shape, align_corners=False)
+    return F.grid_sample(pixel_values, grid, padding_mode="reflection", align_corners=False)
 
 
 def main() -> None:

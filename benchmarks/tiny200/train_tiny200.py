@@ -8,9 +8,9 @@ is another (`--budget-argument num_tokens`). With `--minutes` the learning rate 
 cosine to zero at the end of the time, however fast the machine is. With `--images` it follows the images seen: for a
 machine that has time for it now and then. Interrupted, the same command goes on where the last save was.
 
-With `--embeddings`, made by clip_teacher.py, images that have one are also taught by it: the student's pooled tokens,
-through a linear layer that is thrown away afterwards, point where the embedding does, and its classes follow the
-probe's.
+With `--embeddings`, made by clip_teacher.py or lite_teacher.py, images that have one are also taught by it: the
+student's pooled tokens, through a linear layer that is thrown away afterwards, point where the embedding does, and its
+classes follow the probe's. lite_teacher.py embeds augmented views: then the student sees these, one view an epoch.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from clip_teacher import fit_probe
-from tiny_images import class_balanced, load_split, normalize
+from tiny_images import class_balanced, load_split, normalize, view_of
 from torch import nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 
@@ -30,23 +30,27 @@ import polyscale  # noqa: F401 (registers the families)
 
 
 class Teacher:
-    """Cached embeddings of training images and the probe on them."""
+    """Cached embeddings of training images, or of several views of them, and the probe on them."""
 
     def __init__(self, folder: Path, num_images: int):
-        self.embeddings = torch.from_numpy(np.load(folder / "embeddings.npy"))
-        indices = torch.from_numpy(np.load(folder / "indices.npy"))
+        views = sorted(folder.glob("embeddings_*.npy"))
+        self.num_views = len(views)
+        self.embeddings = [np.load(file, mmap_mode="r") for file in views or [folder / "embeddings.npy"]]
+        indices = torch.arange(num_images) if views else torch.from_numpy(np.load(folder / "indices.npy"))
         self.rows = torch.full((num_images,), -1).scatter(0, indices, torch.arange(len(indices)))
         self.probe = torch.load(folder / "probe.pt", weights_only=True)
 
-    def loss(self, logits: torch.Tensor, pooled: torch.Tensor, adapter: nn.Linear, indices: torch.Tensor):
+    def loss(
+        self, logits: torch.Tensor, pooled: torch.Tensor, adapter: nn.Linear, indices: torch.Tensor, view: int
+    ) -> torch.Tensor:
         known = self.rows[indices] >= 0
         if not known.any():
             return logits.new_zeros(())
-        embeddings = self.embeddings[self.rows[indices[known]]].float()
+        embeddings = torch.from_numpy(self.embeddings[view][self.rows[indices[known]].numpy()]).float()
         teacher_logits = F.linear(embeddings, self.probe["weight"], self.probe["bias"])
         classes = F.kl_div(logits[known].log_softmax(-1), teacher_logits.softmax(-1), reduction="none").sum(-1)
         features = 1 - F.cosine_similarity(adapter(pooled[known]), embeddings, dim=-1)
-        return (classes + 2 * features).sum() / len(indices)
+        return (classes + features).sum() / len(indices)
 
 
 def augment(images: np.ndarray, generator: np.random.Generator, shift: int = 6) -> np.ndarray:
@@ -121,9 +125,12 @@ def train(arguments: argparse.Namespace) -> None:
     shown = [budgets[index] for index in np.argsort(-probs)[:2]]
 
     teacher = Teacher(arguments.embeddings, len(labels)) if arguments.embeddings else None
-    adapter = nn.Linear(model.head.classifier.in_features, teacher.embeddings.shape[1] if teacher else 1)
+    adapter = nn.Linear(model.head.classifier.in_features, teacher.embeddings[0].shape[1] if teacher else 1)
     optimizer = torch.optim.AdamW(
-        parameter_groups([model, adapter], arguments.weight_decay), lr=arguments.learning_rate, betas=(0.9, 0.98)
+        parameter_groups([model, adapter], arguments.weight_decay),
+        lr=arguments.learning_rate,
+        betas=(0.9, 0.98),
+        fused=True,
     )
     step, elapsed = 0, 0.0
     resumed = arguments.output / "state.pt"
@@ -144,7 +151,7 @@ def train(arguments: argparse.Namespace) -> None:
             )
 
     generator = np.random.default_rng((arguments.seed, step))
-    order, position = torch.randperm(len(labels)), 0
+    order, position, epoch = torch.randperm(len(labels)), 0, step * arguments.batch_size // len(labels)
     began, saved, seen, losses = time.monotonic() - elapsed, time.monotonic(), 0, []
     window_began = time.monotonic()
     model.train()
@@ -173,19 +180,25 @@ def train(arguments: argparse.Namespace) -> None:
             warm = min(1.0, progress / arguments.warmup)
             group["lr"] = arguments.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
         if position + arguments.batch_size > len(order):
-            order, position = torch.randperm(len(labels)), 0
+            order, position, epoch = torch.randperm(len(labels)), 0, epoch + 1
         indices = order[position : position + arguments.batch_size]
         position += arguments.batch_size
 
         weights = (1 - progress) * early_probs / early_probs.sum() + progress * probs / probs.sum()
         budget = budgets[generator.choice(len(budgets), p=weights / weights.sum())]
-        pixel_values = normalize(augment(images[indices.numpy()], generator))
+        view = epoch % teacher.num_views if teacher and teacher.num_views else 0
+        if teacher and teacher.num_views:
+            pixel_values = view_of(images[indices.numpy()], indices, view)
+            mirrored = torch.from_numpy(generator.random(len(indices)) < 0.5)  # the teacher hardly minds
+            pixel_values[mirrored] = pixel_values[mirrored].flip(-1)
+        else:
+            pixel_values = normalize(augment(images[indices.numpy()], generator))
         with torch.autocast("cpu", torch.bfloat16, enabled=arguments.bf16):
             pooled, logits = pooled_and_logits(model, pixel_values, **budget)
         loss = F.cross_entropy(logits.float(), labels[indices], label_smoothing=arguments.label_smoothing)
         losses.append(loss.item())
         if teacher:
-            loss = loss + teacher.loss(logits.float(), pooled.float(), adapter, indices)
+            loss = 0.5 * loss + teacher.loss(logits.float(), pooled.float(), adapter, indices, view)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
