@@ -12,6 +12,7 @@ from .benchmark import benchmark
 from .calibrate import calibrate
 from .classify import classify
 from .convert import convert, convert_patch_embed
+from .demo import demo
 from .embed import embed
 from .evaluate import evaluate
 from .explore import explore
@@ -48,7 +49,20 @@ def polyscale(
     """Vision models with an adjustable number of visual tokens."""
 
 
-for command in (train, evaluate, classify, calibrate, show, explore, benchmark, embed, convert, convert_patch_embed):
+_COMMANDS = (
+    demo,
+    train,
+    evaluate,
+    classify,
+    calibrate,
+    show,
+    explore,
+    benchmark,
+    embed,
+    convert,
+    convert_patch_embed,
+)
+for command in _COMMANDS:
     app.command(cls=WordedCommand)(command)
 
 
