@@ -151,7 +151,9 @@ def _draw_heads(sheet: _Sheet) -> None:
 
 def _draw_photograph(sheet: _Sheet, row: int, record: dict) -> None:
     top = _MARGIN + _HEAD + row * sheet.row_height
-    draw_image(sheet.axis(_MARGIN, top), open_pixels(record["file"]))
+    axis = sheet.axis(_MARGIN, top)
+    axis.set_anchor("S")  # near its class
+    draw_image(axis, open_pixels(record["file"]))
     sheet.text(sheet.middle(_MARGIN), top + sheet.cell + _LABEL / 2, record["class"], 11, weight="bold")
 
 
