@@ -30,11 +30,10 @@ _EDGE = 3  # pixels of ground around an image
 _HEAD, _LABEL, _COUNT, _CAPTION = 144, 25, 46, 92  # pixels of height: above the cells, below each, at the bottom
 _CAPTION_TEXT = (
     f"{RIGHT} right, {WRONG} wrong; the percentage is the probability that the model gives its answer. Lines cut an "
-    "image into the pieces that cost one visual token each; a piece that the model sees coarsely is drawn so. An "
-    "image ends where the model's view of the photograph does, and a darkened border in it, which fills no whole "
-    "piece, is not seen either."
+    "image into the pieces that cost one visual token each; a piece that the model sees coarsely is drawn so. What a "
+    "model crops away is not drawn; a darkened border, which fills no whole piece, is not seen either."
 )
-_CAPTION_OF_OTHERS = " Images without lines: the model does not cut one image into pieces of which each is one token."
+_CAPTION_OF_OTHERS = " Images without lines: the tokens of the model are no such pieces."
 
 
 @dataclass

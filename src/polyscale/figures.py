@@ -93,14 +93,14 @@ def image_drawer(model, processor) -> Callable[["Axes", Image.Image, object], No
 
 
 def budget_lines(config: PreTrainedConfig, budget: object, tokens: Sequence[int]) -> list[str]:
-    """A budget in at most two lines: the argument and its value, and the tokens of images, or their range.
+    """A budget in one or two lines: the argument and its value, and last the tokens of images, or their range.
 
     A budget that is a number of tokens is said once.
     """
     argument, few, many = budget_argument_of(config), min(tokens), max(tokens)
     says_more = budget is not None and not (argument == "num_tokens" and budget == few == many)
     lines = [f"{argument.replace('_', ' ')} {format_budget(budget, config)}"] if says_more else []
-    return lines + ([f"{few} tokens" if few == many else f"{few} to {many} tokens"] if many else [])
+    return [*lines, f"{few} tokens" if few == many else f"{few} to {many} tokens"]
 
 
 def draw_classification(model, processor, records: Sequence[dict]) -> "Figure":
