@@ -33,9 +33,9 @@ endif
 
 .PHONY: demo frontier test test-fast test-lowest soak fuzz quality benchmark docs
 
-# Classify the sample photographs with the bundled checkpoint at each patch size.
+# Ask the bundled checkpoints what the sample photographs show, at a few token budgets each.
 demo: $(VENV)/.installed
-	$(BIN)/polyscale classify --output $(DEMO_IMAGE)
+	$(BIN)/polyscale demo --output $(DEMO_IMAGE)
 
 # Top-1 accuracy of every bundled checkpoint by tokens, operations and milliseconds, on a data set of its classes.
 frontier: $(VENV)/.installed

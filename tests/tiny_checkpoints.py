@@ -1,5 +1,6 @@
 """Tiny random checkpoints that tests of the demo's parts share."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -22,12 +23,21 @@ from polyscale import (
 
 
 CIFAR10_LABELS = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+# TinyImageNet's 200 classes, in the order of the labels
+TINY_IMAGENET_LABELS = tuple(
+    (Path(__file__).parent / "fixtures" / "tiny_imagenet_labels.txt").read_text(encoding="utf-8").splitlines()
+)
 
 
-_LABELS = {
-    "id2label": dict(enumerate(CIFAR10_LABELS)),
-    "label2id": {label: index for index, label in enumerate(CIFAR10_LABELS)},
-}
+def label_fields(labels: Sequence[str]) -> dict[str, dict]:
+    """The fields of a config that name its labels."""
+    return {
+        "id2label": dict(enumerate(labels)),
+        "label2id": {label: index for index, label in enumerate(labels)},
+    }
+
+
+_LABELS = label_fields(CIFAR10_LABELS)
 
 
 def save_tiny_flexivit(folder: Path, **fields) -> Path:
@@ -63,7 +73,7 @@ def save_tiny_quadtree_vit(folder: Path, **fields) -> Path:
     return folder
 
 
-def save_tiny_sparseformer(folder: Path) -> Path:
+def save_tiny_sparseformer(folder: Path, **fields) -> Path:
     """A classifier of 32 px images with 9 tokens, and its processor."""
     torch.manual_seed(0)
     config = SparseFormerConfig(
@@ -75,7 +85,7 @@ def save_tiny_sparseformer(folder: Path) -> Path:
         repeats=[2, 1],
         operations=[["attn", "roi_adj", "sampling_m", "mlp"], ["attn", "mlp"]],
         image_size=32,
-        **_LABELS,
+        **{**_LABELS, **fields},
     )
     SparseFormerForImageClassification(config).save_pretrained(folder)
     SparseFormerImageProcessor(size={"shortest_edge": 36}, crop_size={"height": 32, "width": 32}).save_pretrained(

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from transformers import ImageClassificationPipeline
 
+from .checkpoints import DEFAULT_CHECKPOINT
 from .classification import Classification, answer_batch, as_pipeline, check_files, classify_files
 from .layers.budget_choice import checked_budgets
 from .layers.token_budget import budget_argument_of, budget_ladder_of, plain_size
@@ -155,7 +156,7 @@ class _Trials:
 
 def calibrate_policy(
     files: Iterable[str | os.PathLike],
-    model: str | os.PathLike | LoadedModel | ImageClassificationPipeline = "flexivit-cifar10",
+    model: str | os.PathLike | LoadedModel | ImageClassificationPipeline = DEFAULT_CHECKPOINT,
     budgets: Sequence | None = None,
     *,
     agreement: float = 0.98,
@@ -175,7 +176,7 @@ def calibrate_policy(
         files (`Iterable[str or os.PathLike]`): image files, and folders that are searched for them. What cannot be
             read is left out, and a file that is found twice counts once.
         model (`str`, `os.PathLike`, `LoadedModel` or `ImageClassificationPipeline`, *optional*, defaults to
-            `"flexivit-cifar10"`): as in `polyscale.classification.classify_images`.
+            `polyscale.checkpoints.DEFAULT_CHECKPOINT`): as in `polyscale.classification.classify_images`.
         budgets (`Sequence`, *optional*): values of the model's budget argument; the one of most tokens is the full
             budget. From few to many as the model's family proposes when `None`.
         agreement (`float`, *optional*, defaults to 0.98): share of the images that must get the label of the full
@@ -310,7 +311,7 @@ def _name_of(classifier: ImageClassificationPipeline) -> str:
 def classify_with_policy(
     files: Iterable[str | os.PathLike],
     policy: BudgetPolicy | str | os.PathLike,
-    model: str | os.PathLike | LoadedModel | ImageClassificationPipeline = "flexivit-cifar10",
+    model: str | os.PathLike | LoadedModel | ImageClassificationPipeline = DEFAULT_CHECKPOINT,
     *,
     device: str | int | torch.device | None = None,
     batch_size: int = 1,
@@ -326,7 +327,7 @@ def classify_with_policy(
         files (`Iterable[str or os.PathLike]`): image files, and folders that are searched for them.
         policy (`BudgetPolicy`, `str` or `os.PathLike`): of `calibrate_policy`, or the file that it was saved to.
         model (`str`, `os.PathLike`, `LoadedModel` or `ImageClassificationPipeline`, *optional*, defaults to
-            `"flexivit-cifar10"`): as in `polyscale.classification.classify_images`.
+            `polyscale.checkpoints.DEFAULT_CHECKPOINT`): as in `polyscale.classification.classify_images`.
         device (`str`, `int` or `torch.device`, *optional*): as there.
         batch_size (`int`, *optional*, defaults to 1): images per call; those that need more go on together.
         image_size (`int` or `(height, width)`, *optional*): as in `classify_images`.

@@ -12,6 +12,7 @@ from PIL import Image
 from transformers import ImageClassificationPipeline, pipeline
 from transformers.utils import ModelOutput
 
+from .checkpoints import DEFAULT_CHECKPOINT
 from .layers.budget_choice import at_budget, checked_budgets
 from .layers.token_budget import budget_kwargs, default_budgets_of, plain_size, tokens_per_image
 from .loading import LoadedModel, load_classifier
@@ -62,7 +63,7 @@ def as_pipeline(
 
 def classify_images(
     files: Iterable[str | os.PathLike],
-    model: str | os.PathLike | LoadedModel | ImageClassificationPipeline = "flexivit-cifar10",
+    model: str | os.PathLike | LoadedModel | ImageClassificationPipeline = DEFAULT_CHECKPOINT,
     budgets: Sequence | None = None,
     *,
     device: str | int | torch.device | None = None,
@@ -82,7 +83,8 @@ def classify_images(
         files (`Iterable[str or os.PathLike]`): image files, and folders that are searched for them. A file that is
             found twice counts once.
         model (`str`, `os.PathLike`, `LoadedModel` or `ImageClassificationPipeline`, *optional*, defaults to
-            `"flexivit-cifar10"`): name of a bundled checkpoint, local folder, name on the hub, or a loaded one.
+            `polyscale.checkpoints.DEFAULT_CHECKPOINT`): name of a bundled checkpoint, local folder, name on the hub,
+            or a loaded one.
         budgets (`Sequence`, *optional*): values of the model's budget argument, e.g. patch sizes of a FlexiViT, token
             counts of a Quadtree ViT, lists of scales of S2; those of its config when `None`. A model without such an
             argument is run once, and takes none.

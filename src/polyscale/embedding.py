@@ -18,6 +18,7 @@ from PIL import Image
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from .checkpoints import DEFAULT_CHECKPOINT
 from .layers.budget_choice import at_budget
 from .layers.token_budget import budget_kwargs
 from .loading import LoadedModel, load_base_model
@@ -232,7 +233,7 @@ def _identity_of(loaded: LoadedModel) -> dict[str, Any]:
 def embed_images(
     source: str | os.PathLike,
     out: str | os.PathLike,
-    model: str | os.PathLike | LoadedModel = "flexivit-cifar10",
+    model: str | os.PathLike | LoadedModel = DEFAULT_CHECKPOINT,
     budget: Any = None,
     *,
     tokens: bool = False,
@@ -253,9 +254,10 @@ def embed_images(
         source (`str` or `os.PathLike`): a folder of images, an image, parquet files, or the name of a data set on a
             hub.
         out (`str` or `os.PathLike`): the folder to write.
-        model (`str`, `os.PathLike` or `LoadedModel`, *optional*, defaults to `"flexivit-cifar10"`): name of a bundled
-            checkpoint, local folder, or name on the hub, of any vision model; of a CLIP-like one, embeddings that
-            compare with those of texts (`search_embeddings`).
+        model (`str`, `os.PathLike` or `LoadedModel`, *optional*, defaults to
+            `polyscale.checkpoints.DEFAULT_CHECKPOINT`): name of a bundled checkpoint, local folder, or name on
+            the hub, of any vision model; of a CLIP-like one, embeddings that compare with those of texts
+            (`search_embeddings`).
         budget (*optional*): a value of its budget argument (a patch size, a number of tokens, scales).
         tokens (`bool`, *optional*, defaults to `False`): the tokens of each image, not one pooled vector.
         batch_size (`int`, *optional*, defaults to 32): images per forward pass.

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from PIL import Image
+from transformers import PreTrainedConfig
 
 from .layers.budget_choice import distinct_budgets
 from .layers.token_budget import budget_argument_of, format_budget, parse_budget
@@ -91,6 +92,17 @@ def image_drawer(model, processor) -> Callable[["Axes", Image.Image, object], No
     return lambda axis, image, budget: draw(axis, model, processor, image, budget)
 
 
+def budget_lines(config: PreTrainedConfig, budget: object, tokens: Sequence[int]) -> list[str]:
+    """A budget in one or two lines: the argument and its value, and last the tokens of images, or their range.
+
+    A budget that is a number of tokens is said once.
+    """
+    argument, few, many = budget_argument_of(config), min(tokens), max(tokens)
+    says_more = budget is not None and not (argument == "num_tokens" and budget == few == many)
+    lines = [f"{argument.replace('_', ' ')} {format_budget(budget, config)}"] if says_more else []
+    return [*lines, f"{few} tokens" if few == many else f"{few} to {many} tokens"]
+
+
 def draw_classification(model, processor, records: Sequence[dict]) -> "Figure":
     """What a model says of images: one row per image (at most `MAX_PICTURES`), one column per budget.
 
@@ -105,7 +117,6 @@ def draw_classification(model, processor, records: Sequence[dict]) -> "Figure":
     if not records:
         raise ValueError("`records` is empty: no image was classified, so there is none to draw.")
     draw = image_drawer(model, processor)
-    argument = budget_argument_of(model.config)
     files = list(dict.fromkeys(record["file"] for record in records))[:MAX_PICTURES]
     by_file = [[record for record in records if record["file"] == file] for file in files]
     figure, axes = make_grid(len(files), max(map(len, by_file)), cell=(2.0, 2.25))
@@ -116,11 +127,7 @@ def draw_classification(model, processor, records: Sequence[dict]) -> "Figure":
             draw(axis, image, record["budget"])
             axis.set_xlabel(f"{no_math(record['label'])}  {record['score']:.0%}", fontsize=10)
     for axis, record in zip(axes[0], by_file[0], strict=False):
-        # a budget that is a number of tokens is said once
-        says_more = argument is not None and record["budget"] not in (None, record["tokens"])
-        title = [f"{argument.replace('_', ' ')} {format_budget(record['budget'], model.config)}"] if says_more else []
-        title += [f"{record['tokens']} tokens"] if record["tokens"] else []
-        axis.set_title("\n".join(title), fontsize=9)
+        axis.set_title("\n".join(budget_lines(model.config, record["budget"], [record["tokens"]])), fontsize=9)
     return figure
 
 
@@ -211,6 +218,7 @@ def show(
 
 
 __all__ = [
+    "budget_lines",
     "check_image_output",
     "draw_classification",
     "draw_image",

@@ -3,9 +3,6 @@
 Nothing here imports `polyscale` (and with it torch and transformers) before a command runs.
 """
 
-import re
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -15,9 +12,11 @@ from .benchmark import benchmark
 from .calibrate import calibrate
 from .classify import classify
 from .convert import convert, convert_patch_embed
+from .demo import demo
 from .embed import embed
 from .evaluate import evaluate
 from .explore import explore
+from .library import written_in
 from .printing import silence_torch
 from .show import show
 from .train import train
@@ -36,11 +35,8 @@ app = typer.Typer(
 
 
 def _print_version(wanted: bool) -> None:
-    """Reads the version where it is written: importing the package takes seconds."""
     if wanted:
-        source = Path(find_spec("polyscale").origin).read_text(encoding="utf-8")
-        number = re.search(r'^__version__ = "(.+)"$', source, re.MULTILINE)[1]
-        typer.echo(f"polyscale {number}")
+        typer.echo(f"polyscale {written_in('__init__.py', '__version__')}")
         raise typer.Exit
 
 
@@ -53,7 +49,20 @@ def polyscale(
     """Vision models with an adjustable number of visual tokens."""
 
 
-for command in (train, evaluate, classify, calibrate, show, explore, benchmark, embed, convert, convert_patch_embed):
+_COMMANDS = (
+    demo,
+    train,
+    evaluate,
+    classify,
+    calibrate,
+    show,
+    explore,
+    benchmark,
+    embed,
+    convert,
+    convert_patch_embed,
+)
+for command in _COMMANDS:
     app.command(cls=WordedCommand)(command)
 
 

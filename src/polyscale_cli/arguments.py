@@ -9,6 +9,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from .library import written_in
+
 
 # Options that may be followed by several numbers.
 LIST_OPTIONS = (
@@ -24,6 +26,8 @@ LIST_OPTIONS = (
 )
 _NUMBER = r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?"
 _VALUE = re.compile(rf"{_NUMBER}([x+,]{_NUMBER})*,?", re.IGNORECASE)
+
+DEFAULT_MODEL = written_in("checkpoints/__init__.py", "DEFAULT_CHECKPOINT")
 
 Budgets = Annotated[
     list[str] | None,
@@ -41,6 +45,7 @@ NumTokens = Annotated[
     list[str] | None,
     typer.Option(metavar="N ...", help="The same for a model whose budget is a number of tokens.", hidden=True),
 ]
+Model = Annotated[str, typer.Option(help="Bundled checkpoint, local folder or hub name.")]
 Device = Annotated[
     str | None, typer.Option(help="cpu, cuda, cuda:1, mps; the accelerator, if there is one, by default.")
 ]
@@ -132,10 +137,12 @@ def budget_words(
 
 
 __all__ = [
+    "DEFAULT_MODEL",
     "Budgets",
     "Device",
     "ImageSize",
     "ListGroup",
+    "Model",
     "NumTokens",
     "PatchSizes",
     "TrustRemoteCode",

@@ -5,12 +5,22 @@ from typing import Annotated
 
 import typer
 
-from .arguments import Budgets, Device, ImageSize, NumTokens, PatchSizes, TrustRemoteCode, budget_words, parse_size
+from .arguments import (
+    DEFAULT_MODEL,
+    Budgets,
+    Device,
+    ImageSize,
+    NumTokens,
+    PatchSizes,
+    TrustRemoteCode,
+    budget_words,
+    parse_size,
+)
 from .printing import quiet, reporting
 
 
 def benchmark(
-    model: Annotated[str, typer.Argument(help="Bundled checkpoint, local folder or hub name.")] = "flexivit-cifar10",
+    model: Annotated[str, typer.Argument(help="Bundled checkpoint, local folder or hub name.")] = DEFAULT_MODEL,
     budgets: Budgets = None,
     patch_sizes: PatchSizes = None,
     num_tokens: NumTokens = None,

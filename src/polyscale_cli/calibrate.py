@@ -5,14 +5,25 @@ from typing import Annotated
 
 import typer
 
-from .arguments import Budgets, Device, ImageSize, NumTokens, PatchSizes, TrustRemoteCode, budget_words, parse_size
+from .arguments import (
+    DEFAULT_MODEL,
+    Budgets,
+    Device,
+    ImageSize,
+    Model,
+    NumTokens,
+    PatchSizes,
+    TrustRemoteCode,
+    budget_words,
+    parse_size,
+)
 from .printing import note, progress_bar, quiet, reporting
 
 
 def calibrate(
     files: Annotated[list[Path], typer.Argument(help="Image files and folders; no labels are needed.")],
     output: Annotated[Path, typer.Option(help="File for the policy, JSON; `polyscale classify --policy` reads it.")],
-    model: Annotated[str, typer.Option(help="Bundled checkpoint, local folder or hub name.")] = "flexivit-cifar10",
+    model: Model = DEFAULT_MODEL,
     agreement: Annotated[
         float, typer.Option(help="Share of the images that must get the label of the full budget.")
     ] = 0.98,

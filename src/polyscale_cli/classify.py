@@ -8,7 +8,18 @@ from typing import Annotated
 
 import typer
 
-from .arguments import Budgets, Device, ImageSize, NumTokens, PatchSizes, TrustRemoteCode, budget_words, parse_size
+from .arguments import (
+    DEFAULT_MODEL,
+    Budgets,
+    Device,
+    ImageSize,
+    Model,
+    NumTokens,
+    PatchSizes,
+    TrustRemoteCode,
+    budget_words,
+    parse_size,
+)
 from .printing import note, progress_bar, quiet, reporting
 
 
@@ -19,7 +30,7 @@ def classify(
     files: Annotated[
         list[Path] | None, typer.Argument(help="Image files and folders; the sample photographs when none is given.")
     ] = None,
-    model: Annotated[str, typer.Option(help="Bundled checkpoint, local folder or hub name.")] = "flexivit-cifar10",
+    model: Model = DEFAULT_MODEL,
     budgets: Budgets = None,
     patch_sizes: PatchSizes = None,
     num_tokens: NumTokens = None,
@@ -66,7 +77,7 @@ def classify(
             image_size=image_size and parse_size(image_size, "--image-size"),
             trust_remote_code=trust_remote_code,
         )
-        files = files or sample_photographs()
+        files = files or sample_photographs(loaded.model.config.id2label.values())
         few = len(files) <= LONG_TABLE and not any(file.is_dir() for file in files)
         with progress_bar("Classifying") as progress:
             if policy is not None:

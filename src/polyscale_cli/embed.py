@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .arguments import Device, TrustRemoteCode
+from .arguments import DEFAULT_MODEL, Device, Model, TrustRemoteCode
 from .printing import note, quiet, reporting
 from .wording import printable
 
@@ -13,7 +13,7 @@ from .wording import printable
 def embed(
     images: Annotated[str, typer.Argument(help="Folder of images, parquet file or folder, or hub name.")],
     out: Annotated[Path, typer.Argument(help="Folder for the parquet files; a killed run goes on there.")],
-    model: Annotated[str, typer.Option(help="Bundled checkpoint, local folder or hub name.")] = "flexivit-cifar10",
+    model: Model = DEFAULT_MODEL,
     budget: Annotated[
         str | None, typer.Option(help="One budget, as the model's family has them; its own by default.")
     ] = None,

@@ -5,13 +5,24 @@ from typing import Annotated
 
 import typer
 
-from .arguments import Budgets, Device, ImageSize, NumTokens, PatchSizes, TrustRemoteCode, budget_words, parse_size
+from .arguments import (
+    DEFAULT_MODEL,
+    Budgets,
+    Device,
+    ImageSize,
+    Model,
+    NumTokens,
+    PatchSizes,
+    TrustRemoteCode,
+    budget_words,
+    parse_size,
+)
 from .printing import quiet, reporting
 
 
 def show(
     file: Annotated[Path | None, typer.Argument(help="An image; a sample photograph when not given.")] = None,
-    model: Annotated[str, typer.Option(help="Bundled checkpoint, local folder or hub name.")] = "flexivit-cifar10",
+    model: Model = DEFAULT_MODEL,
     budgets: Budgets = None,
     patch_sizes: PatchSizes = None,
     num_tokens: NumTokens = None,
@@ -34,7 +45,7 @@ def show(
         config = load_config(model, trust_remote_code=trust_remote_code)
         drawn = draw(
             model,
-            file or sample_photographs()[0],
+            file or sample_photographs((config.id2label or {}).values())[0],
             choose_budgets(config, budget_words(budgets, patch_sizes, num_tokens)),
             device=device,
             image_size=image_size and parse_size(image_size, "--image-size"),

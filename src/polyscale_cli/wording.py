@@ -14,6 +14,7 @@ _ARGUMENT = re.compile(r"`(\w+)(?:=([^`]*))?`")
 _OTHER_NAMES = {
     "calibrate": {"path": "output"},
     "convert-patch-embed": {"new_patch_size": "patch_size"},
+    "demo": {"models": "model"},
     "embed": {"budgets": "budget", "dataset": "images", "source": "images", "query": "search"},
     "evaluate": {"dataset": "DATASET", "model": "MODEL", "models": "MODEL"},
     "show": {"image": "file"},

@@ -4,6 +4,9 @@ import os
 from pathlib import Path
 
 
+# What functions and commands take when no model is named.
+DEFAULT_CHECKPOINT = "flexivit-cifar10"
+
 _FOLDER = Path(__file__).parent
 
 
@@ -36,4 +39,4 @@ def resolve_checkpoint(name_or_path: str | os.PathLike) -> str:
     return name
 
 
-__all__ = ["available_checkpoints", "bundled_checkpoint", "resolve_checkpoint"]
+__all__ = ["DEFAULT_CHECKPOINT", "available_checkpoints", "bundled_checkpoint", "resolve_checkpoint"]

@@ -9,8 +9,8 @@ from PIL import Image
 
 from ..checkpoints import available_checkpoints
 from ..classification import classify_images
-from ..figures import figure_to_image, image_drawer, make_grid
-from ..layers.token_budget import budget_argument_of, budget_ladder_of, format_budget
+from ..figures import budget_lines, figure_to_image, image_drawer, make_grid
+from ..layers.token_budget import budget_ladder_of
 from ..loading import LoadedModel, load_classifier, load_config
 from ..models.auto import family_of
 from ..utils.images import UnreadableImageError, open_pixels
@@ -113,13 +113,10 @@ class Explorer:
         records, errors = classify_images([file], loaded, [budget], repeats=self.repeats)
         if errors:
             raise ValueError(f"{Path(file).name} cannot be used at this budget: {errors[0]['error']}")
-        argument = budget_argument_of(loaded.model.config)
         record = records[0]
-        # a budget that is a number of tokens is said once
-        says_more = budget not in (None, record["tokens"])
-        said = f"{argument.replace('_', ' ')} {format_budget(budget, loaded.model.config)}" if says_more else ""
+        *said, _ = budget_lines(loaded.model.config, budget, [record["tokens"]])
         drawing = _drawing(loaded, open_pixels(file), budget)
-        return View(drawing, said, *(record[key] for key in ("tokens", "label", "score", "milliseconds")))
+        return View(drawing, " ".join(said), *(record[key] for key in ("tokens", "label", "score", "milliseconds")))
 
 
 def _drawing(loaded: LoadedModel, image: Image.Image, budget: Any) -> Image.Image:

@@ -1,5 +1,6 @@
 """Draws a quadtree over its image, each patch at the resolution the model sees, as in arXiv 2304.00287."""
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,9 @@ from ...utils.processors import seen_region
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+
+_DRAWN_SIDE = 360  # pixels of an image that goes on a figure's axis
 
 
 def draw_quadtree(
@@ -73,7 +77,9 @@ def draw_quadtree(
 
 
 @torch.no_grad()
-def quadtree_image(model, processor, image: Image.Image, num_tokens: int | None = None) -> Image.Image:
+def quadtree_image(
+    model, processor, image: Image.Image, num_tokens: int | None = None, min_side: int = 0
+) -> Image.Image:
     """An image as a Quadtree ViT sees it at a budget: each patch at the resolution it is embedded at.
 
     Args:
@@ -81,8 +87,10 @@ def quadtree_image(model, processor, image: Image.Image, num_tokens: int | None 
         processor: its image processor.
         image: the image.
         num_tokens: the budget; the config's when None.
+        min_side: pixels that the longer side of the result has at least, so that lines stay thin in small images.
     """
     pixel_values = preprocess(image, processor, model)
+    image_size = tuple(pixel_values.shape[-2:])
     tokens = model.base_model(pixel_values, num_tokens=num_tokens)
     return draw_quadtree(
         seen_region(image, processor),
@@ -90,7 +98,8 @@ def quadtree_image(model, processor, image: Image.Image, num_tokens: int | None 
         tokens.patch_sizes[0],
         None if tokens.token_mask is None else tokens.token_mask[0],
         min_patch_size=model.config.min_patch_size,
-        image_size=tuple(pixel_values.shape[-2:]),
+        image_size=image_size,
+        scale=max(2, math.ceil(min_side / max(image_size))),
     )
 
 
@@ -116,7 +125,7 @@ def draw_quadtrees(model, processor, image: Image.Image, budgets: Sequence | Non
 
 def draw_patches(axis: "Axes", model, processor, image: Image.Image, num_tokens: int | None) -> None:
     """Draws an image as a Quadtree ViT sees it at a budget, on an axis of a figure."""
-    axis.imshow(quadtree_image(model, processor, image, num_tokens))
+    axis.imshow(quadtree_image(model, processor, image, num_tokens, min_side=_DRAWN_SIDE))
 
 
 __all__ = ["draw_patches", "draw_quadtree", "draw_quadtrees", "quadtree_image"]
