@@ -37,11 +37,17 @@ endif
 demo: $(VENV)/.installed
 	$(BIN)/polyscale demo --output $(DEMO_IMAGE)
 
-# Top-1 accuracy of every bundled checkpoint by tokens, operations and milliseconds, on a data set of its classes.
+# Top-1 accuracy by tokens, operations and milliseconds of every bundled checkpoint that has the classes of DATA, against
+# token merging, smaller images, the plain ViTs in CONTROL (folders) and the accuracies in REFERENCE (NAME=PERCENT). Where
+# DATA has other names for the classes: LABEL_MAP, a JSON file. LIMIT: a random sample of so many images.
+MERGE ?= 48 32 16 8
+SHRINK ?= 48 40 32 24 16
 frontier: $(VENV)/.installed
 	@test -n "$(DATA)" || { echo "make frontier DATA=FOLDER: name a data set with the checkpoints' classes" >&2; exit 2; }
-	$(BIN)/polyscale evaluate $$($(BIN)/python -c 'from polyscale.checkpoints import available_checkpoints; print(*available_checkpoints())') \
-		$(DATA) --speed --output $(or $(OUTPUT),outputs/frontier)
+	$(BIN)/polyscale evaluate --bundled --speed $(CONTROL:%=--control %) $(REFERENCE:%=--reference %) \
+		$(LABEL_MAP:%=--label-map %) $(LIMIT:%=--limit %) \
+		$(if $(MERGE),--merge-to $(MERGE)) $(if $(SHRINK),--shrink-to $(SHRINK)) \
+		--output $(or $(OUTPUT),outputs/frontier) "$(DATA)"
 
 # All tests.
 test: $(VENV)/.installed-dev

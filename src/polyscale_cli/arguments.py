@@ -17,10 +17,12 @@ LIST_OPTIONS = (
     "--budgets",
     "--image-sizes",
     "--mean",
+    "--merge-to",
     "--num-tokens",
     "--patch-size",
     "--patch-size-probs",
     "--patch-sizes",
+    "--shrink-to",
     "--std",
     "--tune-budgets",
 )

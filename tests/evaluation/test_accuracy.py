@@ -1,60 +1,17 @@
-import csv
-import json
-import shutil
-
 import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as PILImage
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
-from typer.testing import CliRunner
 
-from polyscale import FlexiViTConfig, FlexiViTForImageClassification, FlexiViTImageProcessor, QuadtreeViTImageProcessor
-from polyscale.cli import app
-from polyscale.evaluation import evaluate_budgets, evaluate_checkpoints, load_classifier, wilson_interval
+from polyscale import FlexiViTImageProcessor, QuadtreeViTImageProcessor
+from polyscale.evaluation import evaluate_budgets, load_classifier, wilson_interval
+from polyscale.layers.token_budget import budget_kwargs, budget_ladder_of
 from polyscale.training.data import sample_rows
 
 from ..tiny_checkpoints import save_tiny_quadtree_vit, save_tiny_s2, save_tiny_sparseformer
-
-
-NAMES = ["a", "b", "c"]
-
-
-def make_split(names=NAMES, count=11, images=None) -> Dataset:
-    rng = np.random.default_rng(0)
-    made = [PILImage.fromarray(rng.integers(0, 255, (20, 28, 3)).astype(np.uint8)) for _ in range(count)]
-    labels = [int(label) for label in rng.integers(0, len(names), count)]
-    features = Features({"image": Image(), "label": ClassLabel(names=names)})
-    return Dataset.from_dict({"image": images or made, "label": labels}, features=features)
-
-
-@pytest.fixture(scope="module")
-def split() -> Dataset:
-    return make_split()
-
-
-def save_checkpoint(folder, **fields):
-    torch.manual_seed(0)
-    config = FlexiViTConfig(
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        image_size=16,
-        base_patch_size=4,
-        initializer_range=0.3,  # so that answers differ from image to image
-        id2label=dict(enumerate(NAMES)),
-        label2id={name: index for index, name in enumerate(NAMES)},
-        **fields,
-    )
-    FlexiViTForImageClassification(config).save_pretrained(folder)
-    FlexiViTImageProcessor(size={"shortest_edge": 20}, crop_size={"height": 16, "width": 16}).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return save_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+from .tiny_data import NAMES, make_split, save_checkpoint
 
 
 def accuracy_by_hand(model, pixel_values, labels, **budget) -> float:
@@ -107,7 +64,41 @@ def test_all_default_budgets_are_run(split, checkpoint, tmp_path):
     assert (result.image_size, result.budget, result.tokens) == ((16, 16), 4, 16)
     assert result.top1 == pytest.approx(accuracy_by_hand(model, pixel_values, split["label"]))
     loaded = load_classifier(save_checkpoint(tmp_path, train_patch_sizes=[8, 4, 2]))
-    assert [result.budget for result in evaluate_budgets(*loaded, split)] == [2, 4, 8]
+    assert [result.budget for result in evaluate_budgets(*loaded, split)] == [8, 4, 2]
+
+
+def test_merged_tokens_and_smaller_images_are_rows_at_the_own_budget(split, checkpoint):
+    model, processor = load_classifier(checkpoint)
+    steps = []
+    results = evaluate_budgets(
+        model,
+        processor,
+        split,
+        [8, 2],
+        merge_to=[16, 12, 5],  # of 16 tokens
+        shrink_to=[12, 16, (8, 16), 20, 2],  # 2 pixels have no patch of 4, 16 and 20 cost no less
+        progress=lambda done, total: steps.append((done, total)),
+    )
+    assert steps == [(11, 33), (22, 33), (33, 33)]
+    found = [(r.way, r.image_size, r.budget, r.merge_to, r.tokens) for r in results]
+    assert found == [
+        ("budget", (16, 16), 8, None, 4),
+        ("budget", (16, 16), 2, None, 64),
+        ("token merging", (16, 16), None, 12, 12),
+        ("token merging", (16, 16), None, 5, 5),
+        ("smaller images", (12, 12), None, None, 9),
+        ("smaller images", (8, 16), None, None, 8),
+    ]
+    for result in results:
+        height, width = result.image_size
+        pixel_values = processor(
+            list(split["image"]),
+            size={"shortest_edge": int(max(height, width) / 0.8)},
+            crop_size={"height": height, "width": width},
+            return_tensors="pt",
+        )["pixel_values"]
+        call = {"patch_size": result.budget or 4, "merge_tokens_to": result.merge_to}
+        assert result.top1 == pytest.approx(accuracy_by_hand(model, pixel_values, split["label"], **call))
 
 
 def test_statistics_and_interpolation_reach_the_processor(split, checkpoint):
@@ -190,7 +181,9 @@ def test_image_sizes_take_effect_in_every_family(save, tmp_path):
     model, processor = load_classifier(tmp_path)
     split = make_split([model.config.id2label[index] for index in range(3)])
     results = evaluate_budgets(model, processor, split, image_sizes=[32, 64])
-    assert [result.image_size for result in results] == [(32, 32), (64, 64)]
+    expected = [(size, budget) for size in ((32, 32), (64, 64)) for budget in budget_ladder_of(model.config, size)]
+    assert [(result.image_size, result.budget) for result in results] == expected
+    assert len(expected) == {save_tiny_s2: 4, save_tiny_sparseformer: 2, save_tiny_quadtree_vit: 16}[save]
     for result in results:
         size = {"height": result.image_size[0], "width": result.image_size[1]}
         if save is save_tiny_sparseformer:
@@ -198,7 +191,8 @@ def test_image_sizes_take_effect_in_every_family(save, tmp_path):
         else:
             sizes = {"size": size, "crop_size": size}
         pixel_values = processor(list(split["image"]), return_tensors="pt", **sizes)["pixel_values"]
-        assert result.top1 == pytest.approx(accuracy_by_hand(model, pixel_values, split["label"]))
+        call = budget_kwargs(model.config, result.budget)
+        assert result.top1 == pytest.approx(accuracy_by_hand(model, pixel_values, split["label"], **call))
 
 
 def test_a_size_without_effect_is_refused_and_varying_sizes_are_scored(tmp_path):
@@ -264,145 +258,15 @@ def test_bad_input(split, checkpoint):
         ({"std": [0.0, 1, 1]}, "`std` must be finite and above 0"),
         ({"mean": [float("nan")] * 3}, "`mean` must be finite"),
         ({"crop_pct": 0}, "`crop_pct` must be above 0"),
+        ({"merge_to": []}, "`merge_to` is empty"),
+        ({"merge_to": [8, 8]}, "`merge_to` holds 8 twice"),
+        ({"merge_to": [0]}, "`merge_to` must be at least 1"),
+        ({"merge_to": [3]}, "`merge_to` 3: `merge_tokens_to` must be at least 4 for 16 tokens and 2 layers"),
+        ({"shrink_to": [8, (8, 8)]}, r"`shrink_to` holds \(8, 8\) twice"),
+        ({"shrink_to": 8}, "`shrink_to` must be a list"),
         ({"batch_size": 0}, "`batch_size` must be at least 1"),
     ):
         with pytest.raises(ValueError, match=message):
             evaluate_budgets(model, processor, split, **arguments)
     with pytest.raises(ValueError, match="is empty"):
         evaluate_budgets(model, processor, split.select([]))
-
-
-def run(*arguments):
-    return CliRunner().invoke(app, ["evaluate", *map(str, arguments)])
-
-
-def test_the_command_says_what_it_measured_everywhere(split, checkpoint, tmp_path):
-    (tmp_path / "data").mkdir()
-    split.to_parquet(tmp_path / "data" / "test.parquet")
-    output = tmp_path / "out"
-    done = run(checkpoint, tmp_path / "data", "--budgets", "4", "8x4", "--limit", 5, "--output", output, "--per-class")
-    assert done.exit_code == 0, done.output
-    expected = evaluate_checkpoints([checkpoint], tmp_path / "data", limit=5, budget_words={"budgets": ["4", "8x4"]})
-    records = json.loads((output / "results.json").read_text())
-    assert [(record["budget"], record["tokens"]) for record in records] == [(4, 16), ([8, 4], 8)]
-    for record, result in zip(records, expected[0].results, strict=True):
-        assert record["top1"] == pytest.approx(result.top1)
-        assert (record["top1_low"], record["top1_high"]) == pytest.approx(result.top1_interval)
-        assert (record["model"], record["data"]) == (str(checkpoint), str(tmp_path / "data"))
-        assert (record["split"], record["images"], record["image_size"]) == ("test", 5, [16, 16])
-        assert {"polyscale", "torch", "transformers"} <= set(record["versions"])
-        assert set(record["per_class"]) <= set(NAMES)
-    with (output / "results.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert [(row["budget"], row["image_size"], row["split"]) for row in rows] == [
-        ("4", "16x16", "test"),
-        ("8x4", "16x16", "test"),
-    ]
-    assert float(rows[0]["top1"]) == records[0]["top1"]
-    with PILImage.open(output / "accuracy.png") as picture:
-        assert picture.size == (1050, 675)
-    assert sorted(path.name for path in output.iterdir()) == ["accuracy.png", "results.csv", "results.json"]
-    for said in ("8x4", "split test, 5 images", "95 %", "by class"):
-        assert said in " ".join(done.output.split())
-    assert "top-5" not in done.output  # of three classes
-
-
-def test_several_models_are_measured_on_the_same_images(split, checkpoint, tmp_path):
-    split.to_parquet(tmp_path / "train.parquet")
-    other = save_checkpoint(tmp_path / "_$odd$ [/red]", train_patch_sizes=[2, 4])
-    done = run(checkpoint, other, tmp_path / "train.parquet", "--json", "--output", tmp_path / "out")
-    assert done.exit_code == 0, done.output
-    records = json.loads(done.stdout)
-    assert [(record["model"], record["budget"]) for record in records] == [
-        (str(checkpoint), 4),
-        (str(other), 2),
-        (str(other), 4),
-    ]
-    assert "no validation or test split: scored on 'train'" in done.stderr
-    assert json.loads((tmp_path / "out" / "results.json").read_text())[1]["model"] == str(other)
-    table = run(other, tmp_path / "train.parquet")
-    assert table.exit_code == 0
-    assert "[/red]" in table.output
-
-
-@pytest.mark.parametrize("place", [0, 1])
-def test_a_model_of_other_classes_is_refused_before_any_is_scored(split, checkpoint, tmp_path, monkeypatch, place):
-    split.to_parquet(tmp_path / "test.parquet")
-    other = save_checkpoint(tmp_path / "other")
-    config = json.loads((other / "config.json").read_text())
-    config |= {"id2label": {"0": "a", "1": "b", "2": "z"}, "label2id": {"a": 0, "b": 1, "z": 2}}
-    (other / "config.json").write_text(json.dumps(config))
-
-    images = count_images(monkeypatch)
-    models = [checkpoint, other] if place else [other, checkpoint]
-    done = run(*models, tmp_path / "test.parquet", "--output", tmp_path / "out")
-    assert (done.exit_code, done.stdout) == (2, "")
-    assert f"`MODEL` {other}: 1 of the data's 3 classes are none of the model's 3: 'c'." in done.stderr
-    assert "Of the model: 'a', 'b', 'z'." in done.stderr
-    assert set(images) <= {1}
-    assert not (tmp_path / "out").exists()
-
-
-def count_images(monkeypatch) -> list[int]:
-    """How many images each forward pass of a FlexiViT has, from now on."""
-    images, forward = [], FlexiViTForImageClassification.forward
-
-    def counted(self, pixel_values, *args, **kwargs):
-        images.append(len(pixel_values))
-        return forward(self, pixel_values, *args, **kwargs)
-
-    monkeypatch.setattr(FlexiViTForImageClassification, "forward", counted)
-    return images
-
-
-def test_a_budget_that_one_model_cannot_take_is_refused_before_any_is_scored(split, checkpoint, tmp_path, monkeypatch):
-    split.to_parquet(tmp_path / "test.parquet")
-    other = shutil.copytree(checkpoint, tmp_path / "other")
-    config = json.loads((other / "preprocessor_config.json").read_text())
-    config |= {"size": {"height": 8, "width": 8}, "crop_size": {"height": 8, "width": 8}}
-    (other / "preprocessor_config.json").write_text(json.dumps(config))
-    images = count_images(monkeypatch)
-    done = run(checkpoint, other, tmp_path / "test.parquet", "--budgets", "8", "16")
-    assert (done.exit_code, done.stdout) == (2, "")
-    assert f"`MODEL` {other}: `--budgets` 16: `patch_size` must not be larger than the image" in done.stderr
-    assert set(images) == {1}
-
-
-def test_missing_models_are_named_as_every_command_names_them(split, checkpoint, tmp_path):
-    split.to_parquet(tmp_path / "test.parquet")
-    for models in (["nowhere"], ["some/where"], [tmp_path / "nowhere"], [checkpoint, "nowhere"]):
-        done = run(*models, tmp_path / "test.parquet")
-        assert done.exit_code == 2
-        assert f"`MODEL` '{models[-1]}' cannot be loaded: it is neither a bundled checkpoint" in done.stderr
-        assert len(done.stderr.strip().splitlines()) == 1
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--mean", "mars"], "`--mean` must be one of"),
-        (["--num-tokens", "16"], "`--num-tokens` does not fit a model of type 'flexivit'"),
-        (["--budgets", "big"], "got 'big'"),
-        (["--device", "tpu9"], "`--device`"),
-        (["--split", "nonsense"], "nonsense"),
-        (["--label-map", "a=z"], "no class of the model"),
-        (["--label-map", "nowhere.json"], "must be NAME=NAME or a JSON file"),
-    ],
-)
-def test_a_bad_word_is_one_line_and_exit_code_2(split, checkpoint, tmp_path, arguments, message):
-    split.to_parquet(tmp_path / "test.parquet")
-    done = run(checkpoint, tmp_path / "test.parquet", *arguments)
-    assert done.exit_code == 2
-    assert message in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
-
-
-def test_a_place_that_cannot_be_written_is_refused_before_the_work(split, checkpoint, tmp_path):
-    split.to_parquet(tmp_path / "test.parquet")
-    (tmp_path / "file").write_text("kept")
-    for place in (tmp_path / "file", tmp_path / "file" / "below"):
-        done = run(checkpoint, tmp_path / "test.parquet", "--output", place)
-        assert (done.exit_code, done.stdout) == (2, "")
-        assert "`--output`" in done.stderr
-    assert (tmp_path / "file").read_text() == "kept"
-    assert run(checkpoint).exit_code == 2

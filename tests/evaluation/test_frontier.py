@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from polyscale.checkpoints import bundled_checkpoint
 from polyscale.evaluation.frontier import costs_table, frontier_records, write_frontier
 from polyscale.evaluation.run import evaluate_checkpoints
 from polyscale.evaluation.speed import count_gflops
@@ -45,7 +46,8 @@ def test_costs_stand_beside_accuracy(evaluations, tmp_path):
     assert [float(row["gflops"]) for row in rows] == [record["gflops"] for record in records]
     assert Image.open(written[1]).size[0] > Image.open(written[1]).size[1]
     table = costs_table(evaluations, records)
-    assert list(table.columns[2].cells) == ["4", "8"]
+    assert [str(cell) for cell in table.columns[0].cells] == ["flexivit-cifar10", "  4", "  8"]
+    assert list(table.columns[1].cells) == ["", "64", "16"]
     assert [column.header for column in table.columns][-2:] == ["ms, batch 1", "ms, batch 3"]
 
 
@@ -72,6 +74,11 @@ def test_arguments_that_are_none(evaluations, options, message):
         ({"models": "flexivit-cifar10"}, "`models` must be a list of checkpoints, got 'flexivit-cifar10'"),
         ({"models": []}, "`models` is empty"),
         ({"models": ["flexivit-cifar10"] * 2}, "`models` holds 'flexivit-cifar10' twice"),
+        ({"controls": ["flexivit-cifar10"]}, "`models` holds 'flexivit-cifar10' twice"),
+        ({"models": [bundled_checkpoint("flexivit-cifar10"), "flexivit-cifar10"]}, "`models` holds .* twice"),
+        ({"controls": "vit"}, "`controls` must be a list of checkpoints, got 'vit'"),
+        ({"models": [], "bundled": 1}, "`bundled` must be True or False"),
+        ({"models": 5, "bundled": True}, "`models` must be a list of checkpoints"),
         ({"data": 5}, "`dataset` must be a path or a name, got 5"),
         ({"split": 5}, r"`split` must be one of \['test'\], got 5"),
         ({"limit": True}, "`limit` must be an int"),

@@ -42,7 +42,7 @@ def test_budgets_go_from_few_tokens_to_many(explorer):
     assert explorer.budgets("flexivit (flexivit)") == [16, 8, 4]
     assert explorer.budgets("quadtree (quadtree_vit)") == [4, 10, 19, 28, 37, 46, 55, 64]
     assert explorer.budgets("sparse (sparseformer)") == [None]
-    assert explorer.budgets("s2 (s2_vision)") == [[1, 2]]
+    assert explorer.budgets("s2 (s2_vision)") == [[1, 1], [1, 2]]
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,6 @@ class Family:
     # For FSDP2 and tensor parallelism, where the plan is that of a model inside.
     parallel_overrides: dict[str, Any] = field(default_factory=dict)
     lora_targets: tuple[str, ...] = ("q_proj", "v_proj")
-    head_modules: tuple[str, ...] = ("head",)
     # A deeper configuration, which leaves something to decide about where its layers go.
     deeper_overrides: dict[str, Any] = field(default_factory=lambda: {"num_hidden_layers": 4})
     # Column -> why the question makes no sense for this family. Printed below the table.
@@ -231,7 +230,6 @@ SPARSEFORMER = Family(
     dropout_overrides={"drop_path_rate": 0.2},
     deeper_overrides=_SPARSEFORMER_DEEPER,
     lora_targets=("qkv", "fc1"),
-    head_modules=("head",),
     common_overrides=_ONE_REPEAT,
     common_skips={"test_inputs_embeds": _NO_TEXT_EMBEDDING},
 )
@@ -265,7 +263,6 @@ SPARSEFORMER_VIDEO = Family(
     dropout_overrides={"drop_path_rate": 0.2},
     deeper_overrides=_SPARSEFORMER_DEEPER,
     lora_targets=("qkv", "fc1"),
-    head_modules=("head",),
     common_overrides=_ONE_REPEAT,
     common_skips={"test_inputs_embeds": _NO_TEXT_EMBEDDING},
 )
@@ -303,7 +300,6 @@ S2_VISION = Family(
     llava=LlavaRecipe("default", count_a_number),
     llava_budgets=(Budget({"scales": [1, 2]}, 16), Budget({"scales": [2, 3]}, 64)),
     deeper_overrides={"vision_config": _clip_config(num_hidden_layers=4)},
-    head_modules=("classifier",),
     parallel_overrides={"vision_config": _flexivit_config(image_size=16)},  # CLIP has no plan of its own
     common_overrides={"attn_implementation": "eager"},  # the only one whose attentions a wrapped model returns
     common_skips={

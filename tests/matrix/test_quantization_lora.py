@@ -47,7 +47,7 @@ def test_int8_weights(family, tmp_path):
 
 
 def _lora_config(family) -> LoraConfig:
-    return LoraConfig(r=4, target_modules=list(family.lora_targets), modules_to_save=list(family.head_modules))
+    return LoraConfig(r=4, target_modules=list(family.lora_targets), modules_to_save=["head"])
 
 
 @each_family("LoRA (peft), saved and reloaded")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import ClassLabel, Dataset, Image
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import (
     IMAGENET_DEFAULT_MEAN,
@@ -19,8 +19,8 @@ from transformers.image_utils import (
     OPENAI_CLIP_STD,
 )
 
-from ..layers.budget_choice import at_budget, checked_budgets
-from ..layers.token_budget import TokenBudgetMixin, budget_kwargs, default_budgets_of, tokens_per_image
+from ..layers.budget_choice import checked_budgets
+from ..layers.token_budget import TokenBudgetMixin
 from ..utils.images import read_image
 from ..utils.processors import RESAMPLINGS, options_for_size, output_size, process_images
 from ..utils.timing import device_wait, timed
@@ -36,6 +36,7 @@ from ..utils.validation import (
 )
 from .labels import match_labels
 from .metrics import TopKAccuracy, wilson_interval
+from .settings import BUDGET, SMALLER, Setting, costs_less, default_settings, merged_settings
 
 
 # (mean, standard deviation) of the channels that published models were trained with
@@ -52,7 +53,8 @@ class BudgetResult:
 
     Attributes:
         image_size (`(height, width)`): in pixels; `None` where it differs from image to image.
-        budget: the value of the budget argument (a patch size, a number of tokens), `None` where there is none.
+        budget: the value of the budget argument (a patch size, a number of tokens), `None` where there is none and
+            where the model ran at its own.
         tokens (`int` or `float`): tokens per image, prefix tokens and padding not counted; the mean where they differ.
         top1 (`float`): share of images whose label has the highest score, in [0, 1].
         top5 (`float`): share of images whose label is among the five highest scores, in [0, 1].
@@ -60,6 +62,8 @@ class BudgetResult:
         images (`int`): how many were scored.
         top1_interval (`(low, high)`): Wilson's 95 % interval of `top1`.
         per_class (`dict[str, dict]` or `None`): for each class of the data its "images" and "top1", where asked for.
+        way (`str`): what spends fewer tokens: "budget", or "token merging" or "smaller images" at the model's own.
+        merge_to (`int` or `None`): tokens that were left by token merging.
     """
 
     image_size: tuple[int, int] | None
@@ -71,13 +75,15 @@ class BudgetResult:
     images: int
     top1_interval: tuple[float, float]
     per_class: dict[str, dict] | None = None
+    way: str = BUDGET
+    merge_to: int | None = None
 
 
 @dataclass
 class _Scores:
-    """What is gathered at one budget, batch by batch."""
+    """What is gathered at one setting, batch by batch."""
 
-    budget: Any
+    setting: Setting
     logits: list[np.ndarray] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     seconds: float = 0.0
@@ -119,6 +125,18 @@ def class_indices(split: Dataset, id2label: Mapping[int, str], label_map: Mappin
     Raises:
         ValueError: for labels that are missing or unknown, or classes that the model does not have.
     """
+    labels, names, count = known_labels(split)
+    return np.asarray(match_labels(names, id2label, label_map, num_classes=count))[labels]
+
+
+def known_labels(split: Dataset) -> tuple[np.ndarray, list[str] | None, int]:
+    """The label of each row, the names of the classes where the data has any, and how many classes there are.
+
+    Raises:
+        ValueError: for no rows, or labels that are missing or unknown.
+    """
+    if len(split) == 0:
+        raise ValueError("The data set is empty: there is nothing to evaluate.")
     feature = split.features["label"]
     labels = list(split.with_format(None)["label"])
     unknown = sum(label is None or label < 0 for label in labels)
@@ -128,8 +146,7 @@ def class_indices(split: Dataset, id2label: Mapping[int, str], label_map: Mappin
         )
     labels = np.asarray(labels)
     names = feature.names if isinstance(feature, ClassLabel) else None
-    count = len(names) if names is not None else int(labels.max()) + 1
-    return np.asarray(match_labels(names, id2label, label_map, num_classes=count))[labels]
+    return labels, names, len(names) if names is not None else int(labels.max()) + 1
 
 
 def _batches(split: Dataset, batch_size: int) -> Iterator[list]:
@@ -160,6 +177,8 @@ def evaluate_budgets(
     budgets: Sequence | None = None,
     image_sizes: Sequence | None = None,
     *,
+    merge_to: Sequence[int] | None = None,
+    shrink_to: Sequence | None = None,
     crop_pct: float | None = None,
     mean: str | Sequence[float] | None = None,
     std: str | Sequence[float] | None = None,
@@ -177,8 +196,13 @@ def evaluate_budgets(
         split (`datasets.Dataset`): rows with `image` and `label` (see `load_image_dataset`). Classes are matched with
             the model's by name (see `match_labels`).
         budgets (`Sequence`, *optional*): values of the model's budget argument (patch sizes of FlexiViT, token counts
-            of Quadtree ViT, lists of scales of S2); all of the model's default budgets when `None`.
+            of Quadtree ViT, lists of scales of S2); when `None`, those it was trained with or a ladder of them, from
+            few tokens to many.
         image_sizes (`Sequence`, *optional*): (height, width) or int, in pixels; the processor's own when `None`.
+        merge_to (`Sequence[int]`, *optional*): besides, the model's own budget with tokens merged until so many are
+            left; numbers that are no fewer than it has, and models that cannot merge, are left out.
+        shrink_to (`Sequence`, *optional*): besides, the model's own budget at smaller image sizes; those that do not
+            cost it fewer tokens are left out.
         crop_pct (`float`, *optional*): share of the resized image's side that the centre crop keeps; the processor's
             own when `None`.
         mean (`str` or `Sequence[float]`, *optional*): mean of each channel, or "imagenet", "inception" or "clip"; the
@@ -198,48 +222,69 @@ def evaluate_budgets(
         ValueError: for a budget or size that model or processor cannot take or that comes twice, classes that are not
             the model's, an image that cannot be read, scores that are not finite, or an unknown choice.
     """
-    if len(split) == 0:
-        raise ValueError("The data set is empty: there is nothing to evaluate.")
     check_int("batch_size", batch_size, minimum=1)
     check_flag("per_class", per_class)
     check_function("progress", progress)
     if crop_pct is not None:
         check_number("crop_pct", crop_pct)
-    budgets = default_budgets_of(model.config) if budgets is None else checked_budgets(budgets, model.config)
-    sizes: list[tuple[int, int] | None] = [None]
-    if image_sizes is not None:
-        given = check_list("image_sizes", image_sizes, what="sizes in pixels")
-        sizes = [to_pair(size, "image_sizes") for size in given]
-        check_distinct("image_sizes", given, sizes)
-    calls = [budget_kwargs(model.config, budget) for budget in budgets]
+    chosen = None if budgets is None else [Setting(budget) for budget in checked_budgets(budgets, model.config)]
+    stages = _stages(model.config, output_size(processor), chosen, image_sizes, merge_to, shrink_to)
     labels = class_indices(split, model.config.id2label, label_map)
     values = value_options(mean, std, interpolation, getattr(model.config, "num_channels", 3))
 
     results = []
-    for number, size in enumerate(sizes):
+    for number, (size, settings) in enumerate(stages):
         # a crop other than the processor's own still ends at the size that it makes
         target = size or (output_size(processor) if crop_pct is not None else None)
         if target is None and crop_pct is not None:
             raise ValueError("`crop_pct` needs `image_sizes`: the image processor has no size of its own.")
         options = values | ({} if target is None else options_for_size(processor, target, crop_pct))
-        scores = [_Scores(budget) for budget in budgets]
+        scores = [_Scores(setting) for setting in settings]
         seen_sizes, done = set(), number * len(split)
         for images in _batches(split, batch_size):
             name_of = partial(_stored_name, split, done - number * len(split))
-            seen_sizes |= _score_batch(model, processor, images, name_of, options, calls, scores)
+            seen_sizes |= _score_batch(model, processor, images, name_of, options, scores)
             if size is not None and seen_sizes != {size}:
                 raise ValueError(
                     f"`image_sizes` {size} does not take effect: the image processor makes images of {seen_sizes}."
                 )
             done += len(images)
             if progress is not None:
-                progress(done, len(sizes) * len(split))
+                progress(done, len(stages) * len(split))
         made = next(iter(seen_sizes)) if len(seen_sizes) == 1 else None
-        results += [
-            _result(made, budget, score, labels, split if per_class else None)
-            for budget, score in zip(budgets, scores, strict=True)
-        ]
+        results += [_result(made, score, labels, split if per_class else None) for score in scores]
     return results
+
+
+def _stages(
+    config: PreTrainedConfig,
+    own_size: tuple[int, int] | None,
+    budgets: list[Setting] | None,
+    image_sizes: Sequence | None,
+    merge_to: Sequence[int] | None,
+    shrink_to: Sequence | None,
+) -> list[tuple[tuple[int, int] | None, list[Setting]]]:
+    """What is scored at each image size, `None` standing for the processor's own."""
+    sizes: list[tuple[int, int] | None] = [None]
+    if image_sizes is not None:
+        sizes = _checked_sizes("image_sizes", image_sizes)
+    counts = []
+    if merge_to is not None:
+        counts = [check_int("merge_to", count, minimum=1) for count in check_list("merge_to", merge_to)]
+        check_distinct("merge_to", counts)
+    stages = []
+    for size in sizes:
+        settings = default_settings(config, size or own_size) if budgets is None else budgets
+        stages.append((size, [*settings, *merged_settings(config, size or own_size, counts)]))
+    smaller = [] if shrink_to is None else _checked_sizes("shrink_to", shrink_to)
+    return stages + [(size, [Setting(way=SMALLER)]) for size in smaller if costs_less(config, size, own_size)]
+
+
+def _checked_sizes(name: str, sizes: Sequence) -> list[tuple[int, int]]:
+    given = check_list(name, sizes, what="sizes in pixels")
+    pairs = [to_pair(size, name) for size in given]
+    check_distinct(name, given, pairs)
+    return pairs
 
 
 def _score_batch(
@@ -248,11 +293,11 @@ def _score_batch(
     images: Sequence,
     name_of: Callable[[int], str],
     options: Mapping[str, Any],
-    calls: Sequence[Mapping],
     scores: Sequence[_Scores],
 ) -> set[tuple[int, int]]:
-    """Adds what a model says of a batch to `scores`, one for each call; returns the sizes of its images."""
+    """Adds what a model says of a batch to `scores`, one for each setting; returns the sizes of its images."""
     sizes, channels = set(), getattr(model.config, "num_channels", 3)
+    calls = [score.setting.call(model.config) for score in scores]
     logits = [np.empty((len(images), model.config.num_labels), dtype=np.float32) for _ in calls]
     counts = [[0] * len(images) for _ in calls]
     for indices, inputs in process_images(processor, images, channels, name_of, **options):
@@ -264,12 +309,12 @@ def _score_batch(
         sizes.add(shape[-2:] if len(shape) == 4 else None)  # tiles are cut by the shape of each image
         for index, call in enumerate(calls):
             if not scores[index].logits and not scores[index].seconds:
-                with at_budget(scores[index].budget):  # one-time costs
+                with scores[index].setting.named():  # one-time costs
                     model(**{name: tensor[:1] for name, tensor in inputs.items()}, **call)
             outputs, seconds = timed(lambda: model(**inputs, **call), device_wait(model.device))  # noqa: B023
             scores[index].seconds += seconds
             logits[index][indices] = outputs.logits.float().cpu().numpy()
-            for place, count in zip(indices, _tokens(model, inputs, outputs, call, scores[index]), strict=True):
+            for place, count in zip(indices, _tokens(model, inputs, outputs, scores[index]), strict=True):
                 counts[index][place] = count
     for score, batch, tokens in zip(scores, logits, counts, strict=True):
         if not np.isfinite(batch).all():
@@ -279,22 +324,22 @@ def _score_batch(
     return sizes
 
 
-def _tokens(model: PreTrainedModel, inputs: dict, outputs: Any, call: Mapping, score: _Scores) -> list[int]:
+def _tokens(model: PreTrainedModel, inputs: dict, outputs: Any, score: _Scores) -> list[int]:
     """Tokens of each image; those of the first batch again, where they cannot differ but by the image's size."""
     if score.tokens and not isinstance(model.config, TokenBudgetMixin):
         return [score.tokens[0]] * len(inputs["pixel_values"])
-    return tokens_per_image(model, inputs, outputs, **call)
+    return score.setting.tokens(model, inputs, outputs)
 
 
 def _result(
-    image_size: tuple[int, int] | None, budget: Any, score: _Scores, labels: np.ndarray, split: Dataset | None
+    image_size: tuple[int, int] | None, score: _Scores, labels: np.ndarray, split: Dataset | None
 ) -> BudgetResult:
     logits = np.concatenate(score.logits)
     accuracy = TopKAccuracy().compute(predictions=logits, references=labels)
     mean = sum(score.tokens) / len(score.tokens)
     return BudgetResult(
         image_size=image_size,
-        budget=budget,
+        budget=score.setting.budget,
         tokens=int(mean) if mean == int(mean) else round(mean, 1),
         top1=accuracy["top1"],
         top5=accuracy["top5"],
@@ -302,6 +347,8 @@ def _result(
         images=len(labels),
         top1_interval=wilson_interval(accuracy["top1"], len(labels)),
         per_class=None if split is None else _per_class(logits.argmax(axis=1) == labels, split),
+        way=score.setting.way,
+        merge_to=score.setting.merge_to,
     )
 
 
@@ -318,4 +365,4 @@ def _per_class(right: np.ndarray, split: Dataset) -> dict[str, dict]:
     }
 
 
-__all__ = ["IMAGE_STATISTICS", "BudgetResult", "class_indices", "evaluate_budgets", "value_options"]
+__all__ = ["IMAGE_STATISTICS", "BudgetResult", "class_indices", "evaluate_budgets", "known_labels", "value_options"]

@@ -1,19 +1,19 @@
 """Accuracy against what it costs: tokens, operations and time of several models side by side."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.table import Table
 
-from ..loading import load_classifier
-from ..utils.outputs import write_text, written_beside
-from ..utils.text import no_math, plain
+from ..utils.outputs import write_text
+from ..utils.text import plain
 from ..utils.validation import check_distinct, check_function, check_int, check_list
-from .report import csv_text, format_size, model_names, source_text, to_records
+from .plotting import plot_frontier
+from .report import csv_text, format_setting, format_size, model_names, source_text, to_records
 from .run import Evaluation
-from .speed import benchmark_budgets
+from .settings import Setting
+from .speed import time_settings
 
 
 BATCH_SIZES = (1, 32)
@@ -24,9 +24,7 @@ def frontier_records(
     *,
     batch_sizes: Sequence[int] = BATCH_SIZES,
     rounds: int = 10,
-    config_options: dict[str, Any] | None = None,
     progress: Callable[[int, int], object] | None = None,
-    **options: Any,
 ) -> list[dict]:
     """The records of `to_records`, with what each budget costs.
 
@@ -34,12 +32,10 @@ def frontier_records(
     size is timed.
 
     Args:
-        evaluations (`Sequence[Evaluation]`): of `evaluate_checkpoints`.
+        evaluations (`Sequence[Evaluation]`): of `evaluate_checkpoints`, whose models are timed.
         batch_sizes (`Sequence[int]`, *optional*, defaults to `(1, 32)`): images per forward pass.
         rounds (`int`, *optional*, defaults to 10): timed passes per budget; the median counts.
-        config_options (`dict`, *optional*): config fields to set, as for the evaluations.
         progress (`Callable`, *optional*): called with the measurements done and their number.
-        options: `dtype` and `trust_remote_code` of `load_classifier`.
 
     Returns:
         `list[dict]`: with `gflops` per image and `milliseconds_batch_N` per batch.
@@ -55,19 +51,20 @@ def frontier_records(
     done, total = 0, sum(len({r.image_size for r in e.results}) for e in evaluations) * len(batch_sizes)
     records = []
     for evaluation in evaluations:
-        model, _ = load_classifier(
-            evaluation.model, evaluation.device, convert=True, **(config_options or {}), **options
-        )
         own = to_records([evaluation])
         for size in dict.fromkeys(result.image_size for result in evaluation.results):
             rows = [
-                (result.budget, record)
+                (Setting(result.budget, result.merge_to, result.way), record)
                 for result, record in zip(evaluation.results, own, strict=True)
                 if result.image_size == size
             ]
             for batch_size in batch_sizes:
-                speeds = benchmark_budgets(
-                    model, [budget for budget, _ in rows], image_size=size, batch_size=batch_size, rounds=rounds
+                speeds = time_settings(
+                    evaluation.loaded,
+                    [setting for setting, _ in rows],
+                    image_size=size,
+                    batch_size=batch_size,
+                    rounds=rounds,
                 )
                 for (_, record), speed in zip(rows, speeds, strict=True):
                     record["gflops"] = speed.gflops
@@ -79,26 +76,38 @@ def frontier_records(
     return records
 
 
-def costs_table(evaluations: Sequence[Evaluation], records: Sequence[dict]) -> Table:
-    """A rich table of accuracy and costs, one row per model, image size and budget."""
-    table = Table(title=plain(f"{source_text(evaluations[0])}\noperations and times on random images"))
+def costs_table(
+    evaluations: Sequence[Evaluation], records: Sequence[dict], references: Mapping[str, float] | None = None
+) -> Table:
+    """A rich table of accuracy and costs, one row per model, image size and budget; `references` stand below it.
+
+    Image sizes are named where they are not the first of their model.
+    """
+    below = ", ".join(f"{name}: {100 * accuracy:.2f}" for name, accuracy in (references or {}).items())
+    table = Table(
+        title=plain(f"{source_text(evaluations[0])}\noperations and times on random images"),
+        caption=plain(f"For comparison, top-1 of {below}") if below else None,
+    )
     times = _times(records)
-    for name in ("model", "image", "budget", "tokens", "top-1", "GFLOP"):
-        table.add_column(name, justify="left" if name == "model" else "right")
+    for name in ("model and budget", "tokens", "top-1", "GFLOP"):
+        table.add_column(name, justify="left" if name.startswith("model") else "right")
     for name in times:
         table.add_column(f"ms, batch {_batch_size(name)}", justify="right")
-    names = dict(zip([evaluation.model for evaluation in evaluations], model_names(evaluations), strict=True))
-    budgets = [text for evaluation in evaluations for text in evaluation.budget_texts]
-    for record, budget in zip(records, budgets, strict=True):
-        table.add_row(
-            plain(names[record["model"]]),
-            format_size(record["image_size"]),
-            budget,
-            str(record["tokens"]),
-            f"{100 * record['top1']:.2f}",
-            f"{record['gflops']:.3g}",
-            *(f"{record[name]:.1f}" for name in times),
-        )
+    costs = iter(records)
+    for name, evaluation in zip(model_names(evaluations), evaluations, strict=True):
+        table.add_section()
+        table.add_row(plain(f"{name} (control)" if evaluation.control else name))
+        first = evaluation.results[0].image_size
+        for result, budget in zip(evaluation.results, evaluation.budget_texts, strict=True):
+            record = next(costs)
+            at_size = "" if result.image_size == first else f" at {format_size(result.image_size)}"
+            table.add_row(
+                plain(f"  {format_setting(result, budget) or 'its own'}{at_size}"),
+                str(record["tokens"]),
+                f"{100 * record['top1']:.2f}",
+                f"{record['gflops']:.3g}",
+                *(f"{record[time]:.1f}" for time in times),
+            )
     return table
 
 
@@ -111,64 +120,16 @@ def _batch_size(field: str) -> str:
 
 
 def write_frontier(
-    evaluations: Sequence[Evaluation], records: Sequence[dict], folder: str | os.PathLike
+    evaluations: Sequence[Evaluation],
+    records: Sequence[dict],
+    folder: str | os.PathLike,
+    references: Mapping[str, float] | None = None,
 ) -> list[Path]:
     """`frontier.csv` and `frontier.png` in a folder; returns their paths."""
     table, plot = Path(folder) / "frontier.csv", Path(folder) / "frontier.png"
     write_text(table, csv_text(evaluations, records))
-    plot_frontier(evaluations, records, plot)
+    plot_frontier(evaluations, records, plot, references)
     return [table, plot]
 
 
-def plot_frontier(evaluations: Sequence[Evaluation], records: Sequence[dict], path: str | os.PathLike) -> None:
-    """Top-1 accuracy against tokens, operations and milliseconds, one line per model and image size, as an image."""
-    from matplotlib.figure import Figure
-
-    panels = {"tokens": "tokens per image", "gflops": "GFLOP per image"}
-    panels |= {name: f"milliseconds, batch {_batch_size(name)}" for name in _times(records)}
-    figure = Figure(figsize=(3.4 * len(panels), 4.2), layout="constrained")
-    axes = figure.subplots(1, len(panels), sharey=True)
-    names = dict(zip([evaluation.model for evaluation in evaluations], model_names(evaluations), strict=True))
-    lines: dict[str, list[dict]] = {}
-    for record in records:
-        lines.setdefault(_line_name(record, records, names), []).append(record)
-    for axis, (field, label) in zip(axes, panels.items(), strict=True):
-        for name, points in lines.items():
-            ordered = sorted(points, key=lambda point: point[field])
-            values = [100 * point["top1"] for point in ordered]
-            errors = [
-                [max(100 * point["top1"] - 100 * point["top1_low"], 0) for point in ordered],
-                [max(100 * point["top1_high"] - 100 * point["top1"], 0) for point in ordered],
-            ]
-            axis.errorbar([p[field] for p in ordered], values, yerr=errors, marker="o", capsize=3, label=name)
-        axis.set_xscale("log", base=2)
-        ticks = _apart(sorted({float(f"{record[field]:.2g}") for record in records}))
-        axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-        axis.minorticks_off()
-        axis.set_xlabel(label)
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("top-1 accuracy (%), 95 % intervals")
-    figure.suptitle(no_math(source_text(evaluations[0])), fontsize=9)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 4))
-    with written_beside(path) as scratch:
-        figure.savefig(scratch, dpi=150)
-
-
-def _apart(ticks: Sequence[float]) -> list[float]:
-    """Those of ascending ticks that have room for their text on a logarithmic axis."""
-    room = (ticks[-1] / ticks[0]) ** (1 / 7)
-    chosen: list[float] = []
-    for tick in ticks:
-        if not chosen or tick >= room * chosen[-1]:
-            chosen.append(tick)
-    return chosen
-
-
-def _line_name(record: dict, records: Sequence[dict], names: dict[str, str]) -> str:
-    sizes = {str(other["image_size"]) for other in records if other["model"] == record["model"]}
-    name = no_math(names[record["model"]])
-    return name if len(sizes) == 1 else f"{name}, {format_size(record['image_size'])} pixels"
-
-
-__all__ = ["costs_table", "frontier_records", "plot_frontier", "write_frontier"]
+__all__ = ["costs_table", "frontier_records", "write_frontier"]

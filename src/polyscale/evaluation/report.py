@@ -1,22 +1,31 @@
-"""Evaluations as a table, JSON, CSV and a plot; each says what was measured on what."""
+"""Evaluations as a table, JSON and CSV; each says what was measured on what."""
 
 import csv
 import io
 import json
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 from rich.table import Table
 
-from ..utils.outputs import write_text, written_beside
-from ..utils.text import no_math, plain
+from ..utils.outputs import write_text
+from ..utils.text import plain
+from .accuracy import BudgetResult
 from .run import Evaluation
+from .settings import BUDGET, SMALLER
+
+
+_OWN = {BUDGET: "", SMALLER: "its own"}  # what stands for a budget that nobody chose
 
 
 def format_size(size: Sequence[int] | None) -> str:
     """(32, 48) -> "32x48"; "varying" for `None`."""
     return "varying" if size is None else "x".join(map(str, size))
+
+
+def format_setting(result: BudgetResult, budget: str) -> str:
+    """The budget of a result for a reader: as a user types it, or what spent fewer tokens at the model's own."""
+    return f"merged to {result.merge_to}" if result.merge_to is not None else budget or _OWN[result.way]
 
 
 def source_text(evaluation: Evaluation) -> str:
@@ -38,7 +47,7 @@ def results_table(evaluation: Evaluation) -> Table:
         low, high = result.top1_interval
         table.add_row(
             format_size(result.image_size),
-            budget,
+            format_setting(result, budget),
             str(result.tokens),
             f"{100 * result.top1:.2f}",
             f"{100 * low:.1f}-{100 * high:.1f}",
@@ -57,7 +66,8 @@ def per_class_table(evaluation: Evaluation) -> Table:
     table.add_column("images", justify="right")
     for result, budget in zip(evaluation.results, evaluation.budget_texts, strict=True):
         at_size = f" at {format_size(result.image_size)}" if several else ""
-        table.add_column(plain(f"{budget or 'default'}{at_size}"), justify="right")
+        setting = format_setting(result, budget) or "default"
+        table.add_column(plain(f"{setting}{at_size}"), justify="right")
     for name, found in first.items():
         accuracies = [f"{100 * result.per_class[name]['top1']:.1f}" for result in evaluation.results]
         table.add_row(plain(name), str(found["images"]), *accuracies)
@@ -68,12 +78,15 @@ def to_records(evaluations: Sequence[Evaluation]) -> list[dict]:
     """One flat dict per model, image size and budget."""
     records = []
     for evaluation in evaluations:
-        shared = {name: getattr(evaluation, name) for name in ("model", "data", "split", "images", "classes")}
+        names = ("model", "control", "data", "split", "images", "classes")
+        shared = {name: getattr(evaluation, name) for name in names}
         for result in evaluation.results:
             record = {
                 **shared,
                 "image_size": result.image_size and list(result.image_size),
+                "way": result.way,
                 "budget": list(result.budget) if isinstance(result.budget, tuple) else result.budget,
+                "merge_to": result.merge_to,
                 "tokens": result.tokens,
                 "top1": result.top1,
                 "top1_low": result.top1_interval[0],
@@ -86,14 +99,6 @@ def to_records(evaluations: Sequence[Evaluation]) -> list[dict]:
             }
             records.append(record if result.per_class is None else record | {"per_class": result.per_class})
     return records
-
-
-def write_evaluations(evaluations: Sequence[Evaluation], folder: str | os.PathLike) -> list[Path]:
-    """`results.json`, `results.csv` and `accuracy.png` in a folder; returns their paths."""
-    writers = {"results.json": write_json, "results.csv": write_csv, "accuracy.png": plot_results}
-    for name, write in writers.items():
-        write(evaluations, Path(folder) / name)
-    return [Path(folder) / name for name in writers]
 
 
 def write_json(evaluations: Sequence[Evaluation], path: str | os.PathLike) -> None:
@@ -129,64 +134,15 @@ def model_names(evaluations: Sequence[Evaluation]) -> list[str]:
     return short if len(set(short)) == len(short) else [evaluation.model for evaluation in evaluations]
 
 
-def plot_results(evaluations: Sequence[Evaluation], path: str | os.PathLike) -> None:
-    """Top-1 accuracy against tokens per image, with its intervals, one line per model and image size, as an image."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
-    ticks: set[float] = set()
-    names = model_names(evaluations)
-    for name, evaluation in zip(names, evaluations, strict=True):
-        pairs = list(zip(evaluation.results, evaluation.budget_texts, strict=True))
-        sizes = list(dict.fromkeys(result.image_size for result in evaluation.results))
-        for size in sizes:
-            ordered = sorted((pair for pair in pairs if pair[0].image_size == size), key=lambda pair: pair[0].tokens)
-            tokens = [result.tokens for result, _ in ordered]
-            top1 = [100 * result.top1 for result, _ in ordered]
-            below = [100 * (result.top1 - result.top1_interval[0]) for result, _ in ordered]
-            above = [100 * (result.top1_interval[1] - result.top1) for result, _ in ordered]
-            label = name if len(sizes) == 1 else f"{name}, {format_size(size)} pixels"
-            axes.errorbar(
-                tokens,
-                top1,
-                yerr=[[max(value, 0) for value in below], [max(value, 0) for value in above]],
-                marker="o",
-                capsize=3,
-                label=no_math(label).replace("_", " _", 1) if label.startswith("_") else no_math(label),
-            )
-            ticks |= set(tokens)
-            if len(evaluations) == len(sizes) == 1:
-                for result, budget in ordered:
-                    axes.annotate(
-                        budget,
-                        (result.tokens, 100 * result.top1),
-                        xytext=(4, -11),
-                        textcoords="offset points",
-                        fontsize=8,
-                    )
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(sorted(ticks), [f"{tick:g}" for tick in sorted(ticks)])
-    axes.minorticks_off()
-    axes.set_xlabel("tokens per image")
-    axes.set_ylabel("top-1 accuracy (%), 95 % intervals")
-    axes.set_title(no_math(source_text(evaluations[0])), fontsize=9)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    with written_beside(path) as scratch:
-        figure.savefig(scratch, dpi=150)
-
-
 __all__ = [
     "csv_text",
+    "format_setting",
     "format_size",
     "model_names",
     "per_class_table",
-    "plot_results",
     "results_table",
     "source_text",
     "to_records",
     "write_csv",
-    "write_evaluations",
     "write_json",
 ]

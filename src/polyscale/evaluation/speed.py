@@ -10,10 +10,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 from transformers import PreTrainedModel
 
-from ..layers.budget_choice import at_budget, checked_budgets
-from ..layers.token_budget import budget_kwargs, default_budgets_of, tokens_per_image
+from ..layers.budget_choice import checked_budgets
+from ..layers.token_budget import default_budgets_of
 from ..utils.timing import device_wait, time_alternating
 from ..utils.validation import check_int, to_pair
+from .settings import Setting
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,6 @@ def count_gflops(call: Callable[[], object]) -> float:
     return counter.operations / 1e9
 
 
-@torch.inference_mode()
 def benchmark_budgets(
     model: PreTrainedModel,
     budgets: Sequence | None = None,
@@ -101,6 +101,20 @@ def benchmark_budgets(
     check_int("batch_size", batch_size, minimum=1)
     check_int("rounds", rounds, minimum=1)
     budgets = default_budgets_of(model.config) if budgets is None else checked_budgets(budgets, model.config)
+    settings = [Setting(budget) for budget in budgets]
+    return time_settings(model, settings, image_size=image_size, batch_size=batch_size, rounds=rounds)
+
+
+@torch.inference_mode()
+def time_settings(
+    model: PreTrainedModel,
+    settings: Sequence[Setting],
+    *,
+    image_size: int | Sequence[int] | None,
+    batch_size: int,
+    rounds: int,
+) -> list[SpeedResult]:
+    """`benchmark_budgets` for any way to call a model."""
     if image_size is None:
         image_size = getattr(model.config, "image_size", None)
         if image_size is None:
@@ -109,32 +123,33 @@ def benchmark_budgets(
     pixel_values = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     pixel_values = pixel_values.to(device=model.device, dtype=model.dtype)
 
-    arguments = [budget_kwargs(model.config, budget) for budget in budgets]
     tokens = []
-    for budget, chosen in zip(budgets, arguments, strict=True):
-        with at_budget(budget):
-            tokens.append(_mean_tokens(model, pixel_values, chosen))
+    for setting in settings:
+        with setting.named():
+            tokens.append(_mean_tokens(model, pixel_values, setting))
+    arguments = [setting.call(model.config) for setting in settings]
     calls = {str(index): partial(model, pixel_values, **chosen) for index, chosen in enumerate(arguments)}
     gflops = [count_gflops(call) / batch_size for call in calls.values()]
     seconds = time_alternating(calls, rounds, device_wait(model.device))
     medians = [median(seconds[name]) for name in calls]
     return [
         SpeedResult(
-            budget=budget,
+            budget=setting.budget,
             tokens=count,
             milliseconds=1000 * duration,
             images_per_second=batch_size / duration,
             speedup=medians[0] / duration,
             gflops=operations,
         )
-        for budget, count, duration, operations in zip(budgets, tokens, medians, gflops, strict=True)
+        for setting, count, duration, operations in zip(settings, tokens, medians, gflops, strict=True)
     ]
 
 
-def _mean_tokens(model: PreTrainedModel, pixel_values: torch.Tensor, chosen: dict) -> int | float:
-    counts = tokens_per_image(model, {"pixel_values": pixel_values}, model(pixel_values, **chosen), **chosen)
+def _mean_tokens(model: PreTrainedModel, pixel_values: torch.Tensor, setting: Setting) -> int | float:
+    outputs = model(pixel_values, **setting.call(model.config))
+    counts = setting.tokens(model, {"pixel_values": pixel_values}, outputs)
     mean = sum(counts) / len(counts)
     return int(mean) if mean == int(mean) else round(mean, 1)
 
 
-__all__ = ["SpeedResult", "benchmark_budgets", "count_gflops", "time_alternating"]
+__all__ = ["SpeedResult", "benchmark_budgets", "count_gflops", "time_alternating", "time_settings"]

@@ -3,7 +3,7 @@
 import copy
 import struct
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -38,15 +38,15 @@ class TokenBudgetMixin:
         """Values of the budget argument to try when a user names none; `[None]` where there is no such argument."""
         return [None if self.budget_argument is None else getattr(self, self.budget_argument)]
 
-    def budget_ladder(self) -> list:
-        """Values of the budget argument from few tokens to many, for a user who looks around: the default ones.
-
-        A family overrides it where other budgets need no training of their own.
+    def budget_ladder(self, image_size: int | Sequence[int] | None = None) -> list:
+        """Values of the budget argument from few tokens to many, for a user who looks around: the default ones that an
+        image of this size allows. A family overrides it where other budgets need no training of their own.
         """
-        budgets = self.default_budgets()
-        if budgets == [None]:
-            return budgets
-        return sorted(budgets, key=lambda budget: self.max_num_tokens_for(**{self.budget_argument: budget}))
+        budgets, costs = self.default_budgets(), []
+        for budget in budgets if self.budget_argument else ():
+            with suppress(ValueError):
+                costs.append((self.max_num_tokens_for(image_size, **{self.budget_argument: budget}), budget))
+        return [budget for _, budget in sorted(costs, key=lambda cost: cost[0])] or budgets
 
     def budget_for_share(self, image_size: int | Sequence[int] | None, share: float) -> Any:
         """The budget whose tokens are nearest to a share of the full budget, which costs the most that makes sense.
@@ -216,9 +216,9 @@ def default_budgets_of(config: PreTrainedConfig) -> list:
     return config.default_budgets() if isinstance(config, TokenBudgetMixin) else [None]
 
 
-def budget_ladder_of(config: PreTrainedConfig) -> list:
+def budget_ladder_of(config: PreTrainedConfig, image_size: int | Sequence[int] | None = None) -> list:
     """The budgets of a model from few tokens to many; `[None]` for a model without any."""
-    return config.budget_ladder() if isinstance(config, TokenBudgetMixin) else [None]
+    return config.budget_ladder(image_size) if isinstance(config, TokenBudgetMixin) else [None]
 
 
 def budget_kwargs(config: PreTrainedConfig, budget: Any) -> dict[str, Any]:

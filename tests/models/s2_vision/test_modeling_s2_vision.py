@@ -1,8 +1,11 @@
 """S2 models around tiny towers."""
 
+import re
+
 import pytest
 import torch
 from s2_tiny import BASES, make_base
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModel,
     AutoModelForImageClassification,
@@ -199,7 +202,7 @@ def test_classifier(clip, images, pooling, tmp_path):
     outputs = model(images, labels=torch.tensor([0, 2]))
     features = model.s2_vision(images)
     pooled = features.pooler_output if pooling == "pooler" else features.last_hidden_state[:, 1:].mean(dim=1)
-    logits = pooled @ model.classifier.weight.T + model.classifier.bias
+    logits = pooled @ model.head.weight.T + model.head.bias
     torch.testing.assert_close(outputs.logits, logits)
     torch.testing.assert_close(outputs.loss, torch.nn.functional.cross_entropy(logits, torch.tensor([0, 2])))
     model.save_pretrained(tmp_path)
@@ -207,6 +210,24 @@ def test_classifier(clip, images, pooling, tmp_path):
     torch.testing.assert_close(reloaded(images).logits, logits, atol=1e-5, rtol=1e-4)
     headless = AutoModel.from_pretrained(tmp_path).eval()
     torch.testing.assert_close(headless(images)[0], features[0], atol=1e-5, rtol=1e-4)
+
+
+def test_checkpoints_with_the_old_name_of_the_head_load(clip, tmp_path):
+    model = S2VisionForImageClassification.from_vision_model(clip, scales=[1, 2], num_labels=3)
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert {name for name in tensors if not name.startswith("s2_vision.")} == {"head.weight", "head.bias"}
+    old = {re.sub(r"^head\.", "classifier.", name): tensor for name, tensor in tensors.items()}
+    save_file(old, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    for folder in (tmp_path, tmp_path / "again"):
+        loaded, info = S2VisionForImageClassification.from_pretrained(folder, output_loading_info=True)
+        assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+        assert loaded.state_dict().keys() == model.state_dict().keys()
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(loaded.state_dict()[name], tensor), name
+        loaded.save_pretrained(tmp_path / "again")
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    assert again.keys() == tensors.keys()
 
 
 def test_freezing_and_gradient_checkpointing(clip, images):
@@ -224,8 +245,8 @@ def test_freezing_and_gradient_checkpointing(clip, images):
     model.zero_grad()
     model(images, labels=labels).loss.backward()
     assert {name for name, parameter in model.named_parameters() if parameter.grad is not None} == {
-        "classifier.weight",
-        "classifier.bias",
+        "head.weight",
+        "head.bias",
     }
 
 

@@ -203,9 +203,9 @@ class QuadtreeViTConfig(EncoderConfig):
         rows, columns = self.patch_grid_for(image_size)
         return rows * columns, rows * columns * 4 ** (self.num_levels - 1)
 
-    def budget_ladder(self) -> list[int]:
+    def budget_ladder(self, image_size: int | Sequence[int] | None = None) -> list[int]:
         """Up to eight numbers of tokens, from the coarsest to the finest cut: the same weights run at all."""
-        coarsest, finest = self.num_tokens_range()
+        coarsest, finest = self.num_tokens_range(image_size)
         splits = (finest - coarsest) // 3
         steps = min(splits, 7)
         return [coarsest + 3 * (splits * step // max(steps, 1)) for step in range(steps + 1)]

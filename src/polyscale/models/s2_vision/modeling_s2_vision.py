@@ -32,6 +32,8 @@ from .tiling_s2_vision import TilePlan, run_tiles, token_grid
 
 
 _OUTPUTS = ("last_hidden_state", "pooler_output", "hidden_states", "attentions")
+# Names in checkpoints of older versions -> today's.
+_OLD_NAMES = {r"^classifier\.": "head."}
 
 
 @dataclass
@@ -66,6 +68,12 @@ class S2VisionPreTrainedModel(CheckedModelMixin, OuterModelMixin, PreTrainedMode
         of the wrapped model only with `save_original_format=True`.
         """
         super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+        """As in transformers; tensors with names of older versions are read under today's."""
+        kwargs["key_mapping"] = {**_OLD_NAMES, **(kwargs.get("key_mapping") or {})}
+        return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
 
     @classmethod
     def from_vision_model(cls, vision_model: PreTrainedModel, **kwargs) -> "S2VisionPreTrainedModel":
@@ -267,7 +275,7 @@ class S2VisionForImageClassification(S2VisionPreTrainedModel):
         self.num_labels = config.num_labels
         self.s2_vision = S2VisionWrapper(config, vision_model)
         width = config.pooled_size if config.pooling == "pooler" else config.hidden_size
-        self.classifier = nn.Linear(width, config.num_labels) if config.num_labels > 0 else nn.Identity()
+        self.head = nn.Linear(width, config.num_labels) if config.num_labels > 0 else nn.Identity()
         self.post_init()
 
     @can_return_tuple
@@ -301,7 +309,7 @@ class S2VisionForImageClassification(S2VisionPreTrainedModel):
             pooled_only=self.config.pooling == "pooler" and pooled_only_suffices(self, kwargs),
             **kwargs,
         )
-        logits = self.classifier(self._pool(outputs))
+        logits = self.head(self._pool(outputs))
         loss = classification_loss(self, labels, logits, self.config, kwargs)
         return ImageClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions

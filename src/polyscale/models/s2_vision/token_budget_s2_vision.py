@@ -1,5 +1,6 @@
 """What an S2 config says about its budgets inside of a host model, and about the tiles outside of its tile budget."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,6 +22,23 @@ class S2TokenBudgetMixin(TokenBudgetMixin):
         if not self.dynamic or self.features_per_tile is None:
             return self.num_tokens_for(image_size, scales=scales, img_sizes=img_sizes)
         return self.max_tiles * self.features_per_tile[0] * self.features_per_tile[1]
+
+    def budget_ladder(self, image_size: int | Sequence[int] | None = None) -> list[list]:
+        """From the smallest scale in place of all of them to the configured ones: [1, 1], [1, 2]. Fewer tiles run.
+
+        The configured ones alone with `dynamic`, whose last scale sets the tokens, and with `num_tiles`.
+        """
+        (configured,) = self.default_budgets()
+        if self.dynamic or self.num_tiles is not None:
+            return [configured]
+        areas = [math.prod(size) for size in self.plan_for(self.tile_size).sizes]
+        return [
+            [
+                part if area <= most else configured[areas.index(most)]
+                for part, area in zip(configured, areas, strict=True)
+            ]
+            for most in sorted(set(areas))
+        ]
 
     def hosted(self) -> tuple["S2TokenBudgetMixin", list[str]]:
         """A copy that shrinks images with antialias unless told otherwise, around a hosted copy of what it wraps."""
