@@ -6,8 +6,8 @@ Decodes the JPEG files once. `ARRAYS_FOLDER` then holds `train_images.npy` and `
 64 x 3), `train_labels.npy` and `val_labels.npy` (int64), and `classes.json` and `wnids.json` (names and WordNet
 numbers in the order of the labels).
 
-`--validation-folder DATA` also sorts the validation images into a folder a class, as `polyscale evaluate MODEL DATA`
-reads them.
+`--validation-folder DATA` also sorts the validation images into a folder a class, with its name, as `polyscale evaluate
+MODEL DATA` reads them.
 """
 
 import argparse
@@ -61,12 +61,13 @@ def decode(folder: Path, output: Path, validation_folder: Path | None = None) ->
         np.save(output / f"{split}_images.npy", read_images([path for path, _ in rows]))
         np.save(output / f"{split}_labels.npy", np.array([label for _, label in rows]))
         print(f"{split}: {len(rows)} images")
+    names = class_names(folder, wnids)
     for path, label in splits["val"] if validation_folder else ():
-        target = validation_folder / "validation" / wnids[label] / path.name
+        target = validation_folder / "validation" / names[label] / path.name
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target)
     (output / "wnids.json").write_text(json.dumps(wnids, indent=1) + "\n")
-    (output / "classes.json").write_text(json.dumps(class_names(folder, wnids), indent=1) + "\n")
+    (output / "classes.json").write_text(json.dumps(names, indent=1) + "\n")
 
 
 def load_split(folder: Path, split: str) -> tuple[np.ndarray, torch.Tensor]:

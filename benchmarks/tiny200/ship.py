@@ -1,0 +1,36 @@
+"""Writes a trained checkpoint as it ships: bfloat16 weights that load as float32, and the sizes it was trained with.
+
+python benchmarks/tiny200/ship.py TRAINED_FOLDER OUTPUT_FOLDER --set patch_size=8 --set train_patch_sizes=[4,8,16]
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+from polyscale.training.train import store_weights_as
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("trained", type=Path)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=JSON", help="fields of the config")
+    arguments = parser.parse_args()
+    model = AutoModelForImageClassification.from_pretrained(arguments.trained, dtype=torch.float32)
+    for field, value in (setting.split("=", 1) for setting in arguments.set):
+        if not hasattr(model.config, field):
+            parser.error(f"--set {field}: {type(model.config).__name__} has no such field")
+        setattr(model.config, field, json.loads(value))
+    model.set_attn_implementation("sdpa")
+    model.save_pretrained(arguments.output)
+    store_weights_as(arguments.output, "bfloat16")
+    AutoImageProcessor.from_pretrained(arguments.trained).save_pretrained(arguments.output)
+    size = sum(file.stat().st_size for file in arguments.output.iterdir())
+    print(f"{arguments.output}: {size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()
