@@ -6,8 +6,8 @@ Decodes the JPEG files once. `ARRAYS_FOLDER` then holds `train_images.npy` and `
 64 x 3), `train_labels.npy` and `val_labels.npy` (int64), and `classes.json` and `wnids.json` (names and WordNet
 numbers in the order of the labels).
 
-`--validation-folder DATA` also sorts the validation images into a folder a class, with its name, as `polyscale evaluate
-MODEL DATA` reads them.
+`--validation-folder DATA` also sorts the validation images into folders, one a class and with its name, as `polyscale
+evaluate MODEL DATA` reads them.
 """
 
 import argparse
