@@ -1,7 +1,8 @@
 """FlexiViT against timm: one image in half precision first, then every patch size, and what a new size costs.
 
     python benchmarks/flexivit.py [--rounds 5] [--threads 2] [--device cuda] [--processor-time] [--quick]
-        [--only small-batches linear-layers compiled int8 resizing attention patch-sizes first-calls memory]
+        [--only small-batches linear-layers compiled int8 resizing attention training patch-sizes first-calls
+        memory]
         [--dtypes bfloat16 float32]
 
 The plain ViTs of timm have the same width, depth and heads, and the patch size built in. Both sides run in one
@@ -20,7 +21,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from polyscale import FlexiViTConfig, FlexiViTForImageClassification, pi_resize_patch_embed, resize_abs_pos_embed
 from polyscale.evaluation.speed import time_alternating
-from polyscale.layers.attention import attention_for, plain_attention_forward
+from polyscale.layers.attention import (
+    attention_for,
+    plain_attention_forward,
+    plain_attention_limit,
+    set_plain_attention_limit,
+)
 
 
 IMAGE_SIZE = 240
@@ -30,7 +36,7 @@ LABELS = 1000
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 SECTIONS = (
     *("small-batches", "linear-layers", "compiled", "int8"),
-    *("resizing", "attention", "patch-sizes", "first-calls", "memory"),
+    *("resizing", "attention", "training", "patch-sizes", "first-calls", "memory"),
 )
 
 
@@ -150,6 +156,25 @@ def attention(arguments: argparse.Namespace, settings: dict) -> None:
                     f"{str(dtype).removeprefix('torch.')}, batch {batch}, {tokens} tokens: {times}; takes the {name},"
                 )
                 report(f"{title} against the faster", spent[name] / min(spent.values()), at_most=1.03)
+
+
+def training(arguments: argparse.Namespace, settings: dict) -> None:
+    """A training step of FlexiViT-S in bfloat16 autocast, batch 32: the default kernel against torch's fused one."""
+    model = FlexiViTForImageClassification(FlexiViTConfig.preset("flexivit_small", num_labels=LABELS))
+    model.to(arguments.device).train()
+    pixels = torch.randn(32, 3, IMAGE_SIZE, IMAGE_SIZE).to(arguments.device)
+    default = plain_attention_limit(torch.bfloat16)
+
+    def step(limit: int, patch_size: int) -> None:
+        set_plain_attention_limit(limit, torch.bfloat16)
+        with torch.inference_mode(False), torch.autocast(arguments.device, torch.bfloat16):
+            model(pixels, patch_size=patch_size).logits.square().mean().backward()
+            model.zero_grad()
+
+    for patch_size in (60, 30, 20):
+        title = f"FlexiViT-S, {(IMAGE_SIZE // patch_size) ** 2} tokens, training step"
+        compare(title, partial(step, default, patch_size), partial(step, 0, patch_size), goal=1.0, **settings)
+    set_plain_attention_limit(default, torch.bfloat16)
 
 
 def patch_sizes(arguments: argparse.Namespace, settings: dict) -> None:

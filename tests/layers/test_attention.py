@@ -53,6 +53,40 @@ def test_each_dtype_has_a_limit_and_bfloat16_needs_enough_queries():
     assert [chosen(size, dtype=torch.bfloat16) for size in sizes] == [FUSED, PLAIN, PLAIN, FUSED]
 
 
+def test_with_a_gradient_the_formula_is_for_short_sequences_only():
+    attention.set_plain_attention_limit(1024)
+    assert [chosen(size, with_gradient=True) for size in (100, 101)] == [PLAIN, FUSED]
+    attention.set_plain_attention_limit(60)
+    assert [chosen(size, with_gradient=True) for size in (60, 61)] == [PLAIN, FUSED]
+
+
+def test_gradients_of_the_formula_equal_those_of_the_fused_kernel():
+    model, images = make_model().train(), torch.randn(2, 3, 32, 32)
+    gradients = []
+    for limit in (0, 64):
+        attention.set_plain_attention_limit(limit)
+        model.zero_grad()
+        model(images, patch_size=8, labels=torch.tensor([1, 3])).loss.backward()
+        gradients.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
+    assert any("q_proj" in name for name in gradients[0])
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-6)
+
+
+def test_the_formula_gives_gradients_for_each_sample():
+    model, images, labels = make_model(), torch.randn(2, 3, 32, 32), torch.tensor([1, 3])
+    attention.set_plain_attention_limit(64)
+    parameters = dict(model.named_parameters())
+
+    def loss(parameters, image, label):
+        output = torch.func.functional_call(model, parameters, (image[None],), {"patch_size": 8})
+        return nn.functional.cross_entropy(output.logits, label[None])
+
+    by_sample = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(parameters, images, labels)
+    for row in range(2):
+        single = torch.func.grad(loss)(parameters, images[row], labels[row])
+        torch.testing.assert_close({name: grad[row] for name, grad in by_sample.items()}, single, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("units", "expected"), [((), 0), (("avx512_bf16",), 1024), (("avx512_bf16", "amx_bf16"), 0), (None, 0)]
 )

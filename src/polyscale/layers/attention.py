@@ -35,6 +35,8 @@ def _default_limits() -> dict[torch.dtype, int]:
     return {torch.bfloat16: 1024 if plain else 0}
 
 
+# Training stores the formula's weights (batch, heads, tokens, tokens), and is no faster with it at 144 tokens.
+_LONGEST_WITH_GRADIENT = 100
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _limits = _default_limits()
 
@@ -85,7 +87,9 @@ def plain_attention_forward(
     return output.unflatten(0, (batch_size, num_heads)).transpose(1, 2), None
 
 
-def attention_for(implementation: str, query: torch.Tensor, key: torch.Tensor, *, needs_fused: bool) -> Callable:
+def attention_for(
+    implementation: str, query: torch.Tensor, key: torch.Tensor, *, needs_fused: bool, with_gradient: bool = False
+) -> Callable:
     """The attention function of a call.
 
     It is the configured one, except that "sdpa" on a CPU gives way to the formula where a sequence is no longer than
@@ -94,14 +98,19 @@ def attention_for(implementation: str, query: torch.Tensor, key: torch.Tensor, *
     Args:
         implementation (`str`): see `attention_name`.
         query, key (`torch.Tensor`): (batch, heads, tokens, head width).
-        needs_fused (`bool`): whether the formula cannot stand in: there is a mask, dropout or a gradient.
+        needs_fused (`bool`): whether the formula cannot stand in: there is a mask or dropout.
+        with_gradient (`bool`, *optional*, defaults to `False`): whether a gradient will be asked for: the limit
+            is at most 100 tokens then.
     """
+    limit = _limits.get(query.dtype, 0)
+    if with_gradient:
+        limit = min(limit, _LONGEST_WITH_GRADIENT)
     if (
         implementation == "sdpa"
         and not needs_fused
         and query.device.type == "cpu"
         and not torch.compiler.is_exporting()
-        and key.shape[2] <= _limits.get(query.dtype, 0)
+        and key.shape[2] <= limit
         and (torch.compiler.is_compiling() or _num_queries(query) >= _FEWEST_QUERIES.get(query.dtype, 0))
     ):
         return plain_attention_forward

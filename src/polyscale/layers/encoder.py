@@ -110,12 +110,14 @@ class EncoderAttention(FreezableMixin, nn.Module):
         name, inputs = attention_name(self.config), (query, key, value, attention_mask)
         if key_bias is not None:
             inputs = with_key_bias(*inputs, key_bias, self.scaling, name)
-        needs_fused = inputs[3] is not None or self.training or (torch.is_grad_enabled() and query.requires_grad)
-        attention = attention_for(name, *inputs[:2], needs_fused=needs_fused)
+        dropout = self.config.attention_probs_dropout_prob if self.training else 0.0
+        needs_fused = inputs[3] is not None or dropout > 0
+        with_gradient = torch.is_grad_enabled() and query.requires_grad
+        attention = attention_for(name, *inputs[:2], needs_fused=needs_fused, with_gradient=with_gradient)
         output, weights = attention(
             self,
             *inputs,
-            dropout=self.config.attention_probs_dropout_prob if self.training else 0.0,
+            dropout=dropout,
             scaling=self.scaling,
             **kwargs,
         )
