@@ -4,18 +4,16 @@ Papers and official code: see `modeling_sparseformer.py`.
 """
 
 import math
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
-from ...layers.attention import attention_name, eager_attention_forward
+from ...layers.attention import attention_for, attention_name
 from ...layers.encoder import DropPath
 from .configuration_sparseformer import SparseFormerConfig
 from .cpu_sparseformer import MAX_THIN_HEAD, ThinAttention, sample_features_on_cpu, uses_cpu_kernels
@@ -106,9 +104,9 @@ class SparseFormerAttention(nn.Module):
             return self.o_proj(ThinAttention.apply(qkv, self.scaling).flatten(-2)), None
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         query = query[:, :, :num_queries]
-        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            attention_name(self.config), eager_attention_forward
-        )
+        with_gradient = torch.is_grad_enabled() and query.requires_grad
+        name = attention_name(self.config)
+        attention = attention_for(name, query, key, needs_fused=False, with_gradient=with_gradient)
         output, weights = attention(self, query, key, value, None, dropout=0.0, scaling=self.scaling, **kwargs)
         return self.o_proj(output.flatten(-2)), weights
 
