@@ -13,6 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 import polyscale
+from polyscale.checkpoints import available_checkpoints
 from polyscale_cli import app
 from polyscale_cli.arguments import join_lists
 
@@ -89,6 +90,20 @@ def test_links_of_the_repository_lead_somewhere(name):
     text = (ROOT / name).read_text(encoding="utf-8")
     targets = re.findall(r"\]\((?!https?:)([^)#]+)", text)
     assert [target for target in targets if not (ROOT / target).exists()] == []
+
+
+@pytest.mark.parametrize("page", [page.relative_to(ROOT) for page in PAGES], ids=str)
+def test_no_placeholder_is_left_in_a_page(page):
+    text = re.sub(r"```.*?```", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert re.findall(r"@[A-Z_]+@|\bTODO\b|\bTBD\b|\bXXX\b", text) == []
+
+
+def test_every_checkpoint_that_ships_has_a_card_with_its_accuracy():
+    for name in available_checkpoints():
+        card = (ROOT / "model_cards" / f"{name}.md").read_text(encoding="utf-8")
+        section = card.split("## Accuracy by budget", 1)[1].split("\n## ", 1)[0]
+        assert section.count("\n|") > 3, name  # a table: head, line, two budgets at least
+        assert "polyscale evaluate" in section, name
 
 
 def test_the_version_is_the_same_everywhere():
