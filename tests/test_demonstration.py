@@ -83,7 +83,7 @@ def test_every_family_answers(tmp_path):
     spent = [[record["tokens"] for record in answer.records if record["class"] == "bee"] for answer in answers]
     assert spent[0] == [4, 16, 64]
     assert (spent[1][0], spent[1][-1]) == (4, 64)
-    assert spent[2:] == [[9], [16]]
+    assert spent[2:] == [[9], [16, 16]]  # S2: scales 1, 1 and 1, 2
 
 
 def test_without_names_the_bundled_checkpoints_of_the_most_photographs_are_asked(bundled):
