@@ -75,7 +75,7 @@ def test_the_sheet_of_all_families_is_readable(tmp_path):
     names = [str(save(tmp_path / save.__name__.removeprefix("save_"), **TINY200)) for save in saves]
     answers = answer_photographs(names, device="cpu")
     figure = draw_answer_sheet(answers)
-    columns = 3 + 3 + 1 + 1
+    columns = 3 + 3 + 1 + 2
     assert len(figure.axes) == 12 * (columns + 1)
     assert texts(figure)[0].startswith("12 photographs, 4 models: ")
     right = [sum(record["right"] for record in answer.records) for answer in answers]

@@ -131,7 +131,8 @@ def _draw_heads(sheet: _Sheet) -> None:
     models = len({column.answers.name for column in sheet.columns})
     asked = f"{len(sheet.columns[0].records)} photographs, {models} {'model' if models == 1 else 'models'}"
     title = f"{asked}: what each model says, by the visual tokens that it spends"
-    sheet.text(_MARGIN, _MARGIN + 8, title, 15, ha="left")
+    wrapped = textwrap.fill(title, round((sheet.width - 2 * _MARGIN) / 11))
+    sheet.text(_MARGIN, _MARGIN, wrapped, 15, ha="left", va="top", linespacing=1.2)
     line = _MARGIN + 82
     for name, group in groupby(sheet.columns, key=lambda column: column.answers.name):
         lefts = [column.left for column in group]
