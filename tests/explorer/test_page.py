@@ -34,7 +34,9 @@ def test_local_folders_come_before_the_bundled_checkpoints(explorer):
         "sparse (sparseformer)",
         "s2 (s2_vision)",
         "flexivit-cifar10 (flexivit)",
+        "flexivit-tiny200 (flexivit)",
         "quadtree-vit-cifar10 (quadtree_vit)",
+        "quadtree-vit-tiny200 (quadtree_vit)",
     ]
 
 
