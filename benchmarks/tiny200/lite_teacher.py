@@ -91,13 +91,12 @@ def main() -> None:
 
     embedder = Embedder(arguments.weights, arguments.size)
     run = compile_embedder(embedder, arguments.batch_size)
-    wnids = json.loads((arguments.arrays / "wnids.json").read_text())
-    synsets = ImageNetInfo().label_names()
-    rows = torch.tensor([synsets.index(wnid) for wnid in wnids])
-    classifier = embedder.model.classifier
-    probe = {"weight": classifier.weight[rows].detach(), "bias": classifier.bias[rows].detach()}
-    arguments.output.mkdir(parents=True, exist_ok=True)
     if arguments.check:
+        wnids = json.loads((arguments.arrays / "wnids.json").read_text())
+        synsets = ImageNetInfo().label_names()
+        rows = torch.tensor([synsets.index(wnid) for wnid in wnids])
+        classifier = embedder.model.classifier
+        probe = {"weight": classifier.weight[rows].detach(), "bias": classifier.bias[rows].detach()}
         images, labels = load_split(arguments.arrays, "val")
         chosen = class_balanced(labels, arguments.check, torch.Generator().manual_seed(0))
         embeddings = embed_all(run, images[chosen.numpy()], arguments.batch_size, None)
@@ -108,6 +107,7 @@ def main() -> None:
         refit = fit_probe(fitted.float(), train_labels[known])
         print(f"ridge probe of 40 a class: top-1 {accuracy(embeddings, labels[chosen], refit):.4f}")
         return
+    arguments.output.mkdir(parents=True, exist_ok=True)
     images, labels = load_split(arguments.arrays, "train")
     for view in range(arguments.views):
         file = arguments.output / f"embeddings_{view}.npy"

@@ -96,7 +96,7 @@ def main() -> None:
         probe = torch.load(arguments.embeddings / "probe.pt", weights_only=True)
         embeddings = np.load(arguments.embeddings / "embeddings_0.npy", mmap_mode="r")[chosen.numpy()]
         teacher = F.linear(torch.from_numpy(embeddings).float(), probe["weight"], probe["bias"])
-    width = base.config.hidden_size * (features.shape[1] // len(arguments.scales) // base.config.hidden_size)
+    width = features.shape[1] // len(arguments.scales)
     for name, count in (("first scale alone", width), ("all scales", features.shape[1])):
         classifier = fit_classifier(features[:, :count], labels[chosen], teacher, arguments.epochs, arguments.seed)
         right = (classifier(held_features[:, :count]).argmax(-1) == val_labels[held]).float().mean()

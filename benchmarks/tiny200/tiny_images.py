@@ -14,6 +14,7 @@ import argparse
 import json
 import shutil
 from collections import Counter
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -92,6 +93,12 @@ def normalize(images: np.ndarray) -> torch.Tensor:
     return pixels.sub_(torch.tensor(MEAN)[:, None, None]).div_(torch.tensor(STD)[:, None, None])
 
 
+@lru_cache(maxsize=16)
+def _view_draws(view: int) -> np.ndarray:
+    """Uniform numbers of a view: (5, images)."""
+    return np.random.default_rng(view).random((5, NUM_TRAIN), dtype=np.float32)
+
+
 def view_of(images: np.ndarray, indices: torch.Tensor, view: int) -> torch.Tensor:
     """A view of training images, the same each time: a random crop of 0.4 to all of the area, half of them mirrored.
 
@@ -103,8 +110,7 @@ def view_of(images: np.ndarray, indices: torch.Tensor, view: int) -> torch.Tenso
     Returns:
         (images, 3, 64, 64), normalised.
     """
-    draws = np.random.default_rng(view).random((5, NUM_TRAIN), dtype=np.float32)[:, indices.numpy()]
-    area, aspect, top, left, mirror = torch.from_numpy(draws)
+    area, aspect, top, left, mirror = torch.from_numpy(_view_draws(view)[:, indices.numpy()])
     area, aspect = 0.4 + 0.6 * area, torch.exp((2 * aspect - 1) * np.log(4 / 3))
     height, width = (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1)
     theta = torch.zeros(len(images), 2, 3)

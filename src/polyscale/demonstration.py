@@ -1,6 +1,5 @@
 """What bundled checkpoints say of the sample photographs, whose classes are known, at a few token budgets each."""
 
-import json
 import math
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -14,7 +13,7 @@ from .assets import photograph_class, sample_photographs
 from .checkpoints import available_checkpoints, bundled_checkpoint
 from .classification import classify_images
 from .layers.token_budget import TokenBudgetMixin, budget_kwargs, budget_ladder_of
-from .loading import LoadedModel, load_classifier
+from .loading import LoadedModel, load_classifier, load_config
 from .utils.validation import check_distinct, check_list, check_path
 
 
@@ -93,8 +92,7 @@ def demonstration_checkpoints() -> list[str]:
     """
     knowing: dict[int, list[str]] = {}  # by the number of photographs
     for name in available_checkpoints():
-        config = json.loads((bundled_checkpoint(name) / "config.json").read_text(encoding="utf-8"))
-        labels = config.get("id2label", {}).values()
+        labels = _labels(load_config(bundled_checkpoint(name)))
         photographs = sample_photographs(labels)
         if not _unknown(labels, photographs):
             knowing.setdefault(len(photographs), []).append(name)

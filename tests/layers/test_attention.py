@@ -24,8 +24,8 @@ def make_heads(tokens: int, dtype=torch.float32) -> list[torch.Tensor]:
     return [torch.randn(2, tokens, 24).to(dtype).unflatten(-1, (3, 8)).transpose(1, 2) for _ in range(3)]
 
 
-def chosen(tokens: int, implementation: str = "sdpa", dtype=torch.float32, **options):
-    query, key, _ = make_heads(tokens, dtype)
+def chosen(tokens: int, implementation: str = "sdpa", dtype=torch.float32, requires_grad=False, **options):
+    query, key, _ = (head.requires_grad_(requires_grad) for head in make_heads(tokens, dtype))
     return attention.attention_for(implementation, query, key, **{"needs_fused": False, **options})
 
 
@@ -55,9 +55,12 @@ def test_each_dtype_has_a_limit_and_bfloat16_needs_enough_queries():
 
 def test_with_a_gradient_the_formula_is_for_short_sequences_only():
     attention.set_plain_attention_limit(1024)
-    assert [chosen(size, with_gradient=True) for size in (100, 101)] == [PLAIN, FUSED]
+    assert [chosen(size, requires_grad=True) for size in (100, 101)] == [PLAIN, FUSED]
     attention.set_plain_attention_limit(60)
-    assert [chosen(size, with_gradient=True) for size in (60, 61)] == [PLAIN, FUSED]
+    assert [chosen(size, requires_grad=True) for size in (60, 61)] == [PLAIN, FUSED]
+    attention.set_plain_attention_limit(1024)
+    with torch.no_grad():
+        assert chosen(101, requires_grad=True) is PLAIN
 
 
 def test_gradients_of_the_formula_equal_those_of_the_fused_kernel():

@@ -87,23 +87,20 @@ def plain_attention_forward(
     return output.unflatten(0, (batch_size, num_heads)).transpose(1, 2), None
 
 
-def attention_for(
-    implementation: str, query: torch.Tensor, key: torch.Tensor, *, needs_fused: bool, with_gradient: bool = False
-) -> Callable:
+def attention_for(implementation: str, query: torch.Tensor, key: torch.Tensor, *, needs_fused: bool) -> Callable:
     """The attention function of a call.
 
     It is the configured one, except that "sdpa" on a CPU gives way to the formula where a sequence is no longer than
-    the limit of its dtype. Inside `torch.export` it is always the configured one: what is exported runs elsewhere.
+    the limit of its dtype, and than 100 tokens where a gradient will be asked for. Inside `torch.export` it is always
+    the configured one: what is exported runs elsewhere.
 
     Args:
         implementation (`str`): see `attention_name`.
         query, key (`torch.Tensor`): (batch, heads, tokens, head width).
         needs_fused (`bool`): whether the formula cannot stand in: there is a mask or dropout.
-        with_gradient (`bool`, *optional*, defaults to `False`): whether a gradient will be asked for: the limit
-            is at most 100 tokens then.
     """
     limit = _limits.get(query.dtype, 0)
-    if with_gradient:
+    if torch.is_grad_enabled() and query.requires_grad:
         limit = min(limit, _LONGEST_WITH_GRADIENT)
     if (
         implementation == "sdpa"
@@ -111,14 +108,10 @@ def attention_for(
         and query.device.type == "cpu"
         and not torch.compiler.is_exporting()
         and key.shape[2] <= limit
-        and (torch.compiler.is_compiling() or _num_queries(query) >= _FEWEST_QUERIES.get(query.dtype, 0))
+        and (torch.compiler.is_compiling() or query.shape[:3].numel() >= _FEWEST_QUERIES.get(query.dtype, 0))
     ):
         return plain_attention_forward
     return ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
-
-
-def _num_queries(query: torch.Tensor) -> int:
-    return query.shape[0] * query.shape[1] * query.shape[2]
 
 
 def plain_attention_limit(dtype: torch.dtype = torch.float32) -> int:

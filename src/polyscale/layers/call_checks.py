@@ -2,6 +2,7 @@
 
 import inspect
 from functools import lru_cache
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -63,13 +64,25 @@ def _complaint(word: str, model_classes: tuple[type, ...]) -> str | None:
 class CheckedModelMixin:
     """Goes first among the bases of a family's `PreTrainedModel`.
 
+    Attributes:
+        old_names (`dict[str, str]`): names of tensors in checkpoints of older versions, as patterns -> today's.
+
     Raises:
         ValueError: where the fields of the config, which may have been changed since it was made, do not fit together.
     """
 
+    old_names: ClassVar[dict[str, str]] = {}
+
     def __init__(self, config: PreTrainedConfig, *args, **kwargs):
         config.check_fit()
         super().__init__(config, *args, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+        """As in transformers; tensors with names of older versions are read under today's."""
+        if cls.old_names:
+            kwargs["key_mapping"] = {**cls.old_names, **(kwargs.get("key_mapping") or {})}
+        return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
 
 
 def check_words(model: nn.Module, kwargs: dict, *receivers: nn.Module) -> None:

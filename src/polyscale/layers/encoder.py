@@ -112,8 +112,7 @@ class EncoderAttention(FreezableMixin, nn.Module):
             inputs = with_key_bias(*inputs, key_bias, self.scaling, name)
         dropout = self.config.attention_probs_dropout_prob if self.training else 0.0
         needs_fused = inputs[3] is not None or dropout > 0
-        with_gradient = torch.is_grad_enabled() and query.requires_grad
-        attention = attention_for(name, *inputs[:2], needs_fused=needs_fused, with_gradient=with_gradient)
+        attention = attention_for(name, *inputs[:2], needs_fused=needs_fused)
         output, weights = attention(
             self,
             *inputs,

@@ -6,6 +6,7 @@ arXiv 2412.04468) to NVlabs/VILA, `merge_features_for_dynamic_s2`.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -32,8 +33,6 @@ from .tiling_s2_vision import TilePlan, run_tiles, token_grid
 
 
 _OUTPUTS = ("last_hidden_state", "pooler_output", "hidden_states", "attentions")
-# Names in checkpoints of older versions -> today's.
-_OLD_NAMES = {r"^classifier\.": "head."}
 
 
 @dataclass
@@ -62,18 +61,13 @@ class S2VisionOutput(BaseModelOutputWithPooling):
 class S2VisionPreTrainedModel(CheckedModelMixin, OuterModelMixin, PreTrainedModel):
     config: S2VisionConfig
     base_model_prefix = "s2_vision"
+    old_names: ClassVar = {r"^classifier\.": "head."}
 
     def save_pretrained(self, *args, save_original_format: bool = False, **kwargs) -> None:
         """As in transformers, under the names of the model in memory, which a resumed `Trainer` asks for: older names
         of the wrapped model only with `save_original_format=True`.
         """
         super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
-        """As in transformers; tensors with names of older versions are read under today's."""
-        kwargs["key_mapping"] = {**_OLD_NAMES, **(kwargs.get("key_mapping") or {})}
-        return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
 
     @classmethod
     def from_vision_model(cls, vision_model: PreTrainedModel, **kwargs) -> "S2VisionPreTrainedModel":

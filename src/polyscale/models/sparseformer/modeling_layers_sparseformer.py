@@ -104,9 +104,7 @@ class SparseFormerAttention(nn.Module):
             return self.o_proj(ThinAttention.apply(qkv, self.scaling).flatten(-2)), None
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         query = query[:, :, :num_queries]
-        with_gradient = torch.is_grad_enabled() and query.requires_grad
-        name = attention_name(self.config)
-        attention = attention_for(name, query, key, needs_fused=False, with_gradient=with_gradient)
+        attention = attention_for(attention_name(self.config), query, key, needs_fused=False)
         output, weights = attention(self, query, key, value, None, dropout=0.0, scaling=self.scaling, **kwargs)
         return self.o_proj(output.flatten(-2)), weights
 

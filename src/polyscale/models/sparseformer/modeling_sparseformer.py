@@ -6,6 +6,7 @@ v1 and bootstrapped).
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -37,8 +38,6 @@ from .modeling_layers_sparseformer import (
 logger = logging.get_logger(__name__)
 
 _ROI_TABLE, _TOKEN_TABLE = "embeddings.rois", "embeddings.tokens"
-# Names in checkpoints of older versions -> today's.
-_OLD_NAMES = {r"^classifier\.": "head."}
 
 
 @dataclass
@@ -95,6 +94,7 @@ class SparseFormerPreTrainedModel(CheckedModelMixin, PreTrainedModel):
 
     config: SparseFormerConfig
     base_model_prefix = "sparseformer"
+    old_names: ClassVar = {r"^classifier\.": "head."}
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
@@ -154,7 +154,6 @@ class SparseFormerPreTrainedModel(CheckedModelMixin, PreTrainedModel):
         Raises:
             ValueError: for another `num_latent_tokens` where each token has its own embedding.
         """
-        kwargs["key_mapping"] = {**_OLD_NAMES, **(kwargs.get("key_mapping") or {})}
         wanted = kwargs.get("num_latent_tokens", getattr(config, "num_latent_tokens", None))
         if wanted is None:
             return super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
