@@ -3,19 +3,21 @@
     polyscale train IMAGES TUNED --init-from QUADTREE --tune-budgets 0.3 1.0 --tune-by merging
     python benchmarks/better_tokens/tuned.py QUADTREE TUNED IMAGES --by merging --tokens 25 40 52 --csv FILE
 
-QUADTREE is a Quadtree ViT classifier with a processor beside it. Intervals are 95 % of a bootstrap over the images,
-paired for the gain. The file grows: rows of the same model, way and budget are replaced.
+QUADTREE is a Quadtree ViT with a processor beside it: a classifier or, with `--probe`, a tower whose embeddings the
+probe classifies. Intervals are 95 % of a bootstrap over the images, paired for the gain. The file grows: rows of the
+same model, way and budget are replaced.
 """
 
 import argparse
 import csv
 from pathlib import Path
 
-from measured import ask, interval, read_images
+import torch
+from measured import Answers, ask, interval, read_images
 from torch import tensor
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 
-import polyscale  # noqa: F401 (registers the families)
+from polyscale import QuadtreeViTModelWithProjection
 
 
 def main() -> None:
@@ -26,16 +28,16 @@ def main() -> None:
     parser.add_argument("--by", choices=("budget", "merging"), default="budget", help="what TUNED was tuned by")
     parser.add_argument("--tokens", type=int, nargs="+", required=True)
     parser.add_argument("--name", required=True, help="of the model in the file")
+    parser.add_argument("--probe", type=Path, help="`probe.pt` of clip_teacher.py: a classifier of the embeddings")
     parser.add_argument("--csv", type=Path, required=True)
     parser.add_argument("--limit", type=int, default=1000)
     arguments = parser.parse_args()
 
     processor = AutoImageProcessor.from_pretrained(arguments.source)
     config = AutoConfig.from_pretrained(arguments.tuned)  # of both: options may have been set for the tuning
-    models = [
-        AutoModelForImageClassification.from_pretrained(name, config=config).eval()
-        for name in (arguments.source, arguments.tuned)
-    ]
+    probe = torch.load(arguments.probe, weights_only=True) if arguments.probe else None
+    kind = AutoModelForImageClassification if probe is None else QuadtreeViTModelWithProjection
+    models = [kind.from_pretrained(name, config=config).eval() for name in (arguments.source, arguments.tuned)]
     everything = config.num_tokens_range()[1]
     images = read_images(arguments.images, arguments.limit, config.image_size)
     mean, std = tensor([processor.image_mean, processor.image_std])[:, :, None, None]
@@ -43,10 +45,10 @@ def main() -> None:
 
     def answers(model, **call):
         def run(pixels):
-            logits = model(pixels, **call).logits
-            return logits, logits
+            outputs = model(pixels, **call)
+            return (outputs.logits, outputs.logits) if probe is None else (outputs.image_embeds, None)
 
-        return ask(run, batches)
+        return Answers.joined([ask(run, batches)], probe)
 
     full = answers(models[0], num_tokens=everything)
     rows = []
@@ -54,11 +56,13 @@ def main() -> None:
         call = {"num_tokens": tokens}
         if arguments.by == "merging":
             call = {"num_tokens": everything, "merge_tokens_to": tokens}
-        before, after = (answers(model, **call).agreement(full) for model in models)
+        given = [answers(model, **call) for model in models]
+        before, after = (answer.agreement(full) for answer in given)
         row = {"model": arguments.name, "by": arguments.by, "tokens": tokens, "images": len(images)}
         row |= {"before": before.mean(), "after": after.mean()}
         row["after_low"], row["after_high"] = interval(after)
         row["gain_low"], row["gain_high"] = interval(after.astype(float) - before)
+        row["cosine_before"], row["cosine_after"] = (answer.cosine(full) for answer in given)
         rows.append(
             {name: value if isinstance(value, str | int) else round(float(value), 4) for name, value in row.items()}
         )

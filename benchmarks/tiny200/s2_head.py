@@ -22,17 +22,20 @@ from polyscale import FlexiViTForImageClassification, S2ImageProcessor, S2Vision
 
 
 @torch.no_grad()
-def pooled_features(model: S2VisionForImageClassification, pixel_values: torch.Tensor) -> torch.Tensor:
+def pooled_features(model: S2VisionForImageClassification, pixel_values: torch.Tensor, bf16: bool) -> torch.Tensor:
     """What the classifier reads: (images, scales * width)."""
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         return model.s2_vision(pixel_values, pooled_only=True).pooler_output.float()
 
 
-def all_features(model: S2VisionForImageClassification, images: np.ndarray, indices: torch.Tensor, view: int | None):
+def all_features(
+    model: S2VisionForImageClassification, images: np.ndarray, indices: torch.Tensor, view: int | None, bf16: bool
+) -> torch.Tensor:
     rows, began = [], time.monotonic()
     for chosen in indices.split(50):
         batch = images[chosen.numpy()]
-        rows.append(pooled_features(model, normalize(batch) if view is None else view_of(batch, chosen, view)))
+        pixel_values = normalize(batch) if view is None else view_of(batch, chosen, view)
+        rows.append(pooled_features(model, pixel_values, bf16))
         if len(rows) % 100 == 0:
             print(f"{50 * len(rows)} images, {50 * len(rows) / (time.monotonic() - began):.0f}/s", flush=True)
     return torch.cat(rows)
@@ -76,6 +79,7 @@ def main() -> None:
     parser.add_argument("--patch-size", type=int, default=8)
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--embeddings", type=Path, help="made by lite_teacher.py")
+    parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast, for CPUs made for it")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
 
@@ -89,8 +93,8 @@ def main() -> None:
     generator = torch.Generator().manual_seed(arguments.seed)
     chosen = class_balanced(labels, len(labels) // 200, generator)[: arguments.images]
     held = class_balanced(val_labels, arguments.validation_images // 200, generator)
-    features = all_features(model, images, chosen, 0)
-    held_features = all_features(model, val_images, held, None)
+    features = all_features(model, images, chosen, 0, arguments.bf16)
+    held_features = all_features(model, val_images, held, None, arguments.bf16)
     teacher = None
     if arguments.embeddings is not None:
         probe = torch.load(arguments.embeddings / "probe.pt", weights_only=True)

@@ -27,6 +27,7 @@ from torch import nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 
 import polyscale  # noqa: F401 (registers the families)
+from polyscale.utils.validation import to_pair
 
 
 class Teacher:
@@ -64,11 +65,26 @@ def augment(images: np.ndarray, generator: np.random.Generator, shift: int = 6) 
     return moved
 
 
+def classifier_of(model: PreTrainedModel) -> nn.Linear:
+    return model.head if isinstance(model.head, nn.Linear) else model.head.classifier
+
+
+def sized(pixel_values: torch.Tensor, model: PreTrainedModel) -> torch.Tensor:
+    """Enlarged to the size that the model's image processor makes."""
+    size = to_pair(model.config.image_size)
+    if pixel_values.shape[-2:] == size:
+        return pixel_values
+    return F.interpolate(pixel_values, size=size, mode="bilinear")
+
+
 def pooled_and_logits(
     model: PreTrainedModel, pixel_values: torch.Tensor, **budget
 ) -> tuple[torch.Tensor, torch.Tensor]:
     outputs = model.base_model(pixel_values, **budget)
-    return [outputs.pooler_output, model.head(outputs.pooler_output, outputs.last_hidden_state)]
+    pooled = outputs.pooler_output
+    if isinstance(model.head, nn.Linear):
+        return pooled, model.head(pooled)
+    return pooled, model.head(pooled, outputs.last_hidden_state)
 
 
 @torch.no_grad()
@@ -78,7 +94,7 @@ def accuracy(
     model.eval()
     right = 0
     for start in range(0, len(images), batch_size):
-        logits = model(normalize(images[start : start + batch_size]), **budget).logits
+        logits = model(sized(normalize(images[start : start + batch_size]), model), **budget).logits
         right += (logits.argmax(-1) == labels[start : start + batch_size]).sum().item()
     model.train()
     return right / len(images)
@@ -88,10 +104,11 @@ def accuracy(
 def start_classifier(model: PreTrainedModel, images: np.ndarray, labels: torch.Tensor, **budget) -> None:
     """Sets the classifier to a ridge probe on the pooled tokens of `images`."""
     batches = [images[start : start + 100] for start in range(0, len(images), 100)]
-    pooled = torch.cat([model.base_model(normalize(batch), **budget).pooler_output for batch in batches])
+    pixels = (sized(normalize(batch), model) for batch in batches)
+    pooled = torch.cat([model.base_model(pixel_values, **budget).pooler_output for pixel_values in pixels])
     probe = fit_probe(pooled, labels, model.config.num_labels)
-    model.head.classifier.weight.copy_(probe["weight"])
-    model.head.classifier.bias.copy_(probe["bias"])
+    classifier_of(model).weight.copy_(probe["weight"])
+    classifier_of(model).bias.copy_(probe["bias"])
 
 
 def parameter_groups(modules: list[nn.Module], weight_decay: float) -> list[dict]:
@@ -119,13 +136,13 @@ def train(arguments: argparse.Namespace) -> None:
     quick_images, quick_labels = val_images[quick.numpy()], val_labels[quick]
     model = AutoModelForImageClassification.from_pretrained(arguments.start, attn_implementation="eager")
     AutoImageProcessor.from_pretrained(arguments.start).save_pretrained(arguments.output)
-    budgets = [{arguments.budget_argument: budget} for budget in arguments.budgets]
-    probs = np.array(arguments.probs, dtype=float)
-    early_probs = np.array(arguments.early_probs or arguments.probs, dtype=float)
+    budgets = [{arguments.budget_argument: budget} for budget in arguments.budgets] or [{}]
+    probs = np.array(arguments.probs or [1.0], dtype=float)
+    early_probs = np.array(arguments.early_probs or probs, dtype=float)
     shown = [budgets[index] for index in np.argsort(-probs)[:2]]
 
     teacher = Teacher(arguments.embeddings, len(labels)) if arguments.embeddings else None
-    adapter = nn.Linear(model.head.classifier.in_features, teacher.embeddings[0].shape[1] if teacher else 1)
+    adapter = nn.Linear(classifier_of(model).in_features, teacher.embeddings[0].shape[1] if teacher else 1)
     optimizer = torch.optim.AdamW(
         parameter_groups([model, adapter], arguments.weight_decay),
         lr=arguments.learning_rate,
@@ -194,7 +211,7 @@ def train(arguments: argparse.Namespace) -> None:
         else:
             pixel_values = normalize(augment(images[indices.numpy()], generator))
         with torch.autocast("cpu", torch.bfloat16, enabled=arguments.bf16):
-            pooled, logits = pooled_and_logits(model, pixel_values, **budget)
+            pooled, logits = pooled_and_logits(model, sized(pixel_values, model), **budget)
         loss = F.cross_entropy(logits.float(), labels[indices], label_smoothing=arguments.label_smoothing)
         losses.append(loss.item())
         if teacher:
@@ -216,8 +233,8 @@ def main() -> None:
     length.add_argument("--minutes", type=float)
     length.add_argument("--images", type=int)
     parser.add_argument("--budget-argument", default="patch_size")
-    parser.add_argument("--budgets", type=int, nargs="+", required=True)
-    parser.add_argument("--probs", type=float, nargs="+", required=True, help="of the budgets, at the end")
+    parser.add_argument("--budgets", type=int, nargs="+", default=[], help="none for a SparseFormer")
+    parser.add_argument("--probs", type=float, nargs="+", help="of the budgets, at the end")
     parser.add_argument("--early-probs", type=float, nargs="+", help="at the start; they change over evenly")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--learning-rate", type=float, default=5e-4)
