@@ -9,10 +9,18 @@ from polyscale import sample_photographs
 from polyscale.explorer import Explorer
 from polyscale_cli import app
 
-from ..tiny_checkpoints import save_tiny_flexivit, save_tiny_quadtree_vit, save_tiny_s2, save_tiny_sparseformer
+from ..tiny_checkpoints import (
+    TINY_IMAGENET_LABELS,
+    label_fields,
+    save_tiny_flexivit,
+    save_tiny_quadtree_vit,
+    save_tiny_s2,
+    save_tiny_sparseformer,
+)
 
 
 CAT = next(file for file in sample_photographs() if file.name.startswith("cat"))
+TINY200 = sample_photographs(TINY_IMAGENET_LABELS)
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +53,39 @@ def test_budgets_go_from_few_tokens_to_many(explorer):
     assert explorer.budgets("quadtree (quadtree_vit)") == [4, 10, 19, 28, 37, 46, 55, 64]
     assert explorer.budgets("sparse (sparseformer)") == [None]
     assert explorer.budgets("s2 (s2_vision)") == [[1, 1], [1, 2]]
+
+
+@pytest.mark.parametrize(
+    ("title", "folder", "count"),
+    [
+        ("flexivit (flexivit)", "photographs", 6),
+        ("flexivit-cifar10 (flexivit)", "photographs", 6),
+        ("flexivit-tiny200 (flexivit)", "tiny200", 12),
+        ("quadtree-vit-cifar10 (quadtree_vit)", "photographs", 6),
+        ("quadtree-vit-tiny200 (quadtree_vit)", "tiny200", 12),
+    ],
+)
+def test_photographs_fit_the_checkpoint(explorer, title, folder, count):
+    photographs = explorer.photographs(title)
+    assert {file.parent.name for file in photographs} == {folder}
+    assert len(photographs) == count
+    with pytest.raises(ValueError, match="`title` must be one of flexivit"):
+        explorer.photographs("other")
+
+
+@pytest.mark.parametrize(
+    ("labels", "folder"),
+    [
+        (TINY_IMAGENET_LABELS, "tiny200"),
+        ([*reversed(TINY_IMAGENET_LABELS), "something else"], "tiny200"),
+        ([label for label in TINY_IMAGENET_LABELS if label != "koala"], "photographs"),
+        (["something", "else"], "photographs"),
+    ],
+    ids=["its labels", "more labels", "one is missing", "others"],
+)
+def test_photographs_of_a_set_are_shown_where_every_class_is_a_label(tmp_path, labels, folder):
+    explorer = Explorer([save_tiny_flexivit(tmp_path / "mine", **label_fields(labels))])
+    assert {file.parent.name for file in explorer.photographs("mine (flexivit)")} == {folder}
 
 
 @pytest.mark.parametrize(
@@ -136,6 +177,33 @@ def test_sliders_follow_the_checkpoint(page):
     assert not left.interactive
 
 
+def test_photographs_follow_the_checkpoint(page):
+    cifar, tiny = [str(file) for file in sample_photographs()], [str(file) for file in TINY200]
+    left, right, gallery, *files = page.choose("flexivit-tiny200 (flexivit)", cifar, cifar[3])
+    assert (left.value, right.value, right.maximum) == (1, 6, 6)
+    assert [item["image"]["orig_name"] for item in gallery.value] == [file.name for file in TINY200]
+    assert files == [tiny, tiny[0]]
+    assert page.choose("sparse (sparseformer)", tiny, tiny[5])[3:] == (cifar, cifar[0])
+    assert page.choose("flexivit-tiny200 (flexivit)", cifar, "my.png")[3:] == (tiny, "my.png")
+
+
+def test_photographs_stay_where_the_next_checkpoint_has_the_same(page):
+    tiny = [str(file) for file in TINY200]
+    _, _, gallery, *files = page.choose("quadtree-vit-tiny200 (quadtree_vit)", tiny, tiny[5])
+    assert "value" not in gallery  # no update
+    assert files == [tiny, tiny[5]]
+
+
+def test_the_page_starts_with_photographs_of_its_first_checkpoint(tmp_path):
+    pytest.importorskip("gradio", reason="the extra `app` is not installed")
+    from polyscale.explorer.page import build_page
+
+    mine = save_tiny_flexivit(tmp_path / "mine", **label_fields(TINY_IMAGENET_LABELS))
+    blocks = build_page(Explorer([mine], device="cpu", repeats=1))
+    (gallery,) = [block for block in blocks.blocks.values() if type(block).__name__ == "Gallery"]
+    assert [item["image"]["orig_name"] for item in gallery.value] == [file.name for file in TINY200]
+
+
 @pytest.fixture
 def url(explorer, monkeypatch):
     pytest.importorskip("gradio", reason="the extra `app` is not installed")
@@ -198,6 +266,17 @@ def test_upload_slide_and_compare_in_a_browser(url, browser_page, tmp_path):
     browser_page.locator("#left-budget input[type=range]").focus()
     browser_page.keyboard.press("ArrowRight")
     left.get_by_text("10 tokens").wait_for()
+
+    samples = browser_page.locator(".samples button")
+    assert samples.count() == 6
+    browser_page.get_by_label("Checkpoint").click()
+    changed(lambda: browser_page.get_by_role("option", name="quadtree-vit-tiny200 (quadtree_vit)").click())
+    left.get_by_text("16 tokens").wait_for()
+    assert samples.count() == 12
+    assert browser_page.locator(".samples button.selected").count() == 0
+    changed(lambda: samples.nth(9).click())
+    left.get_by_text("lesser panda").wait_for()
+    right.get_by_text("lesser panda").wait_for()
 
     outside = [request for request in requests if not request.startswith((url, "data:", "blob:"))]
     assert outside == []

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
+from ..assets import sample_photographs
 from ..checkpoints import available_checkpoints
 from ..classification import classify_images
 from ..figures import budget_lines, figure_to_image, image_drawer, make_grid
@@ -53,6 +54,7 @@ class Explorer:
     def __init__(self, sources: Sequence[str | os.PathLike] = (), device: str | None = None, repeats: int = 3):
         self.device, self.repeats = device, repeats
         self.sources: dict[str, str] = {}
+        self._photographs: dict[str, list[Path]] = {}
         for source in [*sources, *available_checkpoints()]:
             config = load_config(source)
             name = Path(os.fspath(source)).name or os.fspath(source)
@@ -60,12 +62,24 @@ class Explorer:
             if title in self.sources and self.sources[title] != os.fspath(source):
                 title = f"{os.fspath(source)} ({config.model_type})"
             self.sources[title] = os.fspath(source)
+            self._photographs[title] = sample_photographs((config.id2label or {}).values())
         self._loaded: dict[str, LoadedModel] = {}
 
     @property
     def titles(self) -> list[str]:
         """The checkpoints to choose from: name and family."""
         return list(self.sources)
+
+    def photographs(self, title: str) -> list[Path]:
+        """The sample photographs that fit a checkpoint: the first set whose classes are all among its labels.
+
+        Those of CIFAR-10's classes where there is no such set.
+
+        Raises:
+            ValueError: for an unknown title.
+        """
+        self._check_title(title)
+        return self._photographs[title]
 
     def classifier(self, title: str) -> LoadedModel:
         """The classifier behind a title, and its image processor.
@@ -74,8 +88,7 @@ class Explorer:
             ValueError: for an unknown title, or a checkpoint that holds no trained classifier.
             OSError: if the checkpoint is gone.
         """
-        if title not in self.sources:
-            raise ValueError(f"`title` must be one of {', '.join(self.titles)}, got {title!r}.")
+        self._check_title(title)
         if title not in self._loaded:
             self._loaded[title] = load_classifier(self.sources[title], self.device)
         return self._loaded[title]
@@ -117,6 +130,10 @@ class Explorer:
         *said, _ = budget_lines(loaded.model.config, budget, [record["tokens"]])
         drawing = _drawing(loaded, open_pixels(file), budget)
         return View(drawing, " ".join(said), *(record[key] for key in ("tokens", "label", "score", "milliseconds")))
+
+    def _check_title(self, title: str) -> None:
+        if title not in self.sources:
+            raise ValueError(f"`title` must be one of {', '.join(self.titles)}, got {title!r}.")
 
 
 def _drawing(loaded: LoadedModel, image: Image.Image, budget: Any) -> Image.Image:

@@ -7,7 +7,6 @@ from typing import Any
 import gradio
 from PIL import Image
 
-from ..assets import sample_photographs
 from .exploring import Explorer, View
 
 
@@ -48,7 +47,10 @@ class Page:
 
     def __init__(self, explorer: Explorer):
         self.explorer = explorer
-        self.samples = [str(file) for file in sample_photographs()]
+
+    def samples(self, title: str) -> list[str]:
+        """The files of the sample photographs that fit a checkpoint."""
+        return [str(file) for file in self.explorer.photographs(title)]
 
     def show(self, title: str, file: str, position: float) -> tuple[Image.Image | None, str, str]:
         """A panel at a slider's position: drawing, answer, problem."""
@@ -74,6 +76,18 @@ class Page:
         options = {"maximum": max(count, 2), "interactive": count > 1}
         return gradio.Slider(value=1, **options), gradio.Slider(value=count, **options)
 
+    def choose(self, title: str, shown: list[str], file: str) -> tuple[Any, Any, Any, list[str], str]:
+        """What follows a newly chosen checkpoint: both sliders, the gallery, the files in it, the file to look at.
+
+        An image of the user's own stays, and so does a sample photograph that fits the checkpoint. Any other gives way
+        to the first that does.
+        """
+        samples = self.samples(title)
+        if samples == shown:
+            return *self.sliders(title), gradio.skip(), shown, file
+        gallery = gradio.Gallery(samples, selected_index=None)
+        return *self.sliders(title), gallery, samples, samples[0] if file in shown else file
+
     def upload(self, file: str | None, current: str) -> tuple[str, str]:
         """The file to look at from now on, and a problem: a bad upload leaves the image before it."""
         if file is None:
@@ -97,15 +111,17 @@ def build_page(explorer: Explorer) -> gradio.Blocks:
     page = Page(explorer)
     title = explorer.titles[0]
     left_start, right_start = page.sliders(title)
-    first = page.both(title, page.samples[0], 1, right_start.value)
+    first_samples = page.samples(title)
+    first = page.both(title, first_samples[0], 1, right_start.value)
     with gradio.Blocks(title=TITLE, analytics_enabled=False) as blocks:
         gradio.Markdown(f"# {TITLE}")
-        file = gradio.State(page.samples[0])
+        file = gradio.State(first_samples[0])
+        shown = gradio.State(first_samples)
         with gradio.Row():
             checkpoint = gradio.Dropdown(explorer.titles, value=title, label="Checkpoint", min_width=240)
             upload = gradio.File(label="Your image", type="filepath", height=140, min_width=240)
         samples = gradio.Gallery(
-            page.samples,
+            first_samples,
             label="Sample photographs",
             show_label=False,
             columns=6,
@@ -166,12 +182,14 @@ def build_page(explorer: Explorer) -> gradio.Blocks:
         def look(inputs: list) -> dict:
             return {"fn": page.both, "inputs": inputs, "outputs": everything, **one_at_a_time}
 
-        def choose_sample(event: gradio.SelectData) -> str:
-            return page.samples[event.index]
+        def choose_sample(shown: list[str], event: gradio.SelectData) -> str:
+            return shown[event.index]
 
         state = [checkpoint, file, *sliders]
-        checkpoint.input(page.sliders, checkpoint, sliders, **one_at_a_time).then(**look(state))
-        samples.select(choose_sample, None, file, show_progress="hidden").then(**look(state))
+        checkpoint.input(
+            page.choose, [checkpoint, shown, file], [*sliders, samples, shown, file], **one_at_a_time
+        ).then(**look(state))
+        samples.select(choose_sample, shown, file, show_progress="hidden").then(**look(state))
         upload.upload(page.upload, [upload, file], [file, problem], **one_at_a_time).then(
             lambda said, *values: (*page.both(*values)[:4], said), [problem, *state], everything, **one_at_a_time
         )
