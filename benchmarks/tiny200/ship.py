@@ -17,7 +17,7 @@ from polyscale.training.train import store_weights_as
 
 
 def store_matrices_as_float8(folder: Path) -> None:
-    """Rounds the matrices of the layers to three bits behind the point; norms, biases and the ends stay as they are."""
+    """Rounds the matrices of the layers to three bits behind the point; norms, biases and both ends stay."""
     path = folder / "model.safetensors"
     weights = {
         name: weight.to(torch.float8_e4m3fn) if weight.ndim == 2 and ".layers." in name else weight
