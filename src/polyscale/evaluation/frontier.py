@@ -32,7 +32,7 @@ def frontier_records(
     size is timed.
 
     Args:
-        evaluations (`Sequence[Evaluation]`): of `evaluate_checkpoints`, whose models are timed.
+        evaluations (`Sequence[Evaluation]`): of `evaluate_checkpoints`, whose models are loaded and timed one by one.
         batch_sizes (`Sequence[int]`, *optional*, defaults to `(1, 32)`): images per forward pass.
         rounds (`int`, *optional*, defaults to 10): timed passes per budget; the median counts.
         progress (`Callable`, *optional*): called with the measurements done and their number.
@@ -49,30 +49,35 @@ def frontier_records(
     check_int("rounds", rounds, minimum=1)
     check_function("progress", progress)
     done, total = 0, sum(len({r.image_size for r in e.results}) for e in evaluations) * len(batch_sizes)
-    records = []
-    for evaluation in evaluations:
-        own = to_records([evaluation])
-        for size in dict.fromkeys(result.image_size for result in evaluation.results):
-            rows = [
-                (Setting(result.budget, result.merge_to, result.way), record)
-                for result, record in zip(evaluation.results, own, strict=True)
-                if result.image_size == size
-            ]
-            for batch_size in batch_sizes:
-                speeds = time_settings(
-                    evaluation.loaded,
-                    [setting for setting, _ in rows],
-                    image_size=size,
-                    batch_size=batch_size,
-                    rounds=rounds,
-                )
-                for (_, record), speed in zip(rows, speeds, strict=True):
-                    record["gflops"] = speed.gflops
-                    record[f"milliseconds_batch_{batch_size}"] = speed.milliseconds
-                done += 1
-                if progress is not None:
-                    progress(done, total)
-        records += own
+
+    def step() -> None:
+        nonlocal done
+        done += 1
+        if progress is not None:
+            progress(done, total)
+
+    return [record for evaluation in evaluations for record in _records_of(evaluation, batch_sizes, rounds, step)]
+
+
+def _records_of(
+    evaluation: Evaluation, batch_sizes: Sequence[int], rounds: int, step: Callable[[], None]
+) -> list[dict]:
+    """Those of one model, which is in memory until they are made."""
+    model, records = evaluation.load(), to_records([evaluation])
+    for size in dict.fromkeys(result.image_size for result in evaluation.results):
+        rows = [
+            (Setting(result.budget, result.merge_to, result.way), record)
+            for result, record in zip(evaluation.results, records, strict=True)
+            if result.image_size == size
+        ]
+        for batch_size in batch_sizes:
+            speeds = time_settings(
+                model, [setting for setting, _ in rows], image_size=size, batch_size=batch_size, rounds=rounds
+            )
+            for (_, record), speed in zip(rows, speeds, strict=True):
+                record["gflops"] = speed.gflops
+                record[f"milliseconds_batch_{batch_size}"] = speed.milliseconds
+            step()
     return records
 
 

@@ -63,7 +63,7 @@ def curves_of(evaluations: Sequence[Evaluation], records: Sequence[dict]) -> lis
         }
         title = f"{name} (control)" if evaluation.control else name
         sizes = {str(record["image_size"]): record["image_size"] or (0,) for record in own if record["way"] == BUDGET}
-        largest = max(sizes, key=lambda size: _area(sizes[size]))
+        largest = max(sizes, key=lambda size: _area(sizes[size]), default=None)
         groups: dict[tuple, list[int]] = {}
         for place, record in enumerate(own):
             size = None if record["way"] == SMALLER else str(record["image_size"])
