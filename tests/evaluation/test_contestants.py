@@ -12,6 +12,7 @@ from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as PILImage
 from typer.testing import CliRunner
 
+from polyscale import QuadtreeViTImageProcessor
 from polyscale.cli import app
 from polyscale.evaluation import run
 from polyscale.evaluation.contestants import Contestant, control_budgets, fitting_checkpoints
@@ -296,6 +297,29 @@ def test_the_plot_has_a_panel_per_cost_and_a_line_per_reference(everything, tmp_
     assert str(table.caption) == "For comparison, top-1 of teacher: 70.00"
     cells = [str(cell) for cell in table.columns[0].cells]
     assert cells[:7] == ["flexivit", "  16", "  8", "  4", "  merged to 10", "  merged to 6", "  its own at 16x16"]
+
+
+@pytest.mark.parametrize("fit", ["squash", "aspect"])
+def test_operations_are_those_of_the_data_where_tokens_depend_on_what_images_show(tmp_path, fit):
+    model = save_tiny_quadtree_vit(tmp_path / "model", split_threshold=0.1, num_tokens=None)
+    size = {"height": 32, "width": 32}
+    QuadtreeViTImageProcessor(size=size, max_patch_size=16, fit=fit).save_pretrained(model)
+    pixels = np.full((4, 32, 32, 3), 127, dtype=np.uint8)  # nothing to split: 4 tokens of the 64 that noise has
+    features = Features({"image": Image(), "label": ClassLabel(names=list(CIFAR10_LABELS))})
+    rows = {"image": [PILImage.fromarray(array) for array in pixels], "label": [0, 1, 2, 3]}
+    Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "test.parquet")
+    evaluations = run.evaluate_checkpoints([model], tmp_path / "test.parquet", device="cpu")
+    (record,) = frontier_records(evaluations, batch_sizes=(1, 6), rounds=1)
+    assert record["tokens"] == 4
+    by_hand = load_classifier(model).model
+    images = torch.zeros(1, 3, 32, 32)
+    with torch.no_grad():
+        expected = count_gflops(lambda: by_hand(images, num_tokens=4))
+        most = count_gflops(lambda: by_hand(images, num_tokens=64))
+    assert record["gflops"] == pytest.approx(expected, rel=0.05)
+    assert record["gflops"] < most / 10
+    title = str(costs_table(evaluations, [record]).title)
+    assert title.endswith("operations and times on random images, those of the data where tokens differ")
 
 
 def test_ways_that_no_model_can_go_are_refused(tmp_path):

@@ -10,7 +10,7 @@ from ..utils.outputs import write_text
 from ..utils.text import plain
 from ..utils.validation import check_distinct, check_function, check_int, check_list
 from .plotting import plot_frontier
-from .report import csv_text, format_setting, format_size, model_names, source_text, to_records
+from .report import csv_text, format_setting, format_size, model_names, source_text, timed_images, to_records
 from .run import Evaluation
 from .settings import Setting
 from .speed import time_settings
@@ -28,8 +28,8 @@ def frontier_records(
 ) -> list[dict]:
     """The records of `to_records`, with what each budget costs.
 
-    Random images are timed, budgets of a model in turn. Where images of one model differ in size, the model's own
-    size is timed.
+    Random images are timed, budgets of a model in turn; images of the data where the number of tokens depends on what
+    they show. Where images of one model differ in size, the model's own size is timed.
 
     Args:
         evaluations (`Sequence[Evaluation]`): of `evaluate_checkpoints`, whose models are loaded and timed one by one.
@@ -72,7 +72,12 @@ def _records_of(
         ]
         for batch_size in batch_sizes:
             speeds = time_settings(
-                model, [setting for setting, _ in rows], image_size=size, batch_size=batch_size, rounds=rounds
+                model,
+                [setting for setting, _ in rows],
+                image_size=size,
+                batch_size=batch_size,
+                rounds=rounds,
+                images=None if evaluation.sample is None or size is None else evaluation.sample(size, batch_size),
             )
             for (_, record), speed in zip(rows, speeds, strict=True):
                 record["gflops"] = speed.gflops
@@ -90,7 +95,7 @@ def costs_table(
     """
     below = ", ".join(f"{name}: {100 * accuracy:.2f}" for name, accuracy in (references or {}).items())
     table = Table(
-        title=plain(f"{source_text(evaluations[0])}\noperations and times on random images"),
+        title=plain(f"{source_text(evaluations[0])}\noperations and times on {timed_images(evaluations)}"),
         caption=plain(f"For comparison, top-1 of {below}") if below else None,
     )
     times = _times(records)

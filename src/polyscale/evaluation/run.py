@@ -9,6 +9,7 @@ from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from transformers import PreTrainedModel
@@ -29,6 +30,7 @@ from .contestants import (
     same_place,
     typed_budgets,
 )
+from .inputs import image_batches, model_inputs, size_options
 from .planning import Plan, plan_rows
 
 
@@ -56,6 +58,8 @@ class Evaluation:
         control (`bool`): whether it is there to be compared with.
         load (`Callable` or `None`): gives the model, for what is measured afterwards. One model at a time is in
             memory: let it go before the next one is loaded.
+        sample (`Callable` or `None`): gives so many images of the data at an image size, (images, channels, height,
+            width), where what a model does depends on what images show; `None` where it does not.
     """
 
     model: str
@@ -70,6 +74,7 @@ class Evaluation:
     budget_texts: list[str]
     control: bool = False
     load: Callable[[], PreTrainedModel] | None = field(default=None, repr=False, compare=False)
+    sample: Callable[[tuple[int, int], int], torch.Tensor] | None = field(default=None, repr=False, compare=False)
 
 
 class _OneModel:
@@ -146,6 +151,17 @@ class _Comparison:
             for text in left_out_texts(plan, self.contestants[source].config):
                 note(f"{about}left out {text}")
 
+    def sample(self, source: str | os.PathLike, image_size: tuple[int, int], count: int) -> torch.Tensor:
+        """Images from all over the data as a model sees them at a size; the same ones again where there are fewer."""
+        model, processor = self.one_model(source)
+        plan = self.plans[source]
+        places = np.linspace(0, len(self.rows) - 1, count).round().astype(int)
+        ((images, name_of),) = image_batches(self.rows.select(places), count)
+        size = image_size if any(row.image_size == image_size for row in plan.rows) else None  # its processor's own
+        options = plan.values | size_options(processor, size, plan.crop_pct)
+        ((_, inputs, _),) = model_inputs(model, processor, images, name_of, size, options)
+        return inputs["pixel_values"]
+
     def evaluation(self, source: str | os.PathLike) -> Evaluation:
         """Scores a model at the rows of its plan."""
         model, processor = self.one_model(source)
@@ -159,6 +175,7 @@ class _Comparison:
             budget_texts=[format_budget(result.budget, model.config) for result in results],
             control=source not in self.models,
             load=partial(self.one_model.model, source),
+            sample=partial(self.sample, source) if getattr(model.config, "tokens_vary", False) else None,
             **self.facts,
         )
 
