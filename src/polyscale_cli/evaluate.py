@@ -3,6 +3,7 @@
 import json
 import math
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -147,6 +148,7 @@ def evaluate(
                 trust_remote_code=trust_remote_code,
                 config_options={"resize_method": resize_method} if resize_method else {},
                 progress=progress,
+                note=partial(note, "evaluate"),
                 image_sizes=_sizes(image_sizes, "--image-sizes"),
                 merge_to=_counts(merge_to, "--merge-to"),
                 shrink_to=_sizes(shrink_to, "--shrink-to"),

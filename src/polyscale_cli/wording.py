@@ -16,7 +16,7 @@ _OTHER_NAMES = {
     "convert-patch-embed": {"new_patch_size": "patch_size"},
     "demo": {"models": "model"},
     "embed": {"budgets": "budget", "dataset": "images", "source": "images", "query": "search"},
-    "evaluate": {"dataset": "DATASET", "model": "MODEL", "models": "MODEL"},
+    "evaluate": {"dataset": "DATASET", "merge_tokens_to": "merge_to", "model": "MODEL", "models": "MODEL"},
     "show": {"image": "file"},
     "train": {
         "image_mean": "mean",

@@ -3,7 +3,13 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as PILImage
-from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
+from transformers import (
+    ResNetConfig,
+    ResNetForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+)
 
 from polyscale import FlexiViTImageProcessor, QuadtreeViTImageProcessor
 from polyscale.evaluation import evaluate_budgets, load_classifier, wilson_interval
@@ -76,7 +82,7 @@ def test_merged_tokens_and_smaller_images_are_rows_at_the_own_budget(split, chec
         split,
         [8, 2],
         merge_to=[16, 12, 5],  # of 16 tokens
-        shrink_to=[12, 16, (8, 16), 20, 2],  # 2 pixels have no patch of 4, 16 and 20 cost no less
+        shrink_to=[12, 16, (8, 16), 20],  # 16 and 20 cost no less
         progress=lambda done, total: steps.append((done, total)),
     )
     assert steps == [(11, 33), (22, 33), (33, 33)]
@@ -246,8 +252,32 @@ def test_an_ordinary_vit_is_converted_on_the_fly(split, tmp_path):
     assert results[1].top1 == pytest.approx(accuracy_by_hand(vit, pixel_values, split["label"]))
 
 
+def test_a_budget_of_one_image_size_alone_is_scored_there(split, checkpoint):
+    results = evaluate_budgets(*load_classifier(checkpoint), split, [12, 4], image_sizes=[8, 16])
+    found = [(result.image_size, result.budget, result.tokens) for result in results]
+    assert found == [((8, 8), 4, 4), ((16, 16), 12, 1), ((16, 16), 4, 16)]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_tokens_of_a_network_whose_images_differ_in_size_are_counted_for_each(split, batch_size):
+    names = dict(enumerate(NAMES))
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", id2label=names)
+    processor = ViTImageProcessor(size={"shortest_edge": 32})
+    images = [PILImage.new("RGB", size, "red") for size in ((32, 32), (64, 32), (32, 96), (64, 32), (32, 32))]
+    # the last layer has a token for 8 x 8 pixels
+    (result,) = evaluate_budgets(
+        ResNetForImageClassification(config).eval(),
+        processor,
+        make_split(count=5, images=images),
+        batch_size=batch_size,
+    )
+    assert (result.image_size, result.tokens) == (None, (16 + 32 + 48 + 32 + 16) / 5)
+
+
 def test_bad_input(split, checkpoint):
     model, processor = load_classifier(checkpoint)
+    seen = []
+    model.register_forward_pre_hook(lambda _, args, kwargs: seen.append(len(kwargs["pixel_values"])), with_kwargs=True)
     for arguments, message in (
         ({"budgets": [17]}, "`patch_size` must not be larger"),
         ({"budgets": []}, "`budgets` is empty"),
@@ -262,11 +292,17 @@ def test_bad_input(split, checkpoint):
         ({"merge_to": [8, 8]}, "`merge_to` holds 8 twice"),
         ({"merge_to": [0]}, "`merge_to` must be at least 1"),
         ({"merge_to": [3]}, "`merge_to` 3: `merge_tokens_to` must be at least 4 for 16 tokens and 2 layers"),
+        ({"merge_to": [8, 3]}, "`merge_to` 3: `merge_tokens_to` must be at least 4 for 16 tokens and 2 layers"),
+        ({"budgets": [4, 17]}, "`budgets` 17: `patch_size` must not be larger"),
+        ({"image_sizes": [16, 3], "budgets": [4]}, "`image_sizes` 3: `patch_size` must not be larger"),
+        ({"shrink_to": [8, 2]}, "`shrink_to` 2: `patch_size` must not be larger"),
         ({"shrink_to": [8, (8, 8)]}, r"`shrink_to` holds \(8, 8\) twice"),
         ({"shrink_to": 8}, "`shrink_to` must be a list"),
         ({"batch_size": 0}, "`batch_size` must be at least 1"),
     ):
+        seen.clear()
         with pytest.raises(ValueError, match=message):
             evaluate_budgets(model, processor, split, **arguments)
+        assert set(seen) <= {1}  # nothing was scored before
     with pytest.raises(ValueError, match="is empty"):
         evaluate_budgets(model, processor, split.select([]))

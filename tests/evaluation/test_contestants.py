@@ -2,6 +2,7 @@
 
 import csv
 import json
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -11,13 +12,15 @@ from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as PILImage
 from typer.testing import CliRunner
 
+from polyscale import QuadtreeViTImageProcessor
 from polyscale.cli import app
 from polyscale.evaluation import run
-from polyscale.evaluation.contestants import control_budgets, fitting_checkpoints
+from polyscale.evaluation.contestants import Contestant, control_budgets, fitting_checkpoints
 from polyscale.evaluation.frontier import costs_table, frontier_records
 from polyscale.evaluation.plotting import curves_of, draw_curves, plot_frontier
 from polyscale.evaluation.speed import count_gflops
 from polyscale.loading import load_classifier
+from polyscale.utils.processors import output_size
 
 from ..tiny_checkpoints import (
     CIFAR10_LABELS,
@@ -98,21 +101,28 @@ def test_the_command_scores_the_checkpoints_of_these_classes(shipped, tmp_path):
     assert "None of the checkpoints that ship has the data's 2 classes, such as 'spoon'" in done.stderr
 
 
+def contestant(folder, **options) -> Contestant:
+    loaded = load_classifier(folder, **options)
+    return Contestant(loaded.model.config, output_size(loaded.image_processor))
+
+
 def test_a_control_stands_at_the_budgets_of_models_of_its_kind(tmp_path):
-    flexible = load_classifier(save_tiny_flexivit(tmp_path / "flexible", train_patch_sizes=[16, 4, [8, 4]]))
-    quadtree = load_classifier(save_tiny_quadtree_vit(tmp_path / "quadtree"))
-    control = load_classifier(save_tiny_flexivit(tmp_path / "control", train_patch_sizes=[8]))
+    flexible = contestant(save_tiny_flexivit(tmp_path / "flexible", train_patch_sizes=[16, 4, [8, 4]]))
+    quadtree = contestant(save_tiny_quadtree_vit(tmp_path / "quadtree"))
+    control = contestant(save_tiny_flexivit(tmp_path / "control", train_patch_sizes=[8]))
     assert control_budgets(control, [quadtree, flexible]) == [16, 8, [8, 4], 4]
     assert control_budgets(control, [quadtree]) is None
-    assert control_budgets(load_classifier(save_tiny_sparseformer(tmp_path / "sparse")), [flexible]) is None
-    small = load_classifier(tmp_path / "control", image_size=12)
+    assert control_budgets(contestant(save_tiny_sparseformer(tmp_path / "sparse")), [flexible]) is None
+    small = contestant(tmp_path / "control", image_size=12)
     assert control_budgets(small, [flexible]) == [8, [8, 4], 4]  # no patch of 16 pixels fits
 
 
 @pytest.fixture(scope="module")
 def everything(tmp_path_factory):
-    """Evaluations of the four families and a control, with other ways; the folder; how often what was loaded."""
-    folder, loads = tmp_path_factory.mktemp("everything"), []
+    """Evaluations of the four families and a control, with other ways; their records; the folders; what was loaded,
+    and how many models of those loaded before were in memory then.
+    """
+    folder, loads, loaded_before = tmp_path_factory.mktemp("everything"), [], []
     models = {
         "flexivit": save_tiny_flexivit(folder / "flexivit", initializer_range=0.3),
         "quadtree": save_tiny_quadtree_vit(folder / "quadtree", initializer_range=0.3),
@@ -123,8 +133,10 @@ def everything(tmp_path_factory):
     make_split().to_parquet(folder / "test.parquet")
 
     def load(source, *args, **kwargs):
-        loads.append(source)
-        return load_classifier(source, *args, **kwargs)
+        loads.append((source, sum(model() is not None for model in loaded_before)))
+        loaded = load_classifier(source, *args, **kwargs)
+        loaded_before.append(weakref.ref(loaded.model))
+        return loaded
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "load_classifier", load)
@@ -136,9 +148,19 @@ def everything(tmp_path_factory):
     return evaluations, records, models, loads
 
 
-def test_every_model_is_loaded_once(everything):
+def test_one_model_at_a_time_is_in_memory(everything):
     *_, models, loads = everything
-    assert loads == [str(folder) for folder in models.values()]
+    # tried, scored and timed
+    assert loads == 3 * [(str(folder), 0) for folder in models.values()]
+
+
+def test_one_model_alone_is_loaded_once(tmp_path, monkeypatch):
+    model, loads = save_tiny_flexivit(tmp_path / "model"), []
+    make_split(count=2).to_parquet(tmp_path / "test.parquet")
+    monkeypatch.setattr(run, "load_classifier", lambda *a, **k: loads.append(a) or load_classifier(*a, **k))
+    evaluations = run.evaluate_checkpoints([model], tmp_path / "test.parquet", device="cpu", merge_to=[4])
+    assert len(frontier_records(evaluations, batch_sizes=(1,), rounds=1)) == 4
+    assert loads == [(str(model),)]
 
 
 def test_rows_are_budgets_then_merging_then_smaller_images(everything):
@@ -277,12 +299,38 @@ def test_the_plot_has_a_panel_per_cost_and_a_line_per_reference(everything, tmp_
     assert cells[:7] == ["flexivit", "  16", "  8", "  4", "  merged to 10", "  merged to 6", "  its own at 16x16"]
 
 
+@pytest.mark.parametrize("fit", ["squash", "aspect"])
+def test_operations_are_those_of_the_data_where_tokens_depend_on_what_images_show(tmp_path, fit):
+    model = save_tiny_quadtree_vit(tmp_path / "model", split_threshold=0.1, num_tokens=None)
+    size = {"height": 32, "width": 32}
+    QuadtreeViTImageProcessor(size=size, max_patch_size=16, fit=fit).save_pretrained(model)
+    pixels = np.full((4, 32, 32, 3), 127, dtype=np.uint8)  # nothing to split: 4 tokens of the 64 that noise has
+    features = Features({"image": Image(), "label": ClassLabel(names=list(CIFAR10_LABELS))})
+    rows = {"image": [PILImage.fromarray(array) for array in pixels], "label": [0, 1, 2, 3]}
+    Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "test.parquet")
+    evaluations = run.evaluate_checkpoints([model], tmp_path / "test.parquet", device="cpu")
+    (record,) = frontier_records(evaluations, batch_sizes=(1, 6), rounds=1)
+    assert record["tokens"] == 4
+    by_hand = load_classifier(model).model
+    images = torch.zeros(1, 3, 32, 32)
+    with torch.no_grad():
+        expected = count_gflops(lambda: by_hand(images, num_tokens=4))
+        most = count_gflops(lambda: by_hand(images, num_tokens=64))
+    assert record["gflops"] == pytest.approx(expected, rel=0.05)
+    assert record["gflops"] < most / 10
+    title = str(costs_table(evaluations, [record]).title)
+    assert title.endswith("operations and times on random images, those of the data where tokens differ")
+
+
 def test_ways_that_no_model_can_go_are_refused(tmp_path):
     sparse = save_tiny_sparseformer(tmp_path / "sparse")
     make_split(count=2).to_parquet(tmp_path / "test.parquet")
-    for option, message in (("merge_to", "can merge tokens"), ("shrink_to", "has fewer tokens in such images")):
-        with pytest.raises(ValueError, match=rf"`{option}` \[16\]: none of the models {message}"):
-            run.evaluate_checkpoints([sparse], tmp_path / "test.parquet", device="cpu", **{option: [16]})
+    for option, message in (
+        ("merge_to", "`merge_to` 16, 8: a model of type 'sparseformer' cannot merge tokens"),
+        ("shrink_to", "`shrink_to` 16, 8: such images cost it 9 tokens, no fewer than its own: 9"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run.evaluate_checkpoints([sparse], tmp_path / "test.parquet", device="cpu", **{option: [16, 8]})
 
 
 def test_the_command_writes_all_columns(tmp_path):
@@ -319,8 +367,8 @@ def test_the_command_writes_all_columns(tmp_path):
         (["--speed", "--reference", "70"], "expected NAME=PERCENT such as teacher=71.5"),
         (["--merge-to", "4x4"], "expected numbers of tokens such as 16"),
         (["--merge-to", "big"], "expected a number such as 16"),
-        (["--merge-to", "64"], "`--merge-to` [64]: none of the models can merge tokens"),
-        (["--shrink-to", "40"], "`--shrink-to` [40]: none of the models has fewer tokens"),
+        (["--merge-to", "64"], "`--merge-to` 64: it has no more than 16 tokens at its own budget"),
+        (["--shrink-to", "40"], "`--shrink-to` 40: such images cost it 25 tokens, no fewer than its own: 16"),
         (["--control", "nowhere"], "`MODEL` 'nowhere' cannot be loaded"),
     ],
 )

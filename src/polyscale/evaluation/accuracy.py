@@ -1,50 +1,23 @@
 """Accuracy and speed of a classifier across token budgets, on images in memory."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from datasets import ClassLabel, Dataset, Image
-from transformers import PreTrainedConfig, PreTrainedModel
+from datasets import ClassLabel, Dataset
+from transformers import PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
-from transformers.image_utils import (
-    IMAGENET_DEFAULT_MEAN,
-    IMAGENET_DEFAULT_STD,
-    IMAGENET_STANDARD_MEAN,
-    IMAGENET_STANDARD_STD,
-    OPENAI_CLIP_MEAN,
-    OPENAI_CLIP_STD,
-)
 
-from ..layers.budget_choice import checked_budgets
 from ..layers.token_budget import TokenBudgetMixin
-from ..utils.images import read_image
-from ..utils.processors import RESAMPLINGS, options_for_size, output_size, process_images
 from ..utils.timing import device_wait, timed
-from ..utils.validation import (
-    check_choice,
-    check_distinct,
-    check_flag,
-    check_function,
-    check_int,
-    check_list,
-    check_number,
-    to_pair,
-)
+from ..utils.validation import check_flag, check_function, check_int
+from .inputs import image_batches, model_inputs, size_options
 from .labels import match_labels
 from .metrics import TopKAccuracy, wilson_interval
-from .settings import BUDGET, SMALLER, Setting, costs_less, default_settings, merged_settings
-
-
-# (mean, standard deviation) of the channels that published models were trained with
-IMAGE_STATISTICS = {
-    "imagenet": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
-    "inception": (IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD),
-    "clip": (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD),
-}
+from .planning import Plan, plan_rows
+from .settings import BUDGET, Setting
 
 
 @dataclass(frozen=True)
@@ -87,36 +60,7 @@ class _Scores:
     logits: list[np.ndarray] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     seconds: float = 0.0
-
-
-def value_options(
-    mean: str | Sequence[float] | None,
-    std: str | Sequence[float] | None,
-    interpolation: str | None,
-    num_channels: int = 3,
-) -> dict[str, Any]:
-    """Arguments of an image processor's call for other statistics or another interpolation; none for `None`.
-
-    Raises:
-        ValueError: for an unknown name, or numbers that are no statistics of so many channels.
-    """
-    options: dict[str, Any] = {}
-    for name, value, index in (("mean", mean, 0), ("std", std, 1)):
-        if isinstance(value, str):
-            check_choice(name, value, tuple(IMAGE_STATISTICS))
-            value = IMAGE_STATISTICS[value][index]
-        if value is not None:
-            numbers = check_list(name, value, int | float, "numbers, one for each channel")
-            values = [float(number) for number in numbers]
-            if not np.isfinite(values).all() or (name == "std" and min(values) <= 0):
-                raise ValueError(f"`{name}` must be finite{' and above 0' if name == 'std' else ''}, got {values}.")
-            if len(values) != num_channels:
-                raise ValueError(f"`{name}` must hold {num_channels} numbers, one for each channel, got {values}.")
-            options[f"image_{name}"] = values
-    if interpolation is not None:
-        check_choice("interpolation", interpolation, tuple(RESAMPLINGS))
-        options["resample"] = RESAMPLINGS[interpolation]
-    return options
+    tokens_by_shape: dict[tuple, int] = field(default_factory=dict)
 
 
 def class_indices(split: Dataset, id2label: Mapping[int, str], label_map: Mapping | None = None) -> np.ndarray:
@@ -149,27 +93,6 @@ def known_labels(split: Dataset) -> tuple[np.ndarray, list[str] | None, int]:
     return labels, names, len(names) if names is not None else int(labels.max()) + 1
 
 
-def _batches(split: Dataset, batch_size: int) -> Iterator[list]:
-    opens_itself = split.format["type"] == "custom"  # as `load_image_dataset` gives it
-    files = split if opens_itself else split.cast_column("image", Image(decode=False))
-    for start in range(0, len(files), batch_size):
-        cells = files[start : start + batch_size]["image"]
-        yield [
-            cell if isinstance(cell, np.ndarray) else read_image(cell, _row_name(cell, start + index))
-            for index, cell in enumerate(cells)
-        ]
-
-
-def _stored_name(split: Dataset, start: int, index: int) -> str:
-    return _row_name(split.with_format(None)[start + index]["image"], start + index)
-
-
-def _row_name(value: Any, row: int) -> str:
-    path = value.get("path") if isinstance(value, Mapping) else None
-    return path or f"image {row} of the data"
-
-
-@torch.no_grad()
 def evaluate_budgets(
     model: PreTrainedModel,
     processor: BaseImageProcessor,
@@ -219,35 +142,62 @@ def evaluate_budgets(
         `list[BudgetResult]`: one per image size and budget, in the order given.
 
     Raises:
-        ValueError: for a budget or size that model or processor cannot take or that comes twice, classes that are not
-            the model's, an image that cannot be read, scores that are not finite, or an unknown choice.
+        ValueError: for a budget, size or number of tokens that model or processor cannot take (found out before
+            anything is scored) or that comes twice, classes that are not the model's, an image that cannot be read,
+            scores that are not finite, or an unknown choice.
     """
+    class_indices(split, model.config.id2label, label_map)  # refused before the model runs
+    plan = plan_rows(
+        model,
+        processor,
+        split,
+        budgets,
+        image_sizes,
+        merge_to=merge_to,
+        shrink_to=shrink_to,
+        crop_pct=crop_pct,
+        mean=mean,
+        std=std,
+        interpolation=interpolation,
+    )
+    plan.check(model.config)
+    return score_plan(
+        model,
+        processor,
+        split,
+        plan,
+        batch_size=batch_size,
+        label_map=label_map,
+        per_class=per_class,
+        progress=progress,
+    )
+
+
+@torch.no_grad()
+def score_plan(
+    model: PreTrainedModel,
+    processor: BaseImageProcessor,
+    split: Dataset,
+    plan: Plan,
+    *,
+    batch_size: int = 64,
+    label_map: Mapping[str, str | int] | None = None,
+    per_class: bool = False,
+    progress: Callable[[int, int], object] | None = None,
+) -> list[BudgetResult]:
+    """Scores a classifier at the rows of a plan. Arguments and errors: `evaluate_budgets`."""
     check_int("batch_size", batch_size, minimum=1)
     check_flag("per_class", per_class)
     check_function("progress", progress)
-    if crop_pct is not None:
-        check_number("crop_pct", crop_pct)
-    chosen = None if budgets is None else [Setting(budget) for budget in checked_budgets(budgets, model.config)]
-    stages = _stages(model.config, output_size(processor), chosen, image_sizes, merge_to, shrink_to)
     labels = class_indices(split, model.config.id2label, label_map)
-    values = value_options(mean, std, interpolation, getattr(model.config, "num_channels", 3))
-
-    results = []
-    for number, (size, settings) in enumerate(stages):
-        # a crop other than the processor's own still ends at the size that it makes
-        target = size or (output_size(processor) if crop_pct is not None else None)
-        if target is None and crop_pct is not None:
-            raise ValueError("`crop_pct` needs `image_sizes`: the image processor has no size of its own.")
-        options = values | ({} if target is None else options_for_size(processor, target, crop_pct))
-        scores = [_Scores(setting) for setting in settings]
-        seen_sizes, done = set(), number * len(split)
-        for images in _batches(split, batch_size):
-            name_of = partial(_stored_name, split, done - number * len(split))
-            seen_sizes |= _score_batch(model, processor, images, name_of, options, scores)
-            if size is not None and seen_sizes != {size}:
-                raise ValueError(
-                    f"`image_sizes` {size} does not take effect: the image processor makes images of {seen_sizes}."
-                )
+    stages, results, done = plan.stages(), [], 0
+    for size, rows in stages:
+        options = plan.values | size_options(processor, size, plan.crop_pct)
+        scores = [_Scores(row.setting) for row in rows]
+        seen_sizes = set()
+        for images, name_of in image_batches(split, batch_size):
+            inputs = model_inputs(model, processor, images, name_of, size, options)
+            seen_sizes |= _score_batch(model, len(images), inputs, scores)
             done += len(images)
             if progress is not None:
                 progress(done, len(stages) * len(split))
@@ -256,57 +206,16 @@ def evaluate_budgets(
     return results
 
 
-def _stages(
-    config: PreTrainedConfig,
-    own_size: tuple[int, int] | None,
-    budgets: list[Setting] | None,
-    image_sizes: Sequence | None,
-    merge_to: Sequence[int] | None,
-    shrink_to: Sequence | None,
-) -> list[tuple[tuple[int, int] | None, list[Setting]]]:
-    """What is scored at each image size, `None` standing for the processor's own."""
-    sizes: list[tuple[int, int] | None] = [None]
-    if image_sizes is not None:
-        sizes = _checked_sizes("image_sizes", image_sizes)
-    counts = []
-    if merge_to is not None:
-        counts = [check_int("merge_to", count, minimum=1) for count in check_list("merge_to", merge_to)]
-        check_distinct("merge_to", counts)
-    stages = []
-    for size in sizes:
-        settings = default_settings(config, size or own_size) if budgets is None else budgets
-        stages.append((size, [*settings, *merged_settings(config, size or own_size, counts)]))
-    smaller = [] if shrink_to is None else _checked_sizes("shrink_to", shrink_to)
-    return stages + [(size, [Setting(way=SMALLER)]) for size in smaller if costs_less(config, size, own_size)]
-
-
-def _checked_sizes(name: str, sizes: Sequence) -> list[tuple[int, int]]:
-    given = check_list(name, sizes, what="sizes in pixels")
-    pairs = [to_pair(size, name) for size in given]
-    check_distinct(name, given, pairs)
-    return pairs
-
-
 def _score_batch(
-    model: PreTrainedModel,
-    processor: BaseImageProcessor,
-    images: Sequence,
-    name_of: Callable[[int], str],
-    options: Mapping[str, Any],
-    scores: Sequence[_Scores],
-) -> set[tuple[int, int]]:
-    """Adds what a model says of a batch to `scores`, one for each setting; returns the sizes of its images."""
-    sizes, channels = set(), getattr(model.config, "num_channels", 3)
+    model: PreTrainedModel, count: int, inputs_by_size: Iterable[tuple], scores: Sequence[_Scores]
+) -> set[tuple[int, int] | None]:
+    """Adds what a model says of a batch of `count` images to `scores`, one for each setting; returns their sizes."""
+    sizes = set()
     calls = [score.setting.call(model.config) for score in scores]
-    logits = [np.empty((len(images), model.config.num_labels), dtype=np.float32) for _ in calls]
-    counts = [[0] * len(images) for _ in calls]
-    for indices, inputs in process_images(processor, images, channels, name_of, **options):
-        inputs = {
-            name: tensor.to(device=model.device, dtype=model.dtype if tensor.is_floating_point() else None)
-            for name, tensor in inputs.items()
-        }
-        shape = tuple(inputs["pixel_values"].shape)
-        sizes.add(shape[-2:] if len(shape) == 4 else None)  # tiles are cut by the shape of each image
+    logits = [np.empty((count, model.config.num_labels), dtype=np.float32) for _ in calls]
+    counts = [[0] * count for _ in calls]
+    for indices, inputs, size in inputs_by_size:
+        sizes.add(size)
         for index, call in enumerate(calls):
             if not scores[index].logits and not scores[index].seconds:
                 with scores[index].setting.named():  # one-time costs
@@ -325,10 +234,13 @@ def _score_batch(
 
 
 def _tokens(model: PreTrainedModel, inputs: dict, outputs: Any, score: _Scores) -> list[int]:
-    """Tokens of each image; those of the first batch again, where they cannot differ but by the image's size."""
-    if score.tokens and not isinstance(model.config, TokenBudgetMixin):
-        return [score.tokens[0]] * len(inputs["pixel_values"])
-    return score.setting.tokens(model, inputs, outputs)
+    """Tokens of each image; those of the first batch of this shape again, where nothing else makes them differ."""
+    if isinstance(model.config, TokenBudgetMixin):
+        return score.setting.tokens(model, inputs, outputs)
+    count, *shape = inputs["pixel_values"].shape
+    if tuple(shape) not in score.tokens_by_shape:
+        score.tokens_by_shape[tuple(shape)] = score.setting.tokens(model, inputs, outputs)[0]
+    return [score.tokens_by_shape[tuple(shape)]] * count
 
 
 def _result(
@@ -365,4 +277,4 @@ def _per_class(right: np.ndarray, split: Dataset) -> dict[str, dict]:
     }
 
 
-__all__ = ["IMAGE_STATISTICS", "BudgetResult", "class_indices", "evaluate_budgets", "known_labels", "value_options"]
+__all__ = ["BudgetResult", "class_indices", "evaluate_budgets", "known_labels", "score_plan"]

@@ -10,7 +10,7 @@ from ..utils.outputs import write_text
 from ..utils.text import plain
 from ..utils.validation import check_distinct, check_function, check_int, check_list
 from .plotting import plot_frontier
-from .report import csv_text, format_setting, format_size, model_names, source_text, to_records
+from .report import csv_text, format_setting, format_size, model_names, source_text, timed_images, to_records
 from .run import Evaluation
 from .settings import Setting
 from .speed import time_settings
@@ -28,11 +28,11 @@ def frontier_records(
 ) -> list[dict]:
     """The records of `to_records`, with what each budget costs.
 
-    Random images are timed, budgets of a model in turn. Where images of one model differ in size, the model's own
-    size is timed.
+    Random images are timed, budgets of a model in turn; images of the data where the number of tokens depends on what
+    they show. Where images of one model differ in size, the model's own size is timed.
 
     Args:
-        evaluations (`Sequence[Evaluation]`): of `evaluate_checkpoints`, whose models are timed.
+        evaluations (`Sequence[Evaluation]`): of `evaluate_checkpoints`, whose models are loaded and timed one by one.
         batch_sizes (`Sequence[int]`, *optional*, defaults to `(1, 32)`): images per forward pass.
         rounds (`int`, *optional*, defaults to 10): timed passes per budget; the median counts.
         progress (`Callable`, *optional*): called with the measurements done and their number.
@@ -49,30 +49,40 @@ def frontier_records(
     check_int("rounds", rounds, minimum=1)
     check_function("progress", progress)
     done, total = 0, sum(len({r.image_size for r in e.results}) for e in evaluations) * len(batch_sizes)
-    records = []
-    for evaluation in evaluations:
-        own = to_records([evaluation])
-        for size in dict.fromkeys(result.image_size for result in evaluation.results):
-            rows = [
-                (Setting(result.budget, result.merge_to, result.way), record)
-                for result, record in zip(evaluation.results, own, strict=True)
-                if result.image_size == size
-            ]
-            for batch_size in batch_sizes:
-                speeds = time_settings(
-                    evaluation.loaded,
-                    [setting for setting, _ in rows],
-                    image_size=size,
-                    batch_size=batch_size,
-                    rounds=rounds,
-                )
-                for (_, record), speed in zip(rows, speeds, strict=True):
-                    record["gflops"] = speed.gflops
-                    record[f"milliseconds_batch_{batch_size}"] = speed.milliseconds
-                done += 1
-                if progress is not None:
-                    progress(done, total)
-        records += own
+
+    def step() -> None:
+        nonlocal done
+        done += 1
+        if progress is not None:
+            progress(done, total)
+
+    return [record for evaluation in evaluations for record in _records_of(evaluation, batch_sizes, rounds, step)]
+
+
+def _records_of(
+    evaluation: Evaluation, batch_sizes: Sequence[int], rounds: int, step: Callable[[], None]
+) -> list[dict]:
+    """Those of one model, which is in memory until they are made."""
+    model, records = evaluation.load(), to_records([evaluation])
+    for size in dict.fromkeys(result.image_size for result in evaluation.results):
+        rows = [
+            (Setting(result.budget, result.merge_to, result.way), record)
+            for result, record in zip(evaluation.results, records, strict=True)
+            if result.image_size == size
+        ]
+        for batch_size in batch_sizes:
+            speeds = time_settings(
+                model,
+                [setting for setting, _ in rows],
+                image_size=size,
+                batch_size=batch_size,
+                rounds=rounds,
+                images=None if evaluation.sample is None or size is None else evaluation.sample(size, batch_size),
+            )
+            for (_, record), speed in zip(rows, speeds, strict=True):
+                record["gflops"] = speed.gflops
+                record[f"milliseconds_batch_{batch_size}"] = speed.milliseconds
+            step()
     return records
 
 
@@ -85,7 +95,7 @@ def costs_table(
     """
     below = ", ".join(f"{name}: {100 * accuracy:.2f}" for name, accuracy in (references or {}).items())
     table = Table(
-        title=plain(f"{source_text(evaluations[0])}\noperations and times on random images"),
+        title=plain(f"{source_text(evaluations[0])}\noperations and times on {timed_images(evaluations)}"),
         caption=plain(f"For comparison, top-1 of {below}") if below else None,
     )
     times = _times(records)

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..utils.outputs import written_beside
 from ..utils.text import no_math
-from .report import format_size, model_names, source_text, to_records, write_csv, write_json
+from .report import format_size, model_names, source_text, timed_images, to_records, write_csv, write_json
 from .run import Evaluation
 from .settings import BUDGET, MERGING, SMALLER
 
@@ -63,7 +63,7 @@ def curves_of(evaluations: Sequence[Evaluation], records: Sequence[dict]) -> lis
         }
         title = f"{name} (control)" if evaluation.control else name
         sizes = {str(record["image_size"]): record["image_size"] or (0,) for record in own if record["way"] == BUDGET}
-        largest = max(sizes, key=lambda size: _area(sizes[size]))
+        largest = max(sizes, key=lambda size: _area(sizes[size]), default=None)
         groups: dict[tuple, list[int]] = {}
         for place, record in enumerate(own):
             size = None if record["way"] == SMALLER else str(record["image_size"])
@@ -190,7 +190,8 @@ def plot_frontier(
     axes[0].set_ylabel("top-1 accuracy (%), 95 % intervals", fontsize=_FONT + 1)
     first = evaluations[0]
     figure.suptitle(
-        no_math(f"{source_text(first)}. Times: random images, {first.device}, {first.dtype}"), fontsize=_FONT
+        no_math(f"{source_text(first)}. Times: {timed_images(evaluations)}, {first.device}, {first.dtype}"),
+        fontsize=_FONT,
     )
     with written_beside(path) as scratch:
         figure.savefig(scratch, dpi=150)

@@ -33,6 +33,12 @@ def source_text(evaluation: Evaluation) -> str:
     return f"{evaluation.data}, split {evaluation.split}, {evaluation.images} images, {evaluation.classes} classes"
 
 
+def timed_images(evaluations: Sequence[Evaluation]) -> str:
+    """What `frontier_records` times."""
+    of_data = any(evaluation.sample is not None for evaluation in evaluations)
+    return "random images" + (", those of the data where tokens differ" if of_data else "")
+
+
 def results_table(evaluation: Evaluation) -> Table:
     """A rich table, one row per image size and budget."""
     versions = ", ".join(f"{name} {number}" for name, number in evaluation.versions.items())
@@ -142,6 +148,7 @@ __all__ = [
     "per_class_table",
     "results_table",
     "source_text",
+    "timed_images",
     "to_records",
     "write_csv",
     "write_json",

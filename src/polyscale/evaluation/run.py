@@ -11,22 +11,33 @@ from typing import Any
 
 import numpy as np
 import torch
+from datasets import Dataset
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from .. import __version__
 from ..layers.token_budget import choose_budgets, format_budget
-from ..loading import load_classifier
-from ..utils.validation import check_distinct, check_flag, check_list, check_path, shown
-from .accuracy import BudgetResult, evaluate_budgets
-from .contestants import control_budgets, fitting_checkpoints, same_place
-from .settings import MERGING, SMALLER
+from ..loading import LoadedModel, load_classifier
+from ..utils.processors import output_size
+from ..utils.validation import check_distinct, check_flag, check_function, check_list, check_path, shown
+from .accuracy import BudgetResult, class_indices, score_plan
+from .contestants import (
+    Contestant,
+    check_options,
+    control_budgets,
+    fitting_checkpoints,
+    left_out_texts,
+    same_place,
+    typed_budgets,
+)
+from .inputs import image_batches, model_inputs, size_options
+from .planning import Plan, plan_rows
 
 
-# Arguments of `evaluate_budgets` that ask for other ways to spend fewer tokens; why no model may have rows for them.
-_OTHER_WAYS = {
-    "merge_to": (MERGING, "none of the models can merge tokens and has more of them at its own budget"),
-    "shrink_to": (SMALLER, "none of the models has fewer tokens in such images than in its own, at its own budget"),
-}
+logger = logging.get_logger(__name__)
+# Arguments of `evaluate_budgets` of which some model must have a row, and those that its scoring takes.
+_ASKING = ("image_sizes", "merge_to", "shrink_to")
+_SCORING = ("batch_size", "label_map", "per_class")
 
 
 @dataclass(frozen=True)
@@ -45,7 +56,10 @@ class Evaluation:
         results (`list[BudgetResult]`): one per image size and budget.
         budget_texts (`list[str]`): the budget of each result, as a user types it; "" where it ran at its own.
         control (`bool`): whether it is there to be compared with.
-        loaded (`PreTrainedModel` or `None`): the model, for what is measured afterwards.
+        load (`Callable` or `None`): gives the model, for what is measured afterwards. One model at a time is in
+            memory: let it go before the next one is loaded.
+        sample (`Callable` or `None`): gives so many images of the data at an image size, (images, channels, height,
+            width), where what a model does depends on what images show; `None` where it does not.
     """
 
     model: str
@@ -59,7 +73,111 @@ class Evaluation:
     results: list[BudgetResult]
     budget_texts: list[str]
     control: bool = False
-    loaded: PreTrainedModel | None = field(default=None, repr=False, compare=False)
+    load: Callable[[], PreTrainedModel] | None = field(default=None, repr=False, compare=False)
+    sample: Callable[[tuple[int, int], int], torch.Tensor] | None = field(default=None, repr=False, compare=False)
+
+
+class _OneModel:
+    """Loads models. The one that was asked for last stays in memory, and no other."""
+
+    def __init__(self, load: Callable[[str | os.PathLike], LoadedModel]):
+        self._load = load
+        self._source: str | os.PathLike | None = None
+        self._loaded: LoadedModel | None = None
+
+    def __call__(self, source: str | os.PathLike) -> LoadedModel:
+        if self._loaded is None or source != self._source:
+            self._loaded = None  # before the next one comes
+            self._source, self._loaded = source, self._load(source)
+        return self._loaded
+
+    def model(self, source: str | os.PathLike) -> PreTrainedModel:
+        return self(source).model
+
+
+@dataclass
+class _Comparison:
+    """Models on one data set: each is planned, then scored.
+
+    Attributes:
+        rows (`datasets.Dataset`): what is scored.
+        facts (`dict`): fields of `Evaluation` that all models share.
+        one_model (`_OneModel`): loads them.
+        models (`list`): those that are no controls.
+        several (`bool`): whether there is more than one, or the command chose them.
+        words (`dict`): the budgets that were typed, as in `choose_budgets`.
+        planning, scoring: arguments of `plan_rows` and of `score_plan`.
+        plans, contestants: of the models so far, by their names.
+    """
+
+    rows: Dataset
+    facts: dict[str, Any]
+    one_model: _OneModel
+    models: list[str | os.PathLike]
+    several: bool
+    words: dict[str, list[str] | None]
+    planning: dict[str, Any]
+    scoring: dict[str, Any]
+    plans: dict[str | os.PathLike, Plan] = field(default_factory=dict)
+    contestants: dict[str | os.PathLike, Contestant] = field(default_factory=dict)
+
+    def plan(self, source: str | os.PathLike) -> None:
+        """Finds out which rows a model can have; one alone must have all that were asked for.
+
+        Raises:
+            ValueError: for classes of the data that it does not have, and as `plan_rows`.
+        """
+        model, processor = self.one_model(source)
+        class_indices(self.rows, model.config.id2label, self.scoring.get("label_map"))
+        self.contestants[source] = contestant = Contestant(model.config, output_size(processor))
+        if self.several:
+            budgets, left_out = typed_budgets(model.config, self.words)
+        else:
+            budgets, left_out = choose_budgets(model.config, self.words), []
+        typed = bool(budgets)
+        if budgets is None and source not in self.models:
+            budgets = control_budgets(contestant, [self.contestants[other] for other in self.models])
+        plan = plan_rows(model, processor, self.rows, budgets, typed=typed, **self.planning)
+        plan.left_out[:0] = left_out
+        self.plans[source] = plan
+        if not self.several:
+            plan.check(model.config)
+
+    def check(self, options: Sequence[str], note: Callable[[str], object]) -> None:
+        """Refuses options of which no model has a row, and tells of each row that is left out."""
+        check_options(self.plans, self.contestants, options)
+        for source, plan in self.plans.items():
+            about = f"`model` {os.fspath(source)}: " if self.several else ""
+            for text in left_out_texts(plan, self.contestants[source].config):
+                note(f"{about}left out {text}")
+
+    def sample(self, source: str | os.PathLike, image_size: tuple[int, int], count: int) -> torch.Tensor:
+        """Images from all over the data as a model sees them at a size; the same ones again where there are fewer."""
+        model, processor = self.one_model(source)
+        plan = self.plans[source]
+        places = np.linspace(0, len(self.rows) - 1, count).round().astype(int)
+        ((images, name_of),) = image_batches(self.rows.select(places), count)
+        size = image_size if any(row.image_size == image_size for row in plan.rows) else None  # its processor's own
+        options = plan.values | size_options(processor, size, plan.crop_pct)
+        ((_, inputs, _),) = model_inputs(model, processor, images, name_of, size, options)
+        return inputs["pixel_values"]
+
+    def evaluation(self, source: str | os.PathLike) -> Evaluation:
+        """Scores a model at the rows of its plan."""
+        model, processor = self.one_model(source)
+        results = score_plan(model, processor, self.rows, self.plans[source], **self.scoring)
+        return Evaluation(
+            model=os.fspath(source),
+            device=str(model.device),
+            dtype=str(model.dtype).rpartition(".")[2],
+            versions=library_versions(),
+            results=results,
+            budget_texts=[format_budget(result.budget, model.config) for result in results],
+            control=source not in self.models,
+            load=partial(self.one_model.model, source),
+            sample=partial(self.sample, source) if getattr(model.config, "tokens_vary", False) else None,
+            **self.facts,
+        )
 
 
 def library_versions() -> dict[str, str]:
@@ -101,9 +219,14 @@ def evaluate_checkpoints(
     trust_remote_code: bool = False,
     config_options: Mapping[str, Any] | None = None,
     progress: Callable[[int, int], object] | None = None,
+    note: Callable[[str], object] | None = None,
     **options: Any,
 ) -> list[Evaluation]:
-    """Scores checkpoints on one split of a data set, at each budget. Each is loaded once, and kept.
+    """Scores checkpoints on one split of a data set, at each budget.
+
+    What a model cannot take is found out before any is scored: all are loaded and tried, then scored. One at a time is
+    in memory, so that several are loaded twice. Of several models, rows that one cannot have are left out, and
+    `note` says which and why; of one model, a value that it cannot take is an error.
 
     Args:
         models (`Sequence[str or os.PathLike]`): what `load_classifier(..., convert=True)` takes, each once.
@@ -118,19 +241,22 @@ def evaluate_checkpoints(
         budget_words (`Mapping`, *optional*): as in `choose_budgets`.
         device, dtype, trust_remote_code: as in `load_classifier`.
         config_options (`Mapping`, *optional*): config fields to set.
+        note (`Callable[[str], object]`, *optional*): called with a sentence about each row that is left out; a
+            warning of the log when `None`.
         progress, options: as in `evaluate_budgets`.
 
     Returns:
-        `list[Evaluation]`: one per model: those given, those that ship, the controls.
+        `list[Evaluation]`: one per model that has rows: those given, those that ship, the controls.
 
     Raises:
         ValueError: as `load_classifier`, `load_image_dataset` and `evaluate_budgets`; for models that are no list, or
-            one that comes twice; where `bundled`, `merge_to` or `shrink_to` fits no model.
+            one that comes twice; where `bundled`, budgets, `image_sizes`, `merge_to` or `shrink_to` fit no model.
         OSError: if there is no such checkpoint.
     """
     from ..training.data import evaluation_split, load_image_dataset, sample_rows
 
     check_flag("bundled", bundled)
+    check_function("note", note)
     models = _checked_paths("models", models, may_be_empty=bundled)
     controls = _checked_paths("controls", controls, may_be_empty=True)
     words = _checked_words(budget_words)
@@ -140,54 +266,32 @@ def evaluate_checkpoints(
     rows = sample_rows(splits[name], limit, seed)
     if bundled:
         given = set(map(same_place, [*models, *controls]))
-        fitting = fitting_checkpoints(rows, options.get("label_map"))
+        fitting = fitting_checkpoints(splits[name], options.get("label_map"))  # a sample may lack the last class
         models += [checkpoint for checkpoint in fitting if same_place(checkpoint) not in given]
     sources = [*models, *controls]
-
+    several = len(sources) > 1 or bundled
     load = partial(load_classifier, device=device, dtype=dtype, convert=True, trust_remote_code=trust_remote_code)
-    loaded = [load(source, **(config_options or {})) for source in sources]
-    budgets = []
-    for source, contestant in zip(sources, loaded, strict=True):
-        with _about(source, len(sources) > 1):
-            chosen = choose_budgets(contestant.model.config, words)
-        if chosen is None and source in controls:
-            chosen = control_budgets(contestant, loaded[: len(models)])
-        budgets.append(chosen)
+    comparison = _Comparison(
+        rows=rows,
+        facts={"data": os.fspath(data), "split": name, "images": len(rows), "classes": _count_classes(splits[name])},
+        one_model=_OneModel(partial(load, **(config_options or {}))),
+        models=models,
+        several=several,
+        words=words,
+        planning={name: value for name, value in options.items() if name not in _SCORING},
+        scoring={name: options[name] for name in _SCORING if name in options} | {"progress": progress},
+    )
+    for source in sources:
+        with _about(source, several):
+            comparison.plan(source)
+    asking = [option for option in _ASKING if options.get(option) is not None]
+    comparison.check([*(["budgets"] if any(words.values()) else []), *asking], note or logger.warning)
+    return [comparison.evaluation(source) for source in sources if comparison.plans[source].rows]
 
-    # What a model cannot take is said before another one is scored: one image goes through all of them, that of the
-    # highest label, which tells how many there are.
-    labels = [-1 if label is None else label for label in rows.with_format(None)["label"]]
-    ways = {option: options[option] for option in _OTHER_WAYS if options.get(option) is not None}
-    if labels and (len(sources) > 1 or ways):
-        one, tried = rows.select([int(np.argmax(labels))]), set()
-        for source, contestant, chosen in zip(sources, loaded, budgets, strict=True):
-            with _about(source, len(sources) > 1):
-                tried |= {result.way for result in evaluate_budgets(*contestant, one, chosen, **options)}
-        for argument, value in ways.items():
-            way, reason = _OTHER_WAYS[argument]
-            if way not in tried:
-                raise ValueError(f"`{argument}` {list(value)}: {reason}.")
-    evaluations = []
-    for source, contestant, chosen in zip(sources, loaded, budgets, strict=True):
-        model = contestant.model
-        results = evaluate_budgets(*contestant, rows, chosen, progress=progress, **options)
-        evaluations.append(
-            Evaluation(
-                model=os.fspath(source),
-                data=os.fspath(data),
-                split=name,
-                images=len(rows),
-                classes=len(set(rows.with_format(None)["label"])),
-                device=str(model.device),
-                dtype=str(model.dtype).rpartition(".")[2],
-                versions=library_versions(),
-                results=results,
-                budget_texts=[format_budget(result.budget, model.config) for result in results],
-                control=source in controls,
-                loaded=model,
-            )
-        )
-    return evaluations
+
+def _count_classes(split: Dataset) -> int:
+    """Classes of a split, of which a sample may miss some."""
+    return len({label for label in split.with_format(None)["label"] if label is not None and label >= 0})
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """What one row of an evaluation measures: a model at a budget, or at its own with fewer tokens in another way."""
 
 from collections.abc import Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,39 +61,15 @@ def default_settings(config: PreTrainedConfig, image_size: Sequence[int] | None)
     return [Setting(budget) for budget in budgets]
 
 
-def merged_settings(
-    config: PreTrainedConfig, image_size: Sequence[int] | None, merge_to: Sequence[int]
-) -> list[Setting]:
-    """A model at its own budget, tokens merged; none where it cannot merge, or has no more tokens than that."""
-    if not hasattr(config, "merge_tokens_to") or config.tokens_vary:
-        return []
-    most = most_tokens(config, image_size)
-    return [Setting(merge_to=count, way=MERGING) for count in merge_to if most is not None and count < most]
+def tokens_at(config: PreTrainedConfig, image_size: Sequence[int] | None, budget: Any = None) -> int | None:
+    """The most tokens of an image at a budget, the model's own when `None`; `None` where nobody knows.
 
-
-def most_tokens(config: PreTrainedConfig, image_size: Sequence[int] | None, budget: Any = None) -> int | None:
-    """The most tokens of an image at a budget, the model's own when `None`; `None` where this size does not allow it,
-    or nobody knows.
+    Raises:
+        ValueError: where the model cannot take images of this size at this budget.
     """
-    if isinstance(config, TokenBudgetMixin):
-        with suppress(ValueError):
-            return config.max_num_tokens_for(image_size, **budget_kwargs(config, budget))
-    return None
+    if not isinstance(config, TokenBudgetMixin):
+        return None
+    return config.max_num_tokens_for(image_size, **budget_kwargs(config, budget))
 
 
-def costs_less(config: PreTrainedConfig, image_size: Sequence[int], own_size: Sequence[int] | None) -> bool:
-    """Whether images of another size than a model's own cost it fewer tokens at its own budget."""
-    fewer, own = most_tokens(config, image_size), most_tokens(config, own_size)
-    return fewer is not None and own is not None and fewer < own
-
-
-__all__ = [
-    "BUDGET",
-    "MERGING",
-    "SMALLER",
-    "Setting",
-    "costs_less",
-    "default_settings",
-    "merged_settings",
-    "most_tokens",
-]
+__all__ = ["BUDGET", "MERGING", "SMALLER", "Setting", "default_settings", "tokens_at"]

@@ -113,14 +113,10 @@ def time_settings(
     image_size: int | Sequence[int] | None,
     batch_size: int,
     rounds: int,
+    images: torch.Tensor | None = None,
 ) -> list[SpeedResult]:
-    """`benchmark_budgets` for any way to call a model."""
-    if image_size is None:
-        image_size = getattr(model.config, "image_size", None)
-        if image_size is None:
-            raise ValueError("`image_size` is needed: the model's config does not name one.")
-    shape = (batch_size, getattr(model.config, "num_channels", 3), *to_pair(image_size, "image_size"))
-    pixel_values = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    """`benchmark_budgets` for any way to call a model, on `images` (batch_size, channels, height, width) if given."""
+    pixel_values = _random_images(model, image_size, batch_size) if images is None else images
     pixel_values = pixel_values.to(device=model.device, dtype=model.dtype)
 
     tokens = []
@@ -143,6 +139,15 @@ def time_settings(
         )
         for setting, count, duration, operations in zip(settings, tokens, medians, gflops, strict=True)
     ]
+
+
+def _random_images(model: PreTrainedModel, image_size: int | Sequence[int] | None, batch_size: int) -> torch.Tensor:
+    if image_size is None:
+        image_size = getattr(model.config, "image_size", None)
+        if image_size is None:
+            raise ValueError("`image_size` is needed: the model's config does not name one.")
+    shape = (batch_size, getattr(model.config, "num_channels", 3), *to_pair(image_size, "image_size"))
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
 def _mean_tokens(model: PreTrainedModel, pixel_values: torch.Tensor, setting: Setting) -> int | float:
