@@ -150,6 +150,7 @@ def main() -> None:
     processor = SparseFormerImageProcessor(
         size={"height": size[0], "width": size[1]},
         do_center_crop=False,
+        crop_size={"height": size[0], "width": size[1]},
         image_mean=pixels.image_mean,
         image_std=pixels.image_std,
     )

@@ -45,6 +45,7 @@ def test_local_folders_come_before_the_bundled_checkpoints(explorer):
         "flexivit-tiny200 (flexivit)",
         "quadtree-vit-cifar10 (quadtree_vit)",
         "quadtree-vit-tiny200 (quadtree_vit)",
+        "sparseformer-tiny200 (sparseformer)",
     ]
 
 
@@ -63,6 +64,7 @@ def test_budgets_go_from_few_tokens_to_many(explorer):
         ("flexivit-tiny200 (flexivit)", "tiny200", 12),
         ("quadtree-vit-cifar10 (quadtree_vit)", "photographs", 6),
         ("quadtree-vit-tiny200 (quadtree_vit)", "tiny200", 12),
+        ("sparseformer-tiny200 (sparseformer)", "tiny200", 12),
     ],
 )
 def test_photographs_fit_the_checkpoint(explorer, title, folder, count):
