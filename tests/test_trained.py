@@ -23,6 +23,7 @@ RIGHT = {
     ("quadtree-vit-tiny200", 64): 8,
     ("quadtree-vit-tiny200", 34): 9,
     ("quadtree-vit-tiny200", 16): 9,
+    ("s2-flexivit-tiny200", (1, 2)): 8,
     ("sparseformer-tiny200", None): 8,
 }
 TINY200 = sorted({name for name, _ in RIGHT})

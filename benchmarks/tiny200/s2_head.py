@@ -3,8 +3,9 @@
     python benchmarks/tiny200/s2_head.py ARRAYS_FOLDER FLEXIVIT_FOLDER OUTPUT_FOLDER --images 30000 --patch-size 8
 
 Pools the features of all scales once for each training image, on the first view that lite_teacher.py embeds too. Then
-trains a linear classifier on them, with the labels and, with `--embeddings`, the teacher's classes. Prints the
-accuracy of the same procedure at the first scale alone beside it.
+trains a linear classifier on them, with the labels and with the classes of a teacher: of lite_teacher.py with
+`--embeddings`, or of a classifier of this library with `--teacher`, the FlexiViT itself at a smaller patch size for
+instance. Prints the accuracy of the same procedure at the first scale alone beside it.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from tiny_images import class_balanced, load_split, normalize, view_of
 from torch import nn
-from transformers import AutoImageProcessor
+from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from polyscale import FlexiViTForImageClassification, S2ImageProcessor, S2VisionForImageClassification
 
@@ -39,6 +40,14 @@ def all_features(
         if len(rows) % 100 == 0:
             print(f"{50 * len(rows)} images, {50 * len(rows) / (time.monotonic() - began):.0f}/s", flush=True)
     return torch.cat(rows)
+
+
+@torch.no_grad()
+def teacher_logits(folder: Path, images: np.ndarray, indices: torch.Tensor) -> torch.Tensor:
+    """What a classifier, at its own budget, says of the first view: (images, classes)."""
+    teacher = AutoModelForImageClassification.from_pretrained(folder).eval()
+    views = (view_of(images[chosen.numpy()], chosen, 0) for chosen in indices.split(50))
+    return torch.cat([teacher(pixel_values).logits for pixel_values in views])
 
 
 def fit_classifier(
@@ -78,7 +87,9 @@ def main() -> None:
     parser.add_argument("--scales", type=float, nargs="+", default=[1, 2])
     parser.add_argument("--patch-size", type=int, default=8)
     parser.add_argument("--epochs", type=int, default=30)
-    parser.add_argument("--embeddings", type=Path, help="made by lite_teacher.py")
+    taught = parser.add_mutually_exclusive_group()
+    taught.add_argument("--embeddings", type=Path, help="made by lite_teacher.py")
+    taught.add_argument("--teacher", type=Path, help="a classifier of the same classes")
     parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast, for CPUs made for it")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
@@ -100,6 +111,8 @@ def main() -> None:
         probe = torch.load(arguments.embeddings / "probe.pt", weights_only=True)
         embeddings = np.load(arguments.embeddings / "embeddings_0.npy", mmap_mode="r")[chosen.numpy()]
         teacher = F.linear(torch.from_numpy(embeddings).float(), probe["weight"], probe["bias"])
+    if arguments.teacher is not None:
+        teacher = teacher_logits(arguments.teacher, images, chosen)
     width = features.shape[1] // len(arguments.scales)
     for name, count in (("first scale alone", width), ("all scales", features.shape[1])):
         classifier = fit_classifier(features[:, :count], labels[chosen], teacher, arguments.epochs, arguments.seed)

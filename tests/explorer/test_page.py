@@ -45,6 +45,7 @@ def test_local_folders_come_before_the_bundled_checkpoints(explorer):
         "flexivit-tiny200 (flexivit)",
         "quadtree-vit-cifar10 (quadtree_vit)",
         "quadtree-vit-tiny200 (quadtree_vit)",
+        "s2-flexivit-tiny200 (s2_vision)",
         "sparseformer-tiny200 (sparseformer)",
     ]
 
@@ -64,6 +65,7 @@ def test_budgets_go_from_few_tokens_to_many(explorer):
         ("flexivit-tiny200 (flexivit)", "tiny200", 12),
         ("quadtree-vit-cifar10 (quadtree_vit)", "photographs", 6),
         ("quadtree-vit-tiny200 (quadtree_vit)", "tiny200", 12),
+        ("s2-flexivit-tiny200 (s2_vision)", "tiny200", 12),
         ("sparseformer-tiny200 (sparseformer)", "tiny200", 12),
     ],
 )

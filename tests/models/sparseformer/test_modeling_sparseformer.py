@@ -49,6 +49,16 @@ def test_outputs_on_request(kind):
         torch.testing.assert_close(points.mean(dim=2), (rois[..., :2] + rois[..., 2:]) / 2)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_output_asks_for_a_gradient_where_none_is_recorded(kind):
+    model = make_model(SparseFormerModel, tiny_config(kind))
+    flags = ("hidden_states", "all_rois", "sampling_points", "sampling_rois")
+    with torch.no_grad():
+        outputs = model(pixels(1, 3, 16, 16), **{f"output_{flag}": True for flag in flags})
+    kept = [outputs.rois, *(tensor for flag in flags for tensor in outputs[flag])]
+    assert not any(tensor.requires_grad for tensor in kept)
+
+
 @pytest.mark.parametrize("selection", [-1, [0, -1], 2])
 def test_hidden_states_by_index(selection):
     model = make_model(SparseFormerModel, tiny_config())

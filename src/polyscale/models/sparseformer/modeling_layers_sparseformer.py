@@ -78,8 +78,9 @@ class SparseFormerEmbeddings(nn.Module):
 
     def forward(self, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens (batch, tokens, width) and RoIs (batch, tokens, 2 * dimensions), these in float32"""
-        tokens = self.tokens.expand(batch_size, self.num_tokens, -1)
-        return tokens, self.rois.float().expand(batch_size, -1, -1)
+        # Copies: a view of a parameter asks for a gradient even under `no_grad`, and these are outputs.
+        tokens = self.tokens.expand(batch_size, self.num_tokens, -1).clone()
+        return tokens, self.rois.float().expand(batch_size, -1, -1).clone()
 
 
 class SparseFormerAttention(nn.Module):
