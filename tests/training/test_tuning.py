@@ -15,9 +15,10 @@ from polyscale import (
     QuadtreeViTForImageClassification,
     QuadtreeViTImageProcessor,
     QuadtreeViTModel,
+    QuadtreeViTModelWithProjection,
 )
 from polyscale.training import make_recipe, train
-from polyscale.training.tuning import BudgetTuningTrainer, features_of
+from polyscale.training.tuning import BudgetTuningTrainer, features_of, has_classes
 
 from .conftest import make_picture
 
@@ -195,6 +196,29 @@ def test_merging_needs_budgets_to_tune():
         make_recipe(None, tune_by="merging")
     with pytest.raises(ValueError, match="`tune_by` must be one of"):
         make_recipe(None, tune_by="heads", tune_budgets=(0.3, 1.0), init_from="x")
+
+
+def test_an_embedding_is_what_a_projection_gives():
+    model = quadtree(cls=QuadtreeViTModelWithProjection).eval()
+    outputs = model(torch.randn(2, 3, 16, 16))
+    assert torch.equal(features_of(outputs, model.config), outputs.image_embeds)
+    assert not has_classes(model)
+
+
+@pytest.mark.slow
+def test_a_projection_is_tuned_too_and_kept(unlabelled, tmp_path):
+    source = quadtree(cls=QuadtreeViTModelWithProjection).eval()
+    source.save_pretrained(tmp_path / "source")
+    QuadtreeViTImageProcessor(size=SIZE, max_patch_size=8).save_pretrained(tmp_path / "source")
+    metrics = tune(unlabelled, tmp_path / "out", tmp_path / "source", epochs=1, learning_rate=1e-4)
+    assert metrics["budgets"][-1].keys() == {"budget", "tokens", "images", "cosine", "loss"}
+    tuned, info = QuadtreeViTModelWithProjection.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"]
+    change = (tuned.projection.weight - source.projection.weight).abs().max()
+    assert 0 < change < 0.01
+    assert (
+        "polyscale.QuadtreeViTModelWithProjection.from_pretrained('out')" in (tmp_path / "out/README.md").read_text()
+    )
 
 
 @pytest.mark.slow

@@ -43,6 +43,7 @@ class Family:
     budget_drawing: Callable | str | None = None
     training_callbacks: tuple[Callable | str, ...] = ()
     training_config: Callable | str | None = None
+    projection_class: type[PreTrainedModel] | None = None
 
     @property
     def model_type(self) -> str:
@@ -86,6 +87,7 @@ def register_family(
     budget_drawing: Callable | str | None = None,
     training_callbacks: tuple[Callable | str, ...] = (),
     training_config: Callable | str | None = None,
+    projection: type[PreTrainedModel] | None = None,
 ) -> Family:
     """Makes a family known to the Auto classes of transformers and to every tool of this library.
 
@@ -113,6 +115,8 @@ def register_family(
         training_config (`Callable` or `str`, *optional*): function (image_size, num_channels, preset=None, base=None,
             **options) -> config to train images of (height, width) pixels with: of a size that fits them, of a preset,
             or the config `base` of a checkpoint, with some fields changed. When `None`, the config class is called.
+        projection (`type`, *optional*): the model with a projection of its pooled tokens ("image_embeds"), as CLIP has
+            it.
 
     Returns:
         `Family`: what was registered. A second registration of a `model_type` replaces the first.
@@ -136,6 +140,7 @@ def register_family(
         budget_drawing,
         tuple(training_callbacks),
         training_config,
+        projection,
     )
     AutoConfig.register(config.model_type, config, exist_ok=True)
     AutoModel.register(config, model, exist_ok=True)

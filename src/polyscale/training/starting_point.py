@@ -198,12 +198,9 @@ def whole_checkpoint(
     recipe = completed(recipe, num_images, learning_rate=5e-5)
     with _opened(recipe) as opened:
         config = make_config(opened.recipe, recipe.model_options, base=opened.config)
-        classifier = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING.get(type(config), None)
-        is_classifier = classifier is not None and classifier.__name__ in (config.architectures or [])
-        auto_class = AutoModelForImageClassification if is_classifier else AutoModel
         model = load_checkpoint(
             opened.source,
-            auto_class,
+            _whole_class(config),
             trust_remote_code=recipe.trust_remote_code,
             argument="init_from",
             called=recipe.init_from,
@@ -212,6 +209,17 @@ def whole_checkpoint(
         )
     check_saved_config(model.config)
     return model, opened.processor, opened.recipe, opened.notes
+
+
+def _whole_class(config: PreTrainedConfig) -> type:
+    """What loads all weights of a checkpoint with this config, those of its head among them."""
+    saved_as = config.architectures or []
+    classifier = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING.get(type(config), None)
+    if classifier is not None and classifier.__name__ in saved_as:
+        return AutoModelForImageClassification
+    family = family_of(config)
+    projection = None if family is None else family.projection_class
+    return projection if projection is not None and projection.__name__ in saved_as else AutoModel
 
 
 def _classes(

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from datasets import DatasetDict
 from torch import nn
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, PreTrainedModel, TrainingArguments
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import ModelOutput
 
@@ -23,10 +23,12 @@ _EVALUATED_SHARES = 4
 
 
 def features_of(outputs: ModelOutput, config: Any) -> torch.Tensor:
-    """What a model makes of each image, (batch, width): its pooled output, or else what it would be pooled from."""
-    pooled = outputs.get("pooler_output")
-    if pooled is not None:
-        return pooled
+    """What a model makes of each image, (batch, width): its embedding, its pooled output, or else what it would be
+    pooled from.
+    """
+    for name in ("image_embeds", "pooler_output"):
+        if outputs.get(name) is not None:
+            return outputs[name]
     tokens = outputs.hidden_states[-1] if outputs.get("last_hidden_state") is None else outputs.last_hidden_state
     prefix = getattr(config, "num_prefix_tokens", 0)
     if prefix and getattr(config, "pooling", "cls") != "mean":
@@ -157,7 +159,8 @@ class BudgetTuningTrainer(BudgetTrainer):
 
 def has_classes(model: PreTrainedModel) -> bool:
     """Whether a model is a classifier, rather than a tower."""
-    return type(model) is not type(model.base_model)
+    classifier = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING.get(type(model.config), None)
+    return classifier is not None and isinstance(model, classifier)
 
 
 def make_tuning_trainer(

@@ -26,6 +26,7 @@ register_family(
     budget_drawing=f"{__name__}.plot_flexivit:draw_patches",
     training_callbacks=(f"{__name__}.callbacks_flexivit:PatchSizeCallback",),
     training_config=f"{__name__}.training_flexivit:training_config",
+    projection=FlexiViTModelWithProjection,
 )
 
 

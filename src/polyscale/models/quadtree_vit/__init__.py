@@ -34,6 +34,7 @@ register_family(
     drawing=f"{__name__}.plot_quadtree_vit:draw_quadtrees",
     budget_drawing=f"{__name__}.plot_quadtree_vit:draw_patches",
     training_config=f"{__name__}.training_quadtree_vit:training_config",
+    projection=QuadtreeViTModelWithProjection,
 )
 
 

@@ -28,6 +28,7 @@ register_family(
     drawing=f"{__name__}.plot_sparseformer:draw_family",
     training_callbacks=(f"{__name__}.callbacks_sparseformer:LossScaleCallback",),
     training_config=f"{__name__}.training_sparseformer:training_config",
+    projection=SparseFormerModelWithProjection,
 )
 register_family(
     SparseFormerVideoConfig,
@@ -36,6 +37,7 @@ register_family(
     video_processor=SparseFormerVideoProcessor,
     training_callbacks=(f"{__name__}.callbacks_sparseformer:LossScaleCallback",),
     converter=f"{__name__}.convert_sparseformer_video:convert_sparseformer_video",
+    projection=SparseFormerVideoModelWithProjection,
 )
 
 
