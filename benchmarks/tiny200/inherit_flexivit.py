@@ -37,7 +37,7 @@ def make_student(
 ) -> SparseFormerForImageClassification:
     """A SparseFormer with side x side tokens whose first sampling is not fitted yet."""
     vit = flexivit.config
-    front, blocks = [["sampling_m"]], [["attn", "mlp"] for _ in range(vit.num_hidden_layers)]
+    blocks = [["attn", "mlp"] for _ in range(vit.num_hidden_layers)]
     blocks[resampled_after - 1] += ["roi_adj", "sampling_m"]
     config = SparseFormerConfig(
         num_latent_tokens=side * side,
@@ -46,7 +46,7 @@ def make_student(
         num_sampling_points=16,
         widths=[FRONT_WIDTH] + [vit.hidden_size] * len(blocks),
         repeats=[1] * (1 + len(blocks)),
-        operations=front + blocks,
+        operations=[["sampling_m"], *blocks],
         cls_token_layer=1,
         num_attention_heads=None,
         attention_head_width=vit.hidden_size // vit.num_attention_heads,
