@@ -1,5 +1,7 @@
 """What the trained checkpoints know, where random weights tell nothing: photographs, int8, export, bfloat16."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from PIL import Image
@@ -26,6 +28,9 @@ RIGHT = {
     ("s2-flexivit-tiny200", (1, 2)): 8,
     ("sparseformer-tiny200", None): 8,
 }
+# Answers of the twelve that int8 weights keep: two photographs lie between two classes for the SparseFormer (on 304
+# validation images it keeps 95 %, as flexivit-tiny200 does).
+KEPT_BY_INT8 = {"sparseformer-tiny200": 10}
 TINY200 = sorted({name for name, _ in RIGHT})
 
 
@@ -59,7 +64,8 @@ def test_int8_weights_keep_the_answers(classifier):
     quantized = AutoModelForImageClassification.from_pretrained(
         classifier.model.name_or_path, quantization_config=TorchAoConfig(Int8WeightOnlyConfig(version=2))
     )
-    assert (answers(classifier, quantized) == before).sum() >= 10
+    kept = KEPT_BY_INT8.get(Path(classifier.model.name_or_path).name, 11)
+    assert (answers(classifier, quantized) == before).sum() >= kept
 
 
 def test_bfloat16_keeps_the_answers(classifier):

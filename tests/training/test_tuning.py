@@ -216,9 +216,9 @@ def test_a_projection_is_tuned_too_and_kept(unlabelled, tmp_path):
     assert not info["missing_keys"]
     change = (tuned.projection.weight - source.projection.weight).abs().max()
     assert 0 < change < 0.01
-    assert (
-        "polyscale.QuadtreeViTModelWithProjection.from_pretrained('out')" in (tmp_path / "out/README.md").read_text()
-    )
+    card = (tmp_path / "out/README.md").read_text(encoding="utf-8")
+    assert "from polyscale import QuadtreeViTModelWithProjection\n" in card
+    assert "model = QuadtreeViTModelWithProjection.from_pretrained('out')\n" in card
 
 
 @pytest.mark.slow

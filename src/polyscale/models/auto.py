@@ -171,4 +171,10 @@ def family_of(config: PreTrainedConfig | str) -> Family | None:
     return _FAMILIES.get(config if isinstance(config, str) else config.model_type)
 
 
-__all__ = ["Family", "families", "family_of", "register_family"]
+def projection_of(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
+    """The class with a projection that a checkpoint with this config was saved as; `None` for all others."""
+    projection = getattr(family_of(config), "projection_class", None)
+    return projection if projection is not None and projection.__name__ in (config.architectures or []) else None
+
+
+__all__ = ["Family", "families", "family_of", "projection_of", "register_family"]

@@ -10,7 +10,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..evaluation.metrics import wilson_interval
-from ..models.auto import family_of
+from ..models.auto import projection_of
 from ..utils.text import no_markup
 from .report import describe_budget, duration, forward_arguments
 from .resume import write_json
@@ -142,17 +142,19 @@ def write_card(path: Path, facts: Mapping[str, Any], config: Any, is_classifier:
 def _card_sections(facts: Mapping[str, Any], config: Any, is_classifier: bool) -> list[str]:
     data = facts["data"]
     auto_class = "AutoModelForImageClassification" if is_classifier else "AutoModel"
-    projection = getattr(family_of(config), "projection_class", None)
-    has_projection = projection is not None and projection.__name__ in (config.architectures or [])
-    imported = "AutoImageProcessor" if has_projection else f"AutoImageProcessor, {auto_class}"
-    model_class = f"polyscale.{projection.__name__}" if has_projection else auto_class
+    imports, model_class = f"from transformers import AutoImageProcessor, {auto_class}", auto_class
+    projection = projection_of(config)
+    if projection is not None:
+        module, model_class = projection.__module__, projection.__name__
+        module = "polyscale" if module.startswith("polyscale.") else module
+        imports = f"from {module} import {model_class}\nfrom transformers import AutoImageProcessor"
     budget = forward_arguments(facts["cheapest_call"])
     sections = [
         f"# {facts['name']}",
         f"A `{config.model_type}` model with {facts['parameters']:,} parameters for images of "
         f"{facts['image_size'][0]} x {facts['image_size'][1]} pixels, trained with polyscale.",
         "```python\nimport polyscale  # registers the model type\n"
-        f"from transformers import {imported}\n\n"
+        f"{imports}\n\n"
         f"processor = AutoImageProcessor.from_pretrained({facts['name']!r})\n"
         f"model = {model_class}.from_pretrained({facts['name']!r})\n"
         f'outputs = model(**processor(image, return_tensors="pt"){budget})\n```',

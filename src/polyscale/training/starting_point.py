@@ -28,7 +28,7 @@ from ..loading import (
     quiet_loading,
     reading,
 )
-from ..models.auto import family_of
+from ..models.auto import family_of, projection_of
 from ..utils.weight_files import check_weight_files
 from .configs import at_image_size, check_saved_config, label_fields, make_config, unknown_family
 from .labels import listed
@@ -213,13 +213,10 @@ def whole_checkpoint(
 
 def _whole_class(config: PreTrainedConfig) -> type:
     """What loads all weights of a checkpoint with this config, those of its head among them."""
-    saved_as = config.architectures or []
     classifier = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING.get(type(config), None)
-    if classifier is not None and classifier.__name__ in saved_as:
+    if classifier is not None and classifier.__name__ in (config.architectures or []):
         return AutoModelForImageClassification
-    family = family_of(config)
-    projection = None if family is None else family.projection_class
-    return projection if projection is not None and projection.__name__ in saved_as else AutoModel
+    return projection_of(config) or AutoModel
 
 
 def _classes(
