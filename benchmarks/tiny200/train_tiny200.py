@@ -111,6 +111,14 @@ def start_classifier(model: PreTrainedModel, images: np.ndarray, labels: torch.T
     classifier_of(model).bias.copy_(probe["bias"])
 
 
+def images_of_step(arguments: argparse.Namespace, model: PreTrainedModel, budget: dict) -> int:
+    """The batch size, or fewer where their tokens would be more than `--tokens-per-step`."""
+    if not arguments.tokens_per_step:
+        return arguments.batch_size
+    tokens = model.config.num_tokens_for(**model.config.resolve_budget(**budget))
+    return max(1, min(arguments.batch_size, arguments.tokens_per_step // tokens))
+
+
 def parameter_groups(modules: list[nn.Module], weight_decay: float) -> list[dict]:
     """Weight decay for matrices only."""
     parameters = [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
@@ -134,7 +142,8 @@ def train(arguments: argparse.Namespace) -> None:
     val_images, val_labels = load_split(arguments.arrays, "val")
     quick = class_balanced(val_labels, arguments.quick_per_class, torch.Generator().manual_seed(0))
     quick_images, quick_labels = val_images[quick.numpy()], val_labels[quick]
-    model = AutoModelForImageClassification.from_pretrained(arguments.start, attn_implementation="eager")
+    attention = "eager" if arguments.bf16 else "sdpa"  # the faster of the two on CPUs
+    model = AutoModelForImageClassification.from_pretrained(arguments.start, attn_implementation=attention)
     AutoImageProcessor.from_pretrained(arguments.start).save_pretrained(arguments.output)
     budgets = [{arguments.budget_argument: budget} for budget in arguments.budgets] or [{}]
     probs = np.array(arguments.probs or [1.0], dtype=float)
@@ -149,14 +158,14 @@ def train(arguments: argparse.Namespace) -> None:
         betas=(0.9, 0.98),
         fused=True,
     )
-    step, elapsed = 0, 0.0
+    step, trained, elapsed = 0, 0, 0.0
     resumed = arguments.output / "state.pt"
     if resumed.exists():
         state = torch.load(resumed, weights_only=True)
         model.load_state_dict(state["model"])
         adapter.load_state_dict(state["adapter"])
         optimizer.load_state_dict(state["optimizer"])
-        step, elapsed = state["step"], state["elapsed"]
+        step, trained, elapsed = state["step"], state["trained"], state["elapsed"]
         print(f"goes on at step {step}, after {elapsed / 60:.1f} minutes")
     elif arguments.probe_per_class:
         chosen = class_balanced(labels, arguments.probe_per_class, torch.Generator().manual_seed(1))
@@ -168,7 +177,7 @@ def train(arguments: argparse.Namespace) -> None:
             )
 
     generator = np.random.default_rng((arguments.seed, step))
-    order, position, epoch = torch.randperm(len(labels)), 0, step * arguments.batch_size // len(labels)
+    order, position, epoch = torch.randperm(len(labels)), 0, trained // len(labels)
     began, saved, seen, losses = time.monotonic() - elapsed, time.monotonic(), 0, []
     window_began = time.monotonic()
     model.train()
@@ -176,7 +185,7 @@ def train(arguments: argparse.Namespace) -> None:
         if arguments.minutes:
             progress = (time.monotonic() - began) / (60 * arguments.minutes)
         else:
-            progress = step * arguments.batch_size / arguments.images
+            progress = trained / arguments.images
         finished = progress >= 1
         if finished or time.monotonic() - saved > 60 * arguments.save_minutes:
             now = time.monotonic()
@@ -187,8 +196,9 @@ def train(arguments: argparse.Namespace) -> None:
                 + ", ".join(f"{budget}: {score:.4f}" for budget, score in zip(shown, scores, strict=True)),
                 flush=True,
             )
-            state = {"adapter": adapter.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
-            save_all(arguments.output, model, state | {"elapsed": now - began})
+            state = {"adapter": adapter.state_dict(), "optimizer": optimizer.state_dict()}
+            state |= {"step": step, "trained": trained, "elapsed": now - began}
+            save_all(arguments.output, model, state)
             saved = window_began = time.monotonic()
             seen, losses = 0, []
         if finished:
@@ -198,11 +208,11 @@ def train(arguments: argparse.Namespace) -> None:
             group["lr"] = arguments.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
         if position + arguments.batch_size > len(order):
             order, position, epoch = torch.randperm(len(labels)), 0, epoch + 1
-        indices = order[position : position + arguments.batch_size]
-        position += arguments.batch_size
-
         weights = (1 - progress) * early_probs / early_probs.sum() + progress * probs / probs.sum()
         budget = budgets[generator.choice(len(budgets), p=weights / weights.sum())]
+        taken = images_of_step(arguments, model, budget)
+        indices = order[position : position + taken]
+        position += taken
         view = epoch % teacher.num_views if teacher and teacher.num_views else 0
         if teacher and teacher.num_views:
             pixel_values = view_of(images[indices.numpy()], indices, view)
@@ -221,6 +231,7 @@ def train(arguments: argparse.Namespace) -> None:
         optimizer.step()
         optimizer.zero_grad()
         step += 1
+        trained += len(indices)
         seen += len(indices)
 
 
@@ -237,6 +248,7 @@ def main() -> None:
     parser.add_argument("--probs", type=float, nargs="+", help="of the budgets, at the end")
     parser.add_argument("--early-probs", type=float, nargs="+", help="at the start; they change over evenly")
     parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--tokens-per-step", type=int, default=0, help="at most; small patches then get fewer images")
     parser.add_argument("--learning-rate", type=float, default=5e-4)
     parser.add_argument("--warmup", type=float, default=0.03, help="share of the time")
     parser.add_argument("--weight-decay", type=float, default=0.05)
