@@ -4,7 +4,7 @@ Importing polyscale registers every family with the Auto classes of transformers
 
     >>> import polyscale
     >>> from transformers import AutoModelForImageClassification, pipeline
-    >>> model = AutoModelForImageClassification.from_pretrained(polyscale.bundled_checkpoint("flexivit-cifar10"))
+    >>> model = AutoModelForImageClassification.from_pretrained(polyscale.bundled_checkpoint("flexivit-tiny200"))
 """
 
 from importlib import import_module

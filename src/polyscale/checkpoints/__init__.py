@@ -5,7 +5,7 @@ from pathlib import Path
 
 
 # What functions and commands take when no model is named.
-DEFAULT_CHECKPOINT = "flexivit-cifar10"
+DEFAULT_CHECKPOINT = "flexivit-tiny200"
 
 _FOLDER = Path(__file__).parent
 
@@ -19,7 +19,7 @@ def bundled_checkpoint(name: str) -> Path:
     """The folder of a checkpoint that ships with the package, as `from_pretrained` takes it.
 
     Args:
-        name (`str`): one of `available_checkpoints()`, such as `"flexivit-cifar10"`.
+        name (`str`): one of `available_checkpoints()`, such as `"flexivit-tiny200"`.
 
     Raises:
         ValueError: for an unknown name; it names those that there are.

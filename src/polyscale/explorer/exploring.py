@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from ..assets import sample_photographs
-from ..checkpoints import available_checkpoints
+from ..checkpoints import DEFAULT_CHECKPOINT, available_checkpoints
 from ..classification import classify_images
 from ..figures import budget_lines, figure_to_image, image_drawer, make_grid
 from ..layers.token_budget import budget_ladder_of
@@ -42,7 +42,7 @@ class Explorer:
 
     Args:
         sources (`Sequence[str or os.PathLike]`, *optional*): local folders or hub names; they come before the
-            checkpoints that ship with the package.
+            checkpoints that ship with the package, of which the default one is the first.
         device (`str`, *optional*): where the models run; the machine's accelerator, else the CPU, when `None`.
         repeats (`int`, *optional*, defaults to 3): timed calls whose median is shown.
 
@@ -55,7 +55,8 @@ class Explorer:
         self.device, self.repeats = device, repeats
         self.sources: dict[str, str] = {}
         self._photographs: dict[str, list[Path]] = {}
-        for source in [*sources, *available_checkpoints()]:
+        bundled = sorted(available_checkpoints(), key=lambda name: name != DEFAULT_CHECKPOINT)
+        for source in [*sources, *bundled]:
             config = load_config(source)
             name = Path(os.fspath(source)).name or os.fspath(source)
             title = f"{name} ({config.model_type})"
