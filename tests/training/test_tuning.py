@@ -334,8 +334,8 @@ def test_a_tuning_that_harms_is_said_while_it_lasts_at_its_end_and_in_the_card(u
     numbers = f"{tuning['loss_before']:.3g} before tuning, {tuning['loss_after']:.3g} after (+"
     assert compared.startswith(f"loss on 12 held-out images, against the full budget: {numbers}")
     assert (
-        f"Warning: The tuned weights are worse than those that they were made from: {compared}. Keep those, and tune "
-        "them again with a lower `learning_rate` (`--learning-rate`), such as 0.03."
+        f"Warning: {compared}. The tuned weights are worse than those that they were made from: keep those, and tune "
+        "again with a lower `learning_rate` (`--learning-rate`), such as 0.03."
     ) in said
     on_the_way = [line for line in said.splitlines() if "So far the weights are worse" in line]
     assert [line.split()[:3] for line in on_the_way] == [["Warning:", "step", f"{step}/12"] for step in (3, 6, 9)]
@@ -380,8 +380,9 @@ def test_without_a_console_the_log_warns_and_without_held_out_images_training_im
     choices = {"epochs": 1, "batch_size": 16, "learning_rate": 0.3, "ema_decay": 0.1}
     tuning = tune(unlabelled / "train", tmp_path / "out", tunable, **choices)["tuning"]  # 48 images
     assert (tuning["images"], tuning["held_out"]) == (32, False)
+    assert "The tuned weights are worse than those that they were made from: keep those" in warned[2]
     assert [text.partition(":")[0] for text in warned] == [
         "step 1/3  loss on 32 training images, against the full budget",
         "step 2/3  loss on 32 training images, against the full budget",
-        "The tuned weights are worse than those that they were made from",
+        "loss on 32 training images, against the full budget",
     ]

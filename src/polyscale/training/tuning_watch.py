@@ -58,39 +58,33 @@ class TuningWatch(TrainerCallback):
 
     def verdict(self, model: nn.Module) -> dict[str, Any]:
         """What `compare` gives for the weights that are to be written; a warning where they are worse."""
-        compared = self.compare(model)
-        text = comparison_text(compared)
-        if is_worse(compared):
-            self._warn(
-                f"The tuned weights are worse than those that they were made from: {text}. Keep those, and tune them "
-                f"again with {self._lower_rate()}."
-            )
-        else:
-            self.reporter.say(text)
-        return compared
+        return self._told(
+            model, "", "The tuned weights are worse than those that they were made from: keep those, and tune again"
+        )
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
-        if state.global_step not in {round(state.max_steps * part / _PARTS) for part in range(1, _PARTS)}:
-            return
-        model = self.averaged() if self.averaged is not None else self.trainer.model
-        compared = self.compare(self.trainer.accelerator.unwrap_model(model))
-        text = f"step {state.global_step}/{state.max_steps}  {comparison_text(compared)}"
-        if is_worse(compared):
-            self._warn(
-                f"{text}. So far the weights are worse than those that they were made from: if they stay so, tune "
-                f"again with {self._lower_rate()}."
+        if state.global_step in {round(state.max_steps * part / _PARTS) for part in range(1, _PARTS)}:
+            model = self.averaged() if self.averaged is not None else self.trainer.model
+            self._told(
+                self.trainer.accelerator.unwrap_model(model),
+                f"step {state.global_step}/{state.max_steps}  ",
+                "So far the weights are worse than those that they were made from: if they stay so, tune again",
             )
-        else:
+
+    def _told(self, model: nn.Module, where: str, worse: str) -> dict[str, Any]:
+        """What `compare` gives, said; where the weights are worse, with that and a lower learning rate."""
+        compared = self.compare(model)
+        text = f"{where}{comparison_text(compared)}"
+        if not is_worse(compared):
             self.reporter.say(text)
-
-    def _lower_rate(self) -> str:
-        return f"a lower `learning_rate` (`--learning-rate`), such as {self.trainer.args.learning_rate / 10:.1g}"
-
-    def _warn(self, text: str) -> None:
+            return compared
+        rate = f"{self.trainer.args.learning_rate / 10:.1g}"
+        text = f"{text}. {worse} with a lower `learning_rate` (`--learning-rate`), such as {rate}."
         if self.reporter.console is not None:
             self.reporter.say(f"Warning: {text}")
         elif self.trainer.is_world_process_zero():
             logger.warning(text)
+        return compared
 
 
 def is_worse(compared: Mapping[str, Any]) -> bool:
