@@ -90,7 +90,10 @@ def train(
         int | None, typer.Option(help="Micro-batches per step; 1 by default.")
     ] = None,
     learning_rate: Annotated[
-        float | None, typer.Option(help="Peak of the cosine schedule; 1e-3 by default, 1e-4 with --init-from.")
+        float | None,
+        typer.Option(
+            help="Peak of the cosine schedule; 1e-3 by default, 1e-4 with --init-from, 5e-5 with --tune-budgets."
+        ),
     ] = None,
     warmup: Annotated[
         float | None, typer.Option(help="Share of the steps (below 1) or their number; 0.05 by default.")

@@ -12,10 +12,9 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from ..layers.token_budget import TokenBudgetMixin
 from ..utils.timing import device_wait, timed
-from ..utils.validation import check_flag, check_function, check_int
 from .inputs import image_batches, model_inputs, size_options
-from .labels import match_labels
 from .metrics import TopKAccuracy, wilson_interval
+from .options import EvaluationOptions
 from .planning import Plan, plan_rows
 from .settings import BUDGET, Setting
 
@@ -61,36 +60,6 @@ class _Scores:
     tokens: list[int] = field(default_factory=list)
     seconds: float = 0.0
     tokens_by_shape: dict[tuple, int] = field(default_factory=dict)
-
-
-def class_indices(split: Dataset, id2label: Mapping[int, str], label_map: Mapping | None = None) -> np.ndarray:
-    """For each row of a split, the index of its class in a model (`match_labels`).
-
-    Raises:
-        ValueError: for labels that are missing or unknown, or classes that the model does not have.
-    """
-    labels, names, count = known_labels(split)
-    return np.asarray(match_labels(names, id2label, label_map, num_classes=count))[labels]
-
-
-def known_labels(split: Dataset) -> tuple[np.ndarray, list[str] | None, int]:
-    """The label of each row, the names of the classes where the data has any, and how many classes there are.
-
-    Raises:
-        ValueError: for no rows, or labels that are missing or unknown.
-    """
-    if len(split) == 0:
-        raise ValueError("The data set is empty: there is nothing to evaluate.")
-    feature = split.features["label"]
-    labels = list(split.with_format(None)["label"])
-    unknown = sum(label is None or label < 0 for label in labels)
-    if unknown:
-        raise ValueError(
-            f"{unknown} of the data's {len(split)} labels are missing or -1: such images cannot be scored."
-        )
-    labels = np.asarray(labels)
-    names = feature.names if isinstance(feature, ClassLabel) else None
-    return labels, names, len(names) if names is not None else int(labels.max()) + 1
 
 
 def evaluate_budgets(
@@ -146,31 +115,22 @@ def evaluate_budgets(
             anything is scored) or that comes twice, classes that are not the model's, an image that cannot be read,
             scores that are not finite, or an unknown choice.
     """
-    class_indices(split, model.config.id2label, label_map)  # refused before the model runs
-    plan = plan_rows(
-        model,
-        processor,
-        split,
-        budgets,
-        image_sizes,
+    options = EvaluationOptions(
+        image_sizes=image_sizes,
         merge_to=merge_to,
         shrink_to=shrink_to,
         crop_pct=crop_pct,
         mean=mean,
         std=std,
         interpolation=interpolation,
-    )
-    plan.check(model.config)
-    return score_plan(
-        model,
-        processor,
-        split,
-        plan,
         batch_size=batch_size,
         label_map=label_map,
         per_class=per_class,
         progress=progress,
     )
+    plan = plan_rows(model, processor, split, budgets, options)
+    plan.check(model.config)
+    return score_plan(model, processor, split, plan, options)
 
 
 @torch.no_grad()
@@ -179,30 +139,22 @@ def score_plan(
     processor: BaseImageProcessor,
     split: Dataset,
     plan: Plan,
-    *,
-    batch_size: int = 64,
-    label_map: Mapping[str, str | int] | None = None,
-    per_class: bool = False,
-    progress: Callable[[int, int], object] | None = None,
+    options: EvaluationOptions,
 ) -> list[BudgetResult]:
-    """Scores a classifier at the rows of a plan. Arguments and errors: `evaluate_budgets`."""
-    check_int("batch_size", batch_size, minimum=1)
-    check_flag("per_class", per_class)
-    check_function("progress", progress)
-    labels = class_indices(split, model.config.id2label, label_map)
+    """Scores a classifier at the rows of the plan that was made for it and these rows of data."""
     stages, results, done = plan.stages(), [], 0
     for size, rows in stages:
-        options = plan.values | size_options(processor, size, plan.crop_pct)
+        prepared = plan.values | size_options(processor, size, plan.crop_pct)
         scores = [_Scores(row.setting) for row in rows]
         seen_sizes = set()
-        for images, name_of in image_batches(split, batch_size):
-            inputs = model_inputs(model, processor, images, name_of, size, options)
+        for images, name_of in image_batches(split, options.batch_size):
+            inputs = model_inputs(model, processor, images, name_of, size, prepared)
             seen_sizes |= _score_batch(model, len(images), inputs, scores)
             done += len(images)
-            if progress is not None:
-                progress(done, len(stages) * len(split))
+            if options.progress is not None:
+                options.progress(done, len(stages) * len(split))
         made = next(iter(seen_sizes)) if len(seen_sizes) == 1 else None
-        results += [_result(made, score, labels, split if per_class else None) for score in scores]
+        results += [_result(made, score, plan.labels, split if options.per_class else None) for score in scores]
     return results
 
 
@@ -277,4 +229,4 @@ def _per_class(right: np.ndarray, split: Dataset) -> dict[str, dict]:
     }
 
 
-__all__ = ["BudgetResult", "class_indices", "evaluate_budgets", "known_labels", "score_plan"]
+__all__ = ["BudgetResult", "evaluate_budgets", "score_plan"]

@@ -11,8 +11,7 @@ from transformers import PreTrainedConfig
 from ..checkpoints import available_checkpoints, bundled_checkpoint
 from ..layers.token_budget import budget_argument_of, budget_ladder_of, choose_budgets, default_budgets_of
 from ..loading import load_config
-from .accuracy import known_labels
-from .labels import data_class_names, match_labels
+from .labels import data_class_names, known_labels, match_labels
 from .planning import LeftOut, Plan, left_out_text
 from .settings import tokens_at
 

@@ -7,6 +7,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+from datasets import ClassLabel, Dataset
+
 from ..utils.validation import shown
 
 
@@ -26,6 +29,36 @@ def data_class_names(names: Sequence[str] | None) -> list[str] | None:
         return None
     names = [str(name) for name in names]
     return None if all(name.isascii() and name.isdecimal() for name in names) else names
+
+
+def known_labels(split: Dataset) -> tuple[np.ndarray, list[str] | None, int]:
+    """The label of each row, the names of the classes where the data has any, and how many classes there are.
+
+    Raises:
+        ValueError: for no rows, or labels that are missing or unknown.
+    """
+    if len(split) == 0:
+        raise ValueError("The data set is empty: there is nothing to evaluate.")
+    feature = split.features["label"]
+    labels = list(split.with_format(None)["label"])
+    unknown = sum(label is None or label < 0 for label in labels)
+    if unknown:
+        raise ValueError(
+            f"{unknown} of the data's {len(split)} labels are missing or -1: such images cannot be scored."
+        )
+    labels = np.asarray(labels)
+    names = feature.names if isinstance(feature, ClassLabel) else None
+    return labels, names, len(names) if names is not None else int(labels.max()) + 1
+
+
+def class_indices(split: Dataset, id2label: Mapping[int, str], label_map: Mapping | None = None) -> np.ndarray:
+    """For each row of a split, the index of its class in a model (`match_labels`).
+
+    Raises:
+        ValueError: for labels that are missing or unknown, or classes that the model does not have.
+    """
+    labels, names, count = known_labels(split)
+    return np.asarray(match_labels(names, id2label, label_map, num_classes=count))[labels]
 
 
 def match_labels(
@@ -166,4 +199,11 @@ def _map_in_file(file: str) -> dict[str, str]:
     return {str(name): str(target) for name, target in content.items()}
 
 
-__all__ = ["data_class_names", "match_labels", "model_class_names", "read_label_map"]
+__all__ = [
+    "class_indices",
+    "data_class_names",
+    "known_labels",
+    "match_labels",
+    "model_class_names",
+    "read_label_map",
+]

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -14,8 +15,10 @@ from ..layers.budget_choice import checked_budgets
 from ..layers.token_budget import default_budgets_of, format_budget, plain_size
 from ..utils.images import UnreadableImageError
 from ..utils.processors import output_size
-from ..utils.validation import check_distinct, check_int, check_list, check_number, to_pair
+from ..utils.validation import check_distinct, check_int, check_list, to_pair
 from .inputs import image_batches, model_inputs, size_options, value_options
+from .labels import class_indices
+from .options import EvaluationOptions
 from .settings import MERGING, SMALLER, Setting, default_settings, tokens_at
 
 
@@ -80,11 +83,13 @@ class Plan:
     """The rows of a model in the order of its results, those that it cannot have, and how images are prepared.
 
     Attributes:
+        labels (`np.ndarray`): for each image of the data, the index of its class in the model.
         rows (`list[Row]`): budgets and merging by image size, then smaller images.
         left_out (`list[LeftOut]`): rows that were asked for, and are not among them.
         crop_pct, values: of the preparation, as in `size_options` and `value_options`.
     """
 
+    labels: np.ndarray
     rows: list[Row]
     left_out: list[LeftOut]
     crop_pct: float | None = None
@@ -114,30 +119,25 @@ def plan_rows(
     model: PreTrainedModel,
     processor: BaseImageProcessor,
     split: Dataset,
-    budgets: Sequence | None = None,
-    image_sizes: Sequence | None = None,
+    budgets: Sequence | None,
+    options: EvaluationOptions,
     *,
     typed: bool = True,
-    merge_to: Sequence[int] | None = None,
-    shrink_to: Sequence | None = None,
-    crop_pct: float | None = None,
-    mean: str | Sequence[float] | None = None,
-    std: str | Sequence[float] | None = None,
-    interpolation: str | None = None,
 ) -> Plan:
     """Finds out what a model can take of what it is asked for: one image goes through it at each row.
 
     Args:
+        options (`EvaluationOptions`): what it is asked for beside the budgets.
         typed (`bool`, *optional*, defaults to `True`): whether `budgets` are a user's, and not a ladder, or empty.
         others: as in `evaluate_budgets`.
 
     Raises:
-        ValueError: for values that no model could take, an image that cannot be read, or a model that cannot run at
-            all.
+        ValueError: for classes of the data that the model does not have, values that no model could take, an image
+            that cannot be read, or a model that cannot run at all.
     """
     config = model.config
-    if crop_pct is not None:
-        check_number("crop_pct", crop_pct)
+    labels = class_indices(split, config.id2label, options.label_map)
+    image_sizes, merge_to, shrink_to = options.image_sizes, options.merge_to, options.shrink_to
     if typed and budgets is not None:
         budgets = checked_budgets(budgets, config)
     sizes = None if image_sizes is None else _checked_sizes("image_sizes", image_sizes)
@@ -146,8 +146,8 @@ def plan_rows(
         counts = [check_int("merge_to", count, minimum=1) for count in check_list("merge_to", merge_to)]
         check_distinct("merge_to", counts)
     smaller = [] if shrink_to is None else _checked_sizes("shrink_to", shrink_to)
-    values = value_options(mean, std, interpolation, getattr(config, "num_channels", 3))
-    plan = Plan([], [], crop_pct, values)
+    values = value_options(options.mean, options.std, options.interpolation, getattr(config, "num_channels", 3))
+    plan = Plan(labels, [], [], options.crop_pct, values)
     own_size = output_size(processor)
     proposed = [
         *_budget_rows(config, own_size, budgets, sizes, counts, typed),

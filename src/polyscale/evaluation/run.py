@@ -20,7 +20,7 @@ from ..layers.token_budget import choose_budgets, format_budget
 from ..loading import LoadedModel, load_classifier
 from ..utils.processors import output_size
 from ..utils.validation import check_distinct, check_flag, check_function, check_list, check_path, shown
-from .accuracy import BudgetResult, class_indices, score_plan
+from .accuracy import BudgetResult, score_plan
 from .contestants import (
     Contestant,
     check_options,
@@ -31,13 +31,11 @@ from .contestants import (
     typed_budgets,
 )
 from .inputs import image_batches, model_inputs, size_options
+from .options import EvaluationOptions
 from .planning import Plan, plan_rows
 
 
 logger = logging.get_logger(__name__)
-# Arguments of `evaluate_budgets` of which some model must have a row, and those that its scoring takes.
-_ASKING = ("image_sizes", "merge_to", "shrink_to")
-_SCORING = ("batch_size", "label_map", "per_class")
 
 
 @dataclass(frozen=True)
@@ -106,7 +104,7 @@ class _Comparison:
         models (`list`): those that are no controls.
         several (`bool`): whether there is more than one, or the command chose them.
         words (`dict`): the budgets that were typed, as in `choose_budgets`.
-        planning, scoring: arguments of `plan_rows` and of `score_plan`.
+        options (`EvaluationOptions`): what all models are asked for.
         plans, contestants: of the models so far, by their names.
     """
 
@@ -116,8 +114,7 @@ class _Comparison:
     models: list[str | os.PathLike]
     several: bool
     words: dict[str, list[str] | None]
-    planning: dict[str, Any]
-    scoring: dict[str, Any]
+    options: EvaluationOptions
     plans: dict[str | os.PathLike, Plan] = field(default_factory=dict)
     contestants: dict[str | os.PathLike, Contestant] = field(default_factory=dict)
 
@@ -125,10 +122,9 @@ class _Comparison:
         """Finds out which rows a model can have; one alone must have all that were asked for.
 
         Raises:
-            ValueError: for classes of the data that it does not have, and as `plan_rows`.
+            ValueError: as `plan_rows`.
         """
         model, processor = self.one_model(source)
-        class_indices(self.rows, model.config.id2label, self.scoring.get("label_map"))
         self.contestants[source] = contestant = Contestant(model.config, output_size(processor))
         if self.several:
             budgets, left_out = typed_budgets(model.config, self.words)
@@ -137,7 +133,7 @@ class _Comparison:
         typed = bool(budgets)
         if budgets is None and source not in self.models:
             budgets = control_budgets(contestant, [self.contestants[other] for other in self.models])
-        plan = plan_rows(model, processor, self.rows, budgets, typed=typed, **self.planning)
+        plan = plan_rows(model, processor, self.rows, budgets, self.options, typed=typed)
         plan.left_out[:0] = left_out
         self.plans[source] = plan
         if not self.several:
@@ -165,7 +161,7 @@ class _Comparison:
     def evaluation(self, source: str | os.PathLike) -> Evaluation:
         """Scores a model at the rows of its plan."""
         model, processor = self.one_model(source)
-        results = score_plan(model, processor, self.rows, self.plans[source], **self.scoring)
+        results = score_plan(model, processor, self.rows, self.plans[source], self.options)
         return Evaluation(
             model=os.fspath(source),
             device=str(model.device),
@@ -255,6 +251,7 @@ def evaluate_checkpoints(
     """
     from ..training.data import evaluation_split, load_image_dataset, sample_rows
 
+    asked = EvaluationOptions(progress=progress, **options)
     check_flag("bundled", bundled)
     check_function("note", note)
     models = _checked_paths("models", models, may_be_empty=bundled)
@@ -266,7 +263,7 @@ def evaluate_checkpoints(
     rows = sample_rows(splits[name], limit, seed)
     if bundled:
         given = set(map(same_place, [*models, *controls]))
-        fitting = fitting_checkpoints(splits[name], options.get("label_map"))  # a sample may lack the last class
+        fitting = fitting_checkpoints(splits[name], asked.label_map)  # a sample may lack the last class
         models += [checkpoint for checkpoint in fitting if same_place(checkpoint) not in given]
     sources = [*models, *controls]
     several = len(sources) > 1 or bundled
@@ -278,14 +275,12 @@ def evaluate_checkpoints(
         models=models,
         several=several,
         words=words,
-        planning={name: value for name, value in options.items() if name not in _SCORING},
-        scoring={name: options[name] for name in _SCORING if name in options} | {"progress": progress},
+        options=asked,
     )
     for source in sources:
         with _about(source, several):
             comparison.plan(source)
-    asking = [option for option in _ASKING if options.get(option) is not None]
-    comparison.check([*(["budgets"] if any(words.values()) else []), *asking], note or logger.warning)
+    comparison.check([*(["budgets"] if any(words.values()) else []), *asked.asking()], note or logger.warning)
     return [comparison.evaluation(source) for source in sources if comparison.plans[source].rows]
 
 

@@ -14,6 +14,7 @@ from ..models.auto import projection_of
 from ..utils.text import no_markup
 from .report import describe_budget, duration, forward_arguments
 from .resume import write_json
+from .tuning_watch import comparison_text, is_worse
 
 
 _PACKAGES = ("polyscale", "transformers", "torch", "torchvision", "datasets", "accelerate")
@@ -167,6 +168,10 @@ def _card_sections(facts: Mapping[str, Any], config: Any, is_classifier: bool) -
         shown = ", ".join(map(no_markup, data["classes"][:20]))
         more = ", ..." if len(data["classes"]) > 20 else ""
         lines.append(f"- classes: {len(data['classes'])} ({shown}{more})")
+    if "tuning" in facts["metrics"]:
+        compared = facts["metrics"]["tuning"]
+        worse = " **The weights that it was tuned from are better.**" if is_worse(compared) else ""
+        lines.append(f"- {comparison_text(compared)}.{worse}")
     lines += [
         f"- {facts['steps']:,} steps, epochs: {facts['epochs']:g}, {duration(facts['seconds'])} on {facts['device']}",
         f"- command: `{facts['command']}`",

@@ -69,7 +69,8 @@ class TrainingRecipe:
         batch_size (`int`, *optional*): images per process and micro-batch; when `None` at most 128, and at least
             eight steps an epoch where there are images enough.
         gradient_accumulation_steps (`int`, *optional*, defaults to 1): micro-batches per optimiser step.
-        learning_rate (`float`, *optional*): peak of the cosine schedule; when `None` 1e-3, or 1e-4 with `init_from`.
+        learning_rate (`float`, *optional*): peak of the cosine schedule; when `None` 1e-3, or 1e-4 with `init_from`,
+            or 5e-5 with `tune_budgets`.
         warmup (`float`, *optional*, defaults to 0.05): share of the steps in which the learning rate rises from 0
             (below 1), or their number.
         weight_decay (`float`, *optional*, defaults to 0.05): of AdamW; biases, norms and scales have none.

@@ -45,6 +45,7 @@ from .report import Reporter, default_result, result_line, summary_lines, time_o
 from .resume import RECORD_FILE, RunFolder, WholeCheckpointCallback, check_unchanged, data_digest
 from .schedule import schedule_notes, steps_of, training_arguments
 from .trainer import BudgetTrainer
+from .tuning_watch import TuningWatch
 
 
 def train(
@@ -74,7 +75,9 @@ def train(
 
     Returns:
         `dict`: "train_loss", "train_seconds", "budgets" (a list of the results at each budget), and for the model's
-        default budget "eval_top1" and "eval_loss" (or what else is measured).
+        default budget "eval_top1" and "eval_loss" (or what else is measured). With `recipe.tune_budgets` also
+        "tuning": "loss_before" and "loss_after" on the same "images", the interval of the "loss_change", and whether
+        they were "held_out".
 
     Raises:
         ValueError: if `output_dir` exists, the data or a checkpoint cannot be used, choices do not fit together, or
@@ -237,8 +240,11 @@ def _run(
     num_steps = steps_of(recipe, len(trainer.train_dataset), trainer.args.world_size)
     notes += schedule_notes(recipe, trainer.args, num_steps)
     ema = EMACallback(recipe.ema_decay, start.checkpoint) if recipe.ema_decay is not None else None
-    reporter = Reporter(trainer, console, (lambda: ema.average.module) if ema else None)
-    callbacks = (DatasetEpochCallback(trainer.train_dataset), ema, reporter, WholeCheckpointCallback(), interruption)
+    averaged = (lambda: ema.average.module) if ema else None
+    reporter = Reporter(trainer, console, averaged)
+    watch = TuningWatch(trainer, reporter, averaged) if recipe.tune_budgets is not None else None
+    epochs = DatasetEpochCallback(trainer.train_dataset)
+    callbacks = (epochs, ema, reporter, watch, WholeCheckpointCallback(), interruption)
     trainer.remove_callback(PrinterCallback)
     for callback in filter(None, callbacks):
         trainer.add_callback(callback)
@@ -269,6 +275,8 @@ def _run(
         reporter.close()
     metrics["train_seconds"] = time.perf_counter() - began
     check_finite(trainer.accelerator.unwrap_model(trainer.model))
+    if watch:
+        metrics["tuning"] = watch.verdict(trainer.accelerator.unwrap_model(trainer.model))
     results = reporter.results(trainer.state)
     metrics["budgets"] = results
     if results:

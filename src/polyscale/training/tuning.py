@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from .trainer import BudgetTrainer, generators_kept, num_tokens_at
 
 
 _EVALUATED_SHARES = 4
+_KEPT_IMAGES = 32
 
 
 def features_of(outputs: ModelOutput, config: Any) -> torch.Tensor:
@@ -151,6 +153,29 @@ class BudgetTuningTrainer(BudgetTrainer):
         if "agreement" in self.metrics:
             return {**measured, "agreement": outputs.logits.argmax(dim=-1) == target.logits.argmax(dim=-1)}
         return {**measured, "cosine": self._cosine(outputs, target)}
+
+    @cached_property
+    def kept_images(self) -> torch.Tensor:
+        """A few images that runs of these weights and others are compared on, (images, channels, height, width): from
+        all over the evaluation images, or the training images where there are none.
+        """
+        images = self.train_dataset if self.eval_dataset is None else self.eval_dataset
+        places = np.linspace(0, len(images) - 1, min(len(images), _KEPT_IMAGES)).round().astype(int)
+        return self.data_collator([images[int(place)] for place in places])["pixel_values"]
+
+    @torch.no_grad()
+    def kept_losses(self, model: nn.Module) -> torch.Tensor:
+        """The loss of a model on each of `kept_images`, the mean over the budgets to evaluate at: (images,)."""
+        was_training, losses = model.training, []
+        model.eval()
+        with generators_kept(self.args.device), self.compute_loss_context_manager():
+            for images in self.kept_images.split(self.args.per_device_eval_batch_size):
+                images = images.to(self.args.device)
+                target = self.target(images)
+                outputs = [self._outputs(model, images, self.call_of(budget)) for budget in self.budgets()]
+                losses.append(torch.stack([self.losses(output, target) for output in outputs]).mean(dim=0))
+        model.train(was_training)
+        return torch.cat(losses).double().cpu()
 
     def _cosine(self, outputs: ModelOutput, target: ModelOutput) -> torch.Tensor:
         config = self.model.config

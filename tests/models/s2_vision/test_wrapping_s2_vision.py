@@ -1,13 +1,17 @@
 """What S2 does around models of all kinds: flags, refusals, drawn budgets, attentions, antialias, names of weights."""
 
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
-from s2_tiny import make_base
+from s2_tiny import ENCODER, make_base
 from safetensors.torch import load_file
 from transformers import AutoModel
 
-from polyscale.models.s2_vision import S2VisionWrapper
+from polyscale.checkpoints import bundled_checkpoint
+from polyscale.models.flexivit import FlexiViTConfig
+from polyscale.models.s2_vision import S2VisionConfig, S2VisionForImageClassification, S2VisionWrapper
 from polyscale.models.s2_vision.multiscale_s2_vision import multiscale_forward
 
 
@@ -73,3 +77,46 @@ def test_a_checkpoint_has_the_names_of_the_model(name, tmp_path):
     model.save_pretrained(tmp_path)
     assert not any(model.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=False))
     torch.testing.assert_close(AutoModel.from_pretrained(tmp_path).state_dict(), model.state_dict())
+
+
+def test_class_names_are_stored_once(tmp_path):
+    names = {"id2label": {0: "owl", 1: "cat", 2: "dog"}, "label2id": {"owl": 0, "cat": 1, "dog": 2}}
+    torch.manual_seed(0)
+    base = AutoModel.from_config(FlexiViTConfig(**ENCODER, base_patch_size=8, **names)).eval()
+    model = S2VisionForImageClassification.from_vision_model(base, scales=[1, 2], **names)
+    model.save_pretrained(tmp_path / "new")
+    assert base.config.id2label == names["id2label"]  # only the file goes without
+    stored = json.loads((tmp_path / "new/config.json").read_text())
+    assert (stored["id2label"], stored["label2id"]) == ({"0": "owl", "1": "cat", "2": "dog"}, names["label2id"])
+    assert not {"id2label", "label2id"} & set(stored["vision_config"])
+
+    # as older versions wrote it
+    model.save_pretrained(tmp_path / "old")
+    stored["vision_config"] |= {"id2label": stored["id2label"], "label2id": stored["label2id"]}
+    (tmp_path / "old/config.json").write_text(json.dumps(stored))
+    pixels = images(size=64)
+    for folder in ("new", "old"):
+        again = S2VisionForImageClassification.from_pretrained(tmp_path / folder).eval()
+        assert (again.config.id2label, again.config.label2id) == (names["id2label"], names["label2id"])
+        torch.testing.assert_close(again(pixels).logits, model(pixels).logits, rtol=0, atol=0)
+        again.save_pretrained(tmp_path / "again")
+        written = json.loads((tmp_path / "again/config.json").read_text())
+        assert written["id2label"] == {"0": "owl", "1": "cat", "2": "dog"}
+        assert not {"id2label", "label2id"} & set(written["vision_config"])
+
+
+def test_class_names_that_only_the_wrapped_config_has_stay():
+    inner = FlexiViTConfig(**ENCODER, base_patch_size=8, id2label={0: "owl", 1: "cat", 2: "dog"})
+    for names in ({}, {"id2label": {0: "a", 1: "b"}, "label2id": {"a": 0, "b": 1}}):
+        config = S2VisionConfig(vision_config=inner, scales=[1, 2], **names)
+        again = S2VisionConfig.from_dict(config.to_dict())
+        assert again.vision_config.id2label == inner.id2label
+        assert again.id2label == config.id2label
+
+
+def test_the_checkpoint_that_ships_has_the_class_names_of_its_flexivit():
+    folder = bundled_checkpoint("s2-flexivit-tiny200")
+    expected = FlexiViTConfig.from_pretrained(bundled_checkpoint("flexivit-tiny200"))
+    config = S2VisionConfig.from_pretrained(folder)
+    assert (config.num_labels, config.id2label, config.label2id) == (200, expected.id2label, expected.label2id)
+    assert "id2label" not in json.loads((folder / "config.json").read_text())["vision_config"]

@@ -187,6 +187,14 @@ class S2VisionConfig(CheckedConfigMixin, S2TokenBudgetMixin, BackboneConfigMixin
                 f"square, got {self.max_tiles}."
             )
 
+    def to_dict(self) -> dict[str, Any]:
+        """As in transformers, but class names are stored once: the wrapped model has no classifier to need them."""
+        fields = super().to_dict()
+        inner = fields["vision_config"]
+        if inner.get("id2label") == fields.get("id2label"):
+            fields["vision_config"] = {name: inner[name] for name in inner if name not in ("id2label", "label2id")}
+        return fields
+
     @property
     def num_scales(self) -> int:
         return len(self.scales if self.scales is not None else self.img_sizes)
