@@ -66,6 +66,17 @@ def test_misspelt_arguments_are_refused(word, meant, family, model, pixels):
         model(pixels, **{word: 1})
 
 
+def test_token_merging_is_refused_where_there_is_none(family, model, pixels):
+    if hasattr(model.config, "merge_tokens_to"):
+        assert (
+            model(pixels, merge_tokens_to=model.config.max_num_tokens_for()).logits.shape == model(pixels).logits.shape
+        )
+        return
+    for called in (model, model.base_model):
+        with pytest.raises(ValueError, match=f"`merge_tokens_to` is no argument of {type(called).__name__}"):
+            called(pixels, merge_tokens_to=4)
+
+
 @pytest.mark.parametrize("word", ["patchsize", "num_token", "split_treshold", "img_size", "scale"])
 def test_misspelt_budget_words_are_refused_by_all(word, model, pixels):
     with pytest.raises(ValueError, match=f"`{word}` is no argument"):

@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig
 
 from ..utils.validation import closest_name
 from .token_budget import registered_budget_words
+from .token_merging import MERGING_WORD
 
 
 # What hosts and tools of transformers hand to any model: never a misspelling, whatever it looks like.
@@ -54,6 +55,8 @@ def _complaint(word: str, model_classes: tuple[type, ...]) -> str | None:
     )
     if word in budgets:
         return f"`{word}` is no argument of {name}: {choice}."
+    if word == MERGING_WORD:
+        return f"`{word}` is no argument of {name}: it merges no tokens."
     nearest = _nearest_argument(word, own)
     if nearest is not None:
         return f"`{word}` is no argument of {name}. Did you mean `{nearest}`?"
@@ -86,7 +89,8 @@ class CheckedModelMixin:
 
 
 def check_words(model: nn.Module, kwargs: dict, *receivers: nn.Module) -> None:
-    """Refuses the budget words of other families, and near misses of the model's own arguments.
+    """Refuses the budget words of other families, and near misses of the model's own arguments; token merging too,
+    where there is none.
 
     Every other word passes: hosts hand their models much that a vision model does not need.
 

@@ -9,6 +9,7 @@ from transformers import AutoModel
 
 from polyscale.models.s2_vision import S2VisionWrapper
 from polyscale.models.s2_vision.multiscale_s2_vision import multiscale_forward
+from polyscale.token_merging import apply_token_merging, remove_token_merging
 
 
 def images(batch=2, size=96, seed=5):
@@ -73,3 +74,29 @@ def test_a_checkpoint_has_the_names_of_the_model(name, tmp_path):
     model.save_pretrained(tmp_path)
     assert not any(model.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=False))
     torch.testing.assert_close(AutoModel.from_pretrained(tmp_path).state_dict(), model.state_dict())
+
+
+@pytest.mark.parametrize("name", ["flexivit", "quadtree_vit", "vit"])
+@torch.no_grad()
+def test_merged_tokens_are_not_laid_out_as_maps(name):
+    base = make_base(name)
+    model = S2VisionWrapper.from_vision_model(base, scales=[1, 2]).eval()
+    expected = model(images()).last_hidden_state
+    if name == "vit":
+        with pytest.raises(ValueError, match="`merge_tokens_to` is no argument of S2VisionWrapper: it merges no tok"):
+            model(images(), merge_tokens_to=4)
+        apply_token_merging(base, num_tokens=4)  # a square number
+        with pytest.raises(ValueError, match="`remove_token_merging` makes it the plain model again"):
+            model(images())
+        remove_token_merging(base)
+    else:
+        refused = "`merge_tokens_to` must be None in a model at several scales, got 4"
+        with pytest.raises(ValueError, match=refused):
+            model(images(), merge_tokens_to=4)
+        base.config.merge_tokens_to = 4
+        with pytest.raises(ValueError, match=refused):
+            model(images())
+        with pytest.raises(ValueError, match=refused):
+            S2VisionWrapper.from_vision_model(base, scales=[1, 2])
+        base.config.merge_tokens_to = None
+    torch.testing.assert_close(model(images()).last_hidden_state, expected)
