@@ -127,3 +127,15 @@ def test_labels_that_do_not_fit_are_refused(model, pixels):
             model(pixels, labels=wrong)
     loss = model(pixels, labels=torch.tensor([0, -100])).loss  # -100 stands for an entry to skip
     torch.testing.assert_close(loss, model(pixels[:1], labels=torch.tensor([0])).loss, rtol=1e-4, atol=1e-4)
+
+
+def test_targets_for_each_class_name_the_setting_that_takes_them(model, pixels):
+    targets = torch.zeros(len(pixels), model.config.num_labels)
+    model.config.problem_type = "single_label_classification"
+    with pytest.raises(ValueError, match=r"for `config\.problem_type` is 'single_label_classification'"):
+        model(pixels, labels=targets)
+    model.config.problem_type = "multi_label_classification"
+    outputs = model(pixels, labels=targets)
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(outputs.logits, targets)
+    torch.testing.assert_close(outputs.loss, expected)
+    model.config.problem_type = None

@@ -140,10 +140,16 @@ def classification_loss(
     except (IndexError, RuntimeError, ValueError) as error:
         if labels.device.type != "cpu":
             raise
+        indices, problem = f"class indices from 0 to {config.num_labels - 1}", config.problem_type
+        expected = f"{indices}, or one target for each logit"
+        if labels.shape == logits.shape and problem == "single_label_classification":
+            expected = (
+                f"{indices}, for `config.problem_type` is {problem!r} (labels of an earlier call may have set it); one "
+                "target for each logit needs 'multi_label_classification'"
+            )
         raise ValueError(
             f"`labels` of shape {tuple(labels.shape)} and {labels.dtype} do not fit `logits` of shape "
-            f"{tuple(logits.shape)}: expected class indices from 0 to {config.num_labels - 1}, or one target for each "
-            f"logit. ({error})"
+            f"{tuple(logits.shape)}: expected {expected}. ({error})"
         ) from error
 
 
