@@ -144,8 +144,8 @@ def classification_loss(
         expected = f"{indices}, or one target for each logit"
         if labels.shape == logits.shape and problem == "single_label_classification":
             expected = (
-                f"{indices}, for `config.problem_type` is {problem!r} (labels of an earlier call may have set it); one "
-                "target for each logit needs 'multi_label_classification'"
+                f"{indices}, for `config.problem_type` is {problem!r} (labels of an earlier call may have set it); "
+                "one target for each logit needs 'multi_label_classification'"
             )
         raise ValueError(
             f"`labels` of shape {tuple(labels.shape)} and {labels.dtype} do not fit `logits` of shape "
