@@ -13,6 +13,19 @@ from datasets import Dataset, Features
 from datasets import Image as ImageFeature
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
+    ResNetConfig,
+    ResNetModel,
+    SwinConfig,
+    SwinModel,
+    ViTConfig,
+    ViTImageProcessor,
+    ViTModel,
+)
 from typer.testing import CliRunner
 
 from polyscale.embedding import embed_images
@@ -77,6 +90,49 @@ def test_tokens_of_each_image(checkpoint, folder, tmp_path):
     np.testing.assert_allclose(rows[3], outputs.last_hidden_state[0, prefix:].numpy(), atol=1e-5, rtol=1e-5)
 
 
+def _vision_models(folder):
+    """Models of transformers alone, the patches of a 32 px image in each, and the tokens in front of them."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    plain = {**sizes, "image_size": 32, "patch_size": 8}
+    text = {**sizes, "vocab_size": 20, "eos_token_id": 1, "bos_token_id": 0, "pad_token_id": 0}
+    clip = CLIPConfig(vision_config=plain, text_config=text, projection_dim=8)
+    swin = SwinConfig(image_size=32, patch_size=4, embed_dim=8, depths=[1, 1], num_heads=[1, 2], window_size=4)
+    dino = Dinov2WithRegistersConfig(**{**plain, "num_register_tokens": 4})
+    models = {
+        "vit": (ViTModel(ViTConfig(**plain)), 16, 1),
+        "clip": (CLIPModel(clip), 16, 1),
+        "dino": (Dinov2WithRegistersModel(dino), 16, 5),
+        "swin": (SwinModel(swin), 16, 0),
+        "resnet": (ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8, 12], depths=[1, 1])), 16, 0),
+    }
+    for name, (model, patches, prefix) in models.items():
+        model.eval().save_pretrained(folder / name)
+        ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder / name)
+        yield folder / name, patches, prefix
+
+
+@torch.no_grad()
+def test_tokens_and_vectors_of_other_models(folder, tmp_path):
+    first = sorted(folder.rglob("*.png"))[0]
+    for checkpoint, patches, prefix in _vision_models(tmp_path):
+        loaded = load_base_model(checkpoint)
+        inputs = loaded.image_processor(open_image(first), return_tensors="pt")
+        call = getattr(loaded.model, "get_image_features", loaded.model)
+        outputs = call(**inputs)
+        out, vectors = tmp_path / f"{checkpoint.name}-tokens", tmp_path / f"{checkpoint.name}-vectors"
+        embed_images(folder, out, checkpoint, tokens=True)
+        tokens = np.array(read(out)[1][0], dtype=np.float32)
+        hidden = outputs.last_hidden_state
+        hidden = hidden.flatten(2).mT if hidden.ndim == 4 else hidden
+        assert tokens.shape == (patches, hidden.shape[-1]), checkpoint.name
+        np.testing.assert_allclose(tokens, hidden[0, prefix:].numpy(), atol=1e-4)
+        embed_images(folder, vectors, checkpoint)
+        np.testing.assert_allclose(read(vectors)[1][0], outputs.pooler_output.flatten(), atol=1e-4)
+        found = search_embeddings(vectors, first, top=1)
+        assert found[0].file == str(first)
+        assert found[0].score == pytest.approx(1, abs=1e-4)
+
+
 def test_a_killed_run_goes_on_where_it_was(checkpoint, folder, tmp_path):
     out = tmp_path / "out"
     embed_images(folder, out, checkpoint, shard_size=3)
@@ -110,6 +166,10 @@ def test_parquet_files_are_a_source_too(checkpoint, folder, tmp_path):
     embed_images(tmp_path / "data.parquet", tmp_path / "out", checkpoint)
     _, rows = read(tmp_path / "out")
     np.testing.assert_allclose(rows[0], expected(checkpoint, files[0]).pooler_output[0].numpy(), atol=1e-5, rtol=1e-5)
+    (tmp_path / "hub" / "data").mkdir(parents=True)  # as data sets of the hub lie
+    shutil.move(tmp_path / "data.parquet", tmp_path / "hub" / "data" / "train-00000-of-00001.parquet")
+    embed_images(tmp_path / "hub", tmp_path / "deeper", checkpoint)
+    assert read(tmp_path / "deeper") == ([f"train/{row}" for row in range(7)], rows)
 
 
 def test_the_command(checkpoint, folder, tmp_path):

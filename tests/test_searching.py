@@ -77,6 +77,20 @@ def test_an_image_finds_itself_and_then_its_nearest(folder, tmp_path):
 
 
 @torch.no_grad()
+def test_an_array_finds_itself(tmp_path):
+    checkpoint = save_tiny_flexivit(tmp_path / "flexivit")
+    (tmp_path / "arrays").mkdir()
+    for index in range(3):
+        array = np.random.default_rng(index).integers(0, 255, (32, 32, 3)).astype(np.uint8)
+        np.save(tmp_path / "arrays" / f"{index}.npy", array)
+    embed_images(tmp_path / "arrays", tmp_path / "out", checkpoint, 8)
+    found = search_embeddings(tmp_path / "out", tmp_path / "arrays" / "1.npy", top=1)
+    assert found[0].file == str(tmp_path / "arrays" / "1.npy")
+    assert found[0].score == pytest.approx(1, abs=1e-5)
+    with pytest.raises(FileNotFoundError, match="is no file"):
+        search_embeddings(tmp_path / "out", "missing.npy")
+
+
 def test_words_and_images_of_a_clip_at_a_budget(clip, folder, tmp_path):
     checkpoint, dual, images, tokenizer = clip
     embed_images(folder, tmp_path / "out", checkpoint, 16)

@@ -23,10 +23,11 @@ from .layers.budget_choice import at_budget
 from .layers.token_budget import budget_kwargs
 from .loading import LoadedModel, load_base_model
 from .utils.identity import changes_of, digest_of, processing_of, weights_digest
-from .utils.images import UnreadableImageError, find_images, open_pixels
+from .utils.images import UnreadableImageError, files_below, find_images, is_image_file, open_pixels
 from .utils.outputs import check_output, only_writer, write_text, written_beside
 from .utils.processors import process_images
 from .utils.validation import check_flag, check_function, check_path
+from .utils.vision_configs import base_num_prefix_tokens
 
 
 RECORD = "embedding.json"
@@ -55,7 +56,8 @@ class _Item(NamedTuple):
 def _items(source: str | os.PathLike) -> list[_Item]:
     """The images of a folder, or the rows of parquet files and data sets of a hub."""
     path = Path(check_path("source", source))
-    if path.is_dir() and not any(path.glob("*.parquet")):
+    files = list(files_below(path)) if path.is_dir() else []
+    if path.is_dir() and (any(map(is_image_file, files)) or not any(file.suffix == ".parquet" for file in files)):
         return [_Item(str(file), lambda file=file: open_pixels(file)) for file in find_images(path)]
     if path.is_file() and path.suffix != ".parquet":
         return [_Item(str(path), lambda: open_pixels(path))]
@@ -128,11 +130,23 @@ def image_outputs(
     return (model.get_image_features if takes_texts(model) else model)(**inputs, **budget)
 
 
+def pooled_vectors(outputs: ModelOutput) -> np.ndarray:
+    """(images, width); a ConvNet pools to a map of one place."""
+    return outputs.pooler_output.flatten(1).float().cpu().numpy()
+
+
+def _num_prefix_tokens(model: PreTrainedModel) -> int:
+    try:
+        return base_num_prefix_tokens(getattr(model.config, "vision_config", model.config))
+    except ValueError:  # its tokens are no grid of patches, so that none is known to stand in front of one
+        return 0
+
+
 @torch.inference_mode()
 def _embed(loaded: LoadedModel, groups: list, count: int, tokens: bool, budget: Any) -> list[np.ndarray]:
     """One array per image: (width,), or with `tokens` (tokens, width), prefix tokens and padding left out."""
     model = loaded.model
-    num_prefix = getattr(getattr(model.config, "vision_config", model.config), "num_prefix_tokens", 0)
+    num_prefix = _num_prefix_tokens(model) if tokens else 0
     rows: list[np.ndarray | None] = [None] * count
     call = budget_kwargs(model.config, budget)
     for indices, inputs in groups:
@@ -140,7 +154,10 @@ def _embed(loaded: LoadedModel, groups: list, count: int, tokens: bool, budget: 
             outputs = image_outputs(model, inputs, call)
         if tokens:
             mask = getattr(outputs, "token_mask", None)
-            hidden = outputs.last_hidden_state[:, num_prefix:].float().cpu()
+            hidden = outputs.last_hidden_state.float().cpu()
+            if hidden.ndim == 4:  # the map of a ConvNet: (batch, width, rows, columns)
+                hidden = hidden.flatten(2).transpose(1, 2)
+            hidden = hidden[:, num_prefix:]
             for row, index in enumerate(indices):
                 rows[index] = (hidden[row] if mask is None else hidden[row, mask[row].cpu()]).numpy()
         else:
@@ -148,7 +165,7 @@ def _embed(loaded: LoadedModel, groups: list, count: int, tokens: bool, budget: 
                 raise ValueError(
                     f"`model` of type {model.config.model_type!r} pools nothing: use `tokens=True`, or another model."
                 )
-            for index, pooled in zip(indices, outputs.pooler_output.float().cpu().numpy(), strict=True):
+            for index, pooled in zip(indices, pooled_vectors(outputs), strict=True):
                 rows[index] = pooled
     return rows
 
@@ -371,6 +388,7 @@ __all__ = [
     "embed_images",
     "image_outputs",
     "open_shard",
+    "pooled_vectors",
     "read_record",
     "takes_texts",
 ]

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer
 
-from .embedding import RECORD, check_same_model, image_outputs, open_shard, read_record, takes_texts
+from .embedding import RECORD, check_same_model, image_outputs, open_shard, pooled_vectors, read_record, takes_texts
 from .layers.token_budget import budget_kwargs
 from .loading import LoadedModel, checkpoint_source, load_base_model, reading
-from .utils.images import IMAGE_SUFFIXES, open_image
+from .utils.images import is_image_file, open_pixels
 from .utils.processors import process_images
 from .utils.validation import check_path
 
@@ -71,16 +71,15 @@ def _text_embedding(text: str, loaded: LoadedModel, tokenizer) -> np.ndarray:
 @torch.inference_mode()
 def _image_embedding(path: Path, loaded: LoadedModel, budget: dict) -> np.ndarray:
     channels = getattr(loaded.model.config, "num_channels", 3)
-    ((_, inputs),) = process_images(loaded.image_processor, [open_image(path)], channels)
-    outputs = image_outputs(loaded.model, inputs, budget)
-    return outputs.pooler_output[0].float().cpu().numpy()
+    ((_, inputs),) = process_images(loaded.image_processor, [open_pixels(path)], channels)
+    return pooled_vectors(image_outputs(loaded.model, inputs, budget))[0]
 
 
 def _query_embedding(query: str | os.PathLike, record: dict, loaded: LoadedModel, model_name: str) -> np.ndarray:
     path = Path(query)
     if path.is_file():
         return _image_embedding(path, loaded, budget_kwargs(loaded.model.config, record["budget"]))
-    if isinstance(query, os.PathLike) or path.suffix.lower() in IMAGE_SUFFIXES:
+    if isinstance(query, os.PathLike) or is_image_file(path):
         raise FileNotFoundError(f"`query` {query} is no file.")
     if not takes_texts(loaded.model):
         raise ValueError(

@@ -15,11 +15,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .layers.attention import attention_name, eager_attention_forward
-from .layers.token_merging import merge_schedule, merge_tokens, size_bias
+from .layers.token_merging import MERGING_ATTENTION, merge_schedule, merge_tokens, size_bias
 from .utils.vision_configs import base_num_prefix_tokens
 
 
-_PREFIX = "token_merging_"
 _IMPLEMENTATIONS = ("eager", "sdpa")
 
 
@@ -49,8 +48,8 @@ def _register() -> None:
     """Makes the attention functions known to transformers, by its own interfaces for that."""
     for name in _IMPLEMENTATIONS:
         attention = eager_attention_forward if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
-        AttentionInterface.register(_PREFIX + name, _recording_keys(attention))
-        AttentionMaskInterface.register(_PREFIX + name, ALL_MASK_ATTENTION_FUNCTIONS[name])
+        AttentionInterface.register(MERGING_ATTENTION + name, _recording_keys(attention))
+        AttentionMaskInterface.register(MERGING_ATTENTION + name, ALL_MASK_ATTENTION_FUNCTIONS[name])
 
 
 class _MergingLayer:
@@ -162,7 +161,7 @@ def apply_token_merging(model: PreTrainedModel, *, num_tokens: int) -> PreTraine
             f"`model` must use one of the attention implementations {', '.join(_IMPLEMENTATIONS)}, got "
             f"{implementation!r}: change it with `model.set_attn_implementation('sdpa')`."
         )
-    model.set_attn_implementation(_PREFIX + implementation)
+    model.set_attn_implementation(MERGING_ATTENTION + implementation)
     merging = _Merging(num_tokens, len(layers), base_num_prefix_tokens(model.config))
     for place, layer in enumerate(layers):
         layer.__class__ = _merging_class(type(layer))
@@ -182,7 +181,7 @@ def remove_token_merging(model: PreTrainedModel) -> PreTrainedModel:
     """
     layers = _encoder_layers(model)
     if isinstance(layers[0], _MergingLayer):
-        model.set_attn_implementation(attention_name(model.config).removeprefix(_PREFIX))
+        model.set_attn_implementation(attention_name(model.config).removeprefix(MERGING_ATTENTION))
         for layer in layers:
             layer.__class__ = _plain_class(layer)
             del layer.merging, layer.place, _attention_of(layer).merging

@@ -66,6 +66,17 @@ def test_misspelt_arguments_are_refused(word, meant, family, model, pixels):
         model(pixels, **{word: 1})
 
 
+def test_token_merging_is_refused_where_there_is_none(family, model, pixels):
+    if hasattr(model.config, "merge_tokens_to"):
+        assert (
+            model(pixels, merge_tokens_to=model.config.max_num_tokens_for()).logits.shape == model(pixels).logits.shape
+        )
+        return
+    for called in (model, model.base_model):
+        with pytest.raises(ValueError, match=f"`merge_tokens_to` is no argument of {type(called).__name__}"):
+            called(pixels, merge_tokens_to=4)
+
+
 @pytest.mark.parametrize("word", ["patchsize", "num_token", "split_treshold", "img_size", "scale"])
 def test_misspelt_budget_words_are_refused_by_all(word, model, pixels):
     with pytest.raises(ValueError, match=f"`{word}` is no argument"):
@@ -116,3 +127,15 @@ def test_labels_that_do_not_fit_are_refused(model, pixels):
             model(pixels, labels=wrong)
     loss = model(pixels, labels=torch.tensor([0, -100])).loss  # -100 stands for an entry to skip
     torch.testing.assert_close(loss, model(pixels[:1], labels=torch.tensor([0])).loss, rtol=1e-4, atol=1e-4)
+
+
+def test_targets_for_each_class_name_the_setting_that_takes_them(model, pixels):
+    targets = torch.zeros(len(pixels), model.config.num_labels)
+    model.config.problem_type = "single_label_classification"
+    with pytest.raises(ValueError, match=r"for `config\.problem_type` is 'single_label_classification'"):
+        model(pixels, labels=targets)
+    model.config.problem_type = "multi_label_classification"
+    outputs = model(pixels, labels=targets)
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(outputs.logits, targets)
+    torch.testing.assert_close(outputs.loss, expected)
+    model.config.problem_type = None

@@ -4,20 +4,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
-
-
-def check_nothing_merges(config: PreTrainedConfig) -> None:
-    """Refuses a config whose model merges tokens: merged tokens have no place in a map.
-
-    Raises:
-        ValueError: where `config.merge_tokens_to` is set.
-    """
-    if config.merge_tokens_to is not None:
-        raise ValueError(
-            f"`merge_tokens_to` must be None in a backbone, got {config.merge_tokens_to}: merged tokens have no place "
-            "in a feature map."
-        )
+from transformers import PreTrainedModel
 
 
 def feature_maps_of(
@@ -45,4 +32,4 @@ def feature_maps_of(
     return feature_maps
 
 
-__all__ = ["check_nothing_merges", "feature_maps_of"]
+__all__ = ["feature_maps_of"]

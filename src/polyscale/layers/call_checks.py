@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig
 
 from ..utils.validation import closest_name
 from .token_budget import registered_budget_words
+from .token_merging import MERGING_WORD
 
 
 # What hosts and tools of transformers hand to any model: never a misspelling, whatever it looks like.
@@ -54,6 +55,8 @@ def _complaint(word: str, model_classes: tuple[type, ...]) -> str | None:
     )
     if word in budgets:
         return f"`{word}` is no argument of {name}: {choice}."
+    if word == MERGING_WORD:
+        return f"`{word}` is no argument of {name}: it merges no tokens."
     nearest = _nearest_argument(word, own)
     if nearest is not None:
         return f"`{word}` is no argument of {name}. Did you mean `{nearest}`?"
@@ -86,7 +89,8 @@ class CheckedModelMixin:
 
 
 def check_words(model: nn.Module, kwargs: dict, *receivers: nn.Module) -> None:
-    """Refuses the budget words of other families, and near misses of the model's own arguments.
+    """Refuses the budget words of other families, and near misses of the model's own arguments; token merging too,
+    where there is none.
 
     Every other word passes: hosts hand their models much that a vision model does not need.
 
@@ -136,10 +140,16 @@ def classification_loss(
     except (IndexError, RuntimeError, ValueError) as error:
         if labels.device.type != "cpu":
             raise
+        indices, problem = f"class indices from 0 to {config.num_labels - 1}", config.problem_type
+        expected = f"{indices}, or one target for each logit"
+        if labels.shape == logits.shape and problem == "single_label_classification":
+            expected = (
+                f"{indices}, for `config.problem_type` is {problem!r} (labels of an earlier call may have set it); "
+                "one target for each logit needs 'multi_label_classification'"
+            )
         raise ValueError(
             f"`labels` of shape {tuple(labels.shape)} and {labels.dtype} do not fit `logits` of shape "
-            f"{tuple(logits.shape)}: expected class indices from 0 to {config.num_labels - 1}, or one target for each "
-            f"logit. ({error})"
+            f"{tuple(logits.shape)}: expected {expected}. ({error})"
         ) from error
 
 

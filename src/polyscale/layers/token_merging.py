@@ -9,6 +9,13 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from transformers import PreTrainedConfig
+
+from .attention import attention_name
+
+
+MERGING_WORD = "merge_tokens_to"  # the argument of `forward`, and the config field, of models that can merge
+MERGING_ATTENTION = "token_merging_"  # what the names of the attention functions of `apply_token_merging` begin with
 
 
 class MergedTokens(NamedTuple):
@@ -21,6 +28,29 @@ class MergedTokens(NamedTuple):
 
     hidden_states: torch.Tensor
     sizes: torch.Tensor
+
+
+def check_nothing_merges(config: PreTrainedConfig, where: str, merge_tokens_to: int | None = None) -> None:
+    """Refuses a model that merges tokens, where tokens are laid out as a map: merged ones have no place in it.
+
+    Args:
+        config (`PreTrainedConfig`): of any model.
+        where (`str`): what lays them out, for the error.
+        merge_tokens_to (`int`, *optional*): what a call asks for; as the config says when `None`.
+
+    Raises:
+        ValueError: where the call, the config or `apply_token_merging` has tokens merged.
+    """
+    number = getattr(config, MERGING_WORD, None) if merge_tokens_to is None else merge_tokens_to
+    if number is not None:
+        raise ValueError(
+            f"`{MERGING_WORD}` must be None in {where}, got {number}: merged tokens have no place in a feature map."
+        )
+    if (attention_name(config) or "").startswith(MERGING_ATTENTION):
+        raise ValueError(
+            f"The model in {where} merges tokens (`apply_token_merging`), which then have no place in a feature map: "
+            "`remove_token_merging` makes it the plain model again."
+        )
 
 
 def merge_schedule(num_tokens: int, merge_tokens_to: int, num_layers: int) -> list[int]:
@@ -135,4 +165,13 @@ def size_bias(sizes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return sizes.log().to(dtype)[:, None, None, :]
 
 
-__all__ = ["MergeStep", "MergedTokens", "merge_schedule", "merge_tokens", "size_bias"]
+__all__ = [
+    "MERGING_ATTENTION",
+    "MERGING_WORD",
+    "MergeStep",
+    "MergedTokens",
+    "check_nothing_merges",
+    "merge_schedule",
+    "merge_tokens",
+    "size_bias",
+]

@@ -296,6 +296,9 @@ def test_similar_tokens_merge_to_an_exact_number(images):
     backbone = make_model(QuadtreeViTBackbone, merge_tokens_to=10)
     with pytest.raises(ValueError, match="must be None in a backbone, got 10"):
         backbone(images)
+    backbone.config.merge_tokens_to = None
+    with pytest.raises(ValueError, match="`merge_tokens_to` is no argument of QuadtreeViTBackbone: it merges no tok"):
+        backbone(images, merge_tokens_to=10)
 
 
 class CentrePatchScorer(PatchScorer):

@@ -13,6 +13,7 @@ from polyscale.checkpoints import bundled_checkpoint
 from polyscale.models.flexivit import FlexiViTConfig
 from polyscale.models.s2_vision import S2VisionConfig, S2VisionForImageClassification, S2VisionWrapper
 from polyscale.models.s2_vision.multiscale_s2_vision import multiscale_forward
+from polyscale.token_merging import apply_token_merging, remove_token_merging
 
 
 def images(batch=2, size=96, seed=5):
@@ -120,3 +121,29 @@ def test_the_checkpoint_that_ships_has_the_class_names_of_its_flexivit():
     config = S2VisionConfig.from_pretrained(folder)
     assert (config.num_labels, config.id2label, config.label2id) == (200, expected.id2label, expected.label2id)
     assert "id2label" not in json.loads((folder / "config.json").read_text())["vision_config"]
+
+
+@pytest.mark.parametrize("name", ["flexivit", "quadtree_vit", "vit"])
+@torch.no_grad()
+def test_merged_tokens_are_not_laid_out_as_maps(name):
+    base = make_base(name)
+    model = S2VisionWrapper.from_vision_model(base, scales=[1, 2]).eval()
+    expected = model(images()).last_hidden_state
+    if name == "vit":
+        with pytest.raises(ValueError, match="`merge_tokens_to` is no argument of S2VisionWrapper: it merges no tok"):
+            model(images(), merge_tokens_to=4)
+        apply_token_merging(base, num_tokens=4)  # a square number
+        with pytest.raises(ValueError, match="`remove_token_merging` makes it the plain model again"):
+            model(images())
+        remove_token_merging(base)
+    else:
+        refused = "`merge_tokens_to` must be None in a model at several scales, got 4"
+        with pytest.raises(ValueError, match=refused):
+            model(images(), merge_tokens_to=4)
+        base.config.merge_tokens_to = 4
+        with pytest.raises(ValueError, match=refused):
+            model(images())
+        with pytest.raises(ValueError, match=refused):
+            S2VisionWrapper.from_vision_model(base, scales=[1, 2])
+        base.config.merge_tokens_to = None
+    torch.testing.assert_close(model(images()).last_hidden_state, expected)

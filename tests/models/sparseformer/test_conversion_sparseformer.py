@@ -265,3 +265,8 @@ def test_vits_that_do_not_fit_are_refused():
     model = SparseFormerModel(tiny_config("bootstrapped", attention_head_width=16))
     with pytest.raises(ValueError, match="Layer 2 has 2 attention heads, the ViT has 4"):
         load_vit_weights(model, vit, layers=[2])
+
+
+def test_a_folder_is_told_how_to_become_one(tmp_path):
+    with pytest.raises(ValueError, match="by training on images: `polyscale train IMAGES OUT --bootstrap-from"):
+        load_official(tmp_path)

@@ -32,6 +32,12 @@ def test_points_are_drawn_where_they_are():
         assert abs(columns.mean() - x) <= 1
 
 
+def test_a_very_long_image_is_drawn_squashed():
+    drawn = draw_rois(Image.new("RGB", (1, 3000), "black"), torch.tensor([[0.0, 0.5, 1.0, 1.0]]), width=100)
+    assert drawn.size == (100, 400)
+    assert drawn.getpixel((50, 200)) == token_color(0)
+
+
 def test_a_model_sampling_by_sampling():
     model = make_model(SparseFormerForImageClassification, tiny_config())
     processor = SparseFormerImageProcessor(size={"shortest_edge": 36}, crop_size={"height": 32, "width": 32})

@@ -14,7 +14,7 @@ from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPoo
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
-from ...layers.backbone import check_nothing_merges, feature_maps_of
+from ...layers.backbone import feature_maps_of
 from ...layers.call_checks import check_words, classification_loss
 from ...layers.encoder import (
     EncoderAttention,
@@ -27,6 +27,7 @@ from ...layers.encoding import run_layers, run_merging_layers
 from ...layers.freezing import check_no_adapters, is_plain, thaw
 from ...layers.packing import Padding
 from ...layers.pooled_only import pooled_only_suffices
+from ...layers.token_merging import check_nothing_merges
 from ...utils.transformers_internals import capture_outputs, filter_output_hidden_states, merge_with_config_defaults
 from ...utils.validation import check_pixel_values
 from .configuration_flexivit import FlexiViTConfig
@@ -266,7 +267,7 @@ class FlexiViTBackbone(BackboneMixin, FlexiViTPreTrainedModel):
         """
         check_words(self, kwargs)
         check_pixel_values(pixel_values, self.config.num_channels)
-        check_nothing_merges(self.config)
+        check_nothing_merges(self.config, "a backbone")
         patch_size = self.flexivit.embeddings.resolve_patch_size(patch_size)
         outputs = self.flexivit(pixel_values, patch_size=patch_size, **kwargs)
         patch_grid = self.config.patch_grid_for(pixel_values.shape[-2:], patch_size)

@@ -16,12 +16,13 @@ from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPoo
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
-from ...layers.backbone import check_nothing_merges, feature_maps_of
+from ...layers.backbone import feature_maps_of
 from ...layers.call_checks import check_words, classification_loss
 from ...layers.encoder import EncoderClassificationHead, EncoderPreTrainedModel, TokenPooler, make_encoder_layers
 from ...layers.encoding import run_layers, run_merging_layers
 from ...layers.packing import Padding
 from ...layers.pooled_only import pooled_only_suffices
+from ...layers.token_merging import check_nothing_merges
 from ...utils.transformers_internals import capture_outputs, filter_output_hidden_states, merge_with_config_defaults
 from .configuration_quadtree_vit import QuadtreeViTConfig
 from .pyramid_quadtree_vit import ZeroLinear, reverse_quadtree
@@ -358,7 +359,7 @@ class QuadtreeViTBackbone(BackboneMixin, QuadtreeViTPreTrainedModel):
             tokens: (batch, num_prefix_tokens + places, hidden).
         """
         check_words(self, kwargs)
-        check_nothing_merges(self.config)
+        check_nothing_merges(self.config, "a backbone")
         outputs = self.quadtree_vit(
             pixel_values, num_tokens=num_tokens, split_threshold=split_threshold, patch_scores=patch_scores, **kwargs
         )

@@ -7,6 +7,7 @@ from transformers import PreTrainedConfig
 from transformers.backbone_utils import BackboneConfigMixin
 
 from ...layers.config_checks import CheckedConfigMixin, checked_config, non_negative, pixel_size, positive
+from ...layers.token_merging import check_nothing_merges
 from ...utils.transformers_internals import sub_config
 from ...utils.validation import to_pair
 from ...utils.vision_configs import (
@@ -135,6 +136,7 @@ class S2VisionConfig(CheckedConfigMixin, S2TokenBudgetMixin, BackboneConfigMixin
         super().__post_init__(**kwargs)
         if isinstance(self.vision_config, S2VisionConfig):
             raise ValueError("`vision_config` is that of an S2 model, which has several scales already.")
+        check_nothing_merges(self.vision_config, "a model at several scales")
         check_base(self.vision_config)
         if self.num_prefix_tokens is None:
             self.num_prefix_tokens = base_num_prefix_tokens(self.vision_config)

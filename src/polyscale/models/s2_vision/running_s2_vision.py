@@ -7,6 +7,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from ...layers.token_merging import MERGING_WORD, check_nothing_merges
 from .configuration_s2_vision import S2VisionConfig
 from .multiscale_s2_vision import Part, features_of, named_parts
 
@@ -41,6 +42,9 @@ class TileRunner:
         output_attentions: whether attentions are wanted.
         options: other arguments of the wrapped model.
         pooled_only: leaves out what is not for the pooled vector, where the wrapped model can.
+
+    Raises:
+        ValueError: where the wrapped model merges tokens.
     """
 
     def __init__(
@@ -59,6 +63,7 @@ class TileRunner:
         draw_budget = getattr(model, "draw_budget", None)
         drawn = {} if draw_budget is None else draw_budget()  # one draw per call, however many forwards it takes
         self.options = {**drawn, **options}
+        check_nothing_merges(model.config, "a model at several scales", options.get(MERGING_WORD))
         # The models of this library that take the argument have the field that turns it off.
         self.pooled_only = pooled_only and not getattr(model.config, "keep_all_tokens", True)
         if self.pooled_only:

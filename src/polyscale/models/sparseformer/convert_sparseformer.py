@@ -324,6 +324,11 @@ def load_official(
     else:
         is_name = str(source) in PRESETS
         path = released_file(str(source)) if is_name else Path(source)
+        if path.is_dir():
+            raise ValueError(
+                f"`{source}` is a folder: expected a file of showlab/sparseformer. A ViT or FlexiViT becomes a "
+                f"SparseFormer by training on images: `polyscale train IMAGES OUT --bootstrap-from {source}`."
+            )
         config = str(source) if is_name and config is None else config
         state_dict, label = load_state_dict_file(path), f"`{path.name}`"
     state_dict = rename_raw(state_dict)

@@ -15,6 +15,7 @@ from ...utils.processors import seen_region
 
 
 _GAP = 4  # pixels between the cells of a grid
+_MOST_HEIGHT = 4  # times the width of a cell: a longer image is drawn squashed, or its cells would be gigabytes
 _FADE = 0.5  # how far the image below drawings goes towards white
 
 
@@ -26,7 +27,8 @@ def token_color(index: int) -> tuple[int, int, int]:
 
 def _canvas(image: Image.Image, width: int) -> Image.Image:
     """The image at that width, faded, for drawings on it."""
-    image = image.convert("RGB").resize((width, max(round(width * image.height / image.width), 1)))
+    height = min(max(round(width * image.height / image.width), 1), _MOST_HEIGHT * width)
+    image = image.convert("RGB").resize((width, height))
     return Image.blend(image, Image.new("RGB", image.size, "white"), _FADE)
 
 
