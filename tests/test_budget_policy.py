@@ -186,7 +186,7 @@ def test_what_cannot_be_is_refused(tmp_path, classifier):
     for size in (0, True, 1.5, "1"):
         with pytest.raises(ValueError, match="`batch_size` must be"):
             classify_with_policy(sample_photographs(), policy, "flexivit-cifar10", batch_size=size)
-    for budget, message in ((40, "must not be larger than the image"), (True, "must be an int or a pair")):
+    for budget, message in ((80, "must not be larger than the image"), (True, "must be an int or a pair")):
         with pytest.raises(ValueError, match=f"`patch_size` {message}"):
             classify_with_policy(sample_photographs(), BudgetPolicy([budget, 4], [0.5], "patch_size"))
     for text in ("{", "[]", '{"budgets": [4]}'):
