@@ -76,7 +76,6 @@ def test_an_image_finds_itself_and_then_its_nearest(folder, tmp_path):
         search_embeddings(tmp_path / "out", folder / "4.png", top=0)
 
 
-@torch.no_grad()
 def test_an_array_finds_itself(tmp_path):
     checkpoint = save_tiny_flexivit(tmp_path / "flexivit")
     (tmp_path / "arrays").mkdir()
@@ -91,6 +90,7 @@ def test_an_array_finds_itself(tmp_path):
         search_embeddings(tmp_path / "out", "missing.npy")
 
 
+@torch.no_grad()
 def test_words_and_images_of_a_clip_at_a_budget(clip, folder, tmp_path):
     checkpoint, dual, images, tokenizer = clip
     embed_images(folder, tmp_path / "out", checkpoint, 16)

@@ -23,7 +23,7 @@ from .layers.budget_choice import at_budget
 from .layers.token_budget import budget_kwargs
 from .loading import LoadedModel, load_base_model
 from .utils.identity import changes_of, digest_of, processing_of, weights_digest
-from .utils.images import UnreadableImageError, files_below, find_images, is_image_file, open_pixels
+from .utils.images import UnreadableImageError, files_below, find_images, open_pixels
 from .utils.outputs import check_output, only_writer, write_text, written_beside
 from .utils.processors import process_images
 from .utils.validation import check_flag, check_function, check_path
@@ -56,11 +56,12 @@ class _Item(NamedTuple):
 def _items(source: str | os.PathLike) -> list[_Item]:
     """The images of a folder, or the rows of parquet files and data sets of a hub."""
     path = Path(check_path("source", source))
-    files = list(files_below(path)) if path.is_dir() else []
-    if path.is_dir() and (any(map(is_image_file, files)) or not any(file.suffix == ".parquet" for file in files)):
-        return [_Item(str(file), lambda file=file: open_pixels(file)) for file in find_images(path)]
-    if path.is_file() and path.suffix != ".parquet":
-        return [_Item(str(path), lambda: open_pixels(path))]
+    if path.is_dir() or (path.is_file() and path.suffix != ".parquet"):
+        try:
+            return [_Item(str(file), lambda file=file: open_pixels(file)) for file in find_images(path)]
+        except UnreadableImageError:  # a folder without images
+            if not any(file.suffix == ".parquet" for file in files_below(path)):
+                raise
     from .training.data import load_image_dataset
 
     items = []
