@@ -30,9 +30,14 @@ def check_base(config: PreTrainedConfig) -> None:
             f"images, it needs {', '.join(f'`{name}`' for name in missing)} too. Of SigLIP2, the checkpoints of one "
             "resolution have the type 'siglip_vision_model'."
         )
+    check_tokens_have_places(config, "`vision_config`")
+
+
+def check_tokens_have_places(config: PreTrainedConfig, name: str) -> None:
+    """Raises ValueError for a model whose tokens cannot be laid out as maps. `name` is what it is called there."""
     if hasattr(config, "feature_grid_for") and config.feature_grid_for() is None:
         raise ValueError(
-            f"`vision_config` of type {config.model_type!r} does not work at several scales: its tokens have no fixed "
+            f"{name} of type {config.model_type!r} does not work at several scales: its tokens have no fixed "
             "place in the image, so they cannot be laid out as maps. Give a model with one token per patch."
         )
 
@@ -162,5 +167,6 @@ __all__ = [
     "base_stage_widths",
     "base_width",
     "check_base",
+    "check_tokens_have_places",
     "model_classes_of",
 ]

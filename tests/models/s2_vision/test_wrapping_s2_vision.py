@@ -27,6 +27,47 @@ def test_sparseformer_has_no_places():
         S2VisionWrapper.from_vision_model(AutoModel.from_config(SparseFormerConfig()), scales=[1, 2])
 
 
+def test_the_function_refuses_models_whose_tokens_make_no_map():
+    from polyscale.models.sparseformer import SparseFormerConfig
+
+    with pytest.raises(ValueError, match="`model` of type 'sparseformer' does not work at several scales"):
+        multiscale_forward(AutoModel.from_config(SparseFormerConfig()), images(size=224), scales=[1])
+    flexivit = make_base("flexivit")
+    flexivit.config.merge_tokens_to = 4  # a square number
+    with pytest.raises(ValueError, match="`merge_tokens_to` must be None in `multiscale_forward`, got 4"):
+        multiscale_forward(flexivit, images(size=64), scales=[1], num_prefix_token=1)
+    vit = make_base("vit")
+    apply_token_merging(vit, num_tokens=4)
+    with pytest.raises(ValueError, match="`remove_token_merging` makes it the plain model again"):
+        multiscale_forward(vit, images(size=64), scales=[1], num_prefix_token=1)
+
+
+@torch.no_grad()
+def test_the_function_and_the_wrapper_agree_about_models_that_know_where_their_tokens_are():
+    quadtree = make_base("quadtree_vit").eval()
+    quadtree.config.num_tokens = 10  # where 64 would be all of the smallest patches: mixed sizes
+    tile = quadtree.config.image_size
+    wrapper = S2VisionWrapper.from_vision_model(quadtree, scales=[1, 2]).eval()
+    pixels = images(size=tile)
+    expected = wrapper(pixels).last_hidden_state
+    for split_forward in (False, True):
+        features = multiscale_forward(quadtree, pixels, scales=[1, 2], num_prefix_token=1, split_forward=split_forward)
+        torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_function_draws_one_size_for_all_tiles():
+    flexivit = make_base("flexivit").train()
+    flexivit.config.train_patch_sizes = [4, 8, 16]
+    torch.manual_seed(0)
+    drawn = {
+        multiscale_forward(
+            flexivit, images(size=64), [1, 2], max_split_size=64, num_prefix_token=1, split_forward=True
+        ).shape[1]
+        for _ in range(8)
+    }
+    assert drawn == {1 + 16, 1 + 64, 1 + 256}
+
+
 def test_flags_are_those_of_the_model_inside():
     for name in ("clip", "convnext"):
         base = make_base(name)

@@ -6,8 +6,11 @@ From what a model says about tiles to features of the image, and the function of
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
+from transformers import PreTrainedModel
 
+from ...layers.token_merging import check_nothing_merges
 from ...utils.validation import check_choice, check_int
+from ...utils.vision_configs import check_tokens_have_places
 from .tiling_s2_vision import (
     TilePlan,
     area_resize,
@@ -189,6 +192,29 @@ def features_of(output: object, output_shape: str) -> torch.Tensor:
     return output
 
 
+def _features_function(model: Callable, output_shape: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Tiles -> features in row order. A model that has a config is asked where its tokens are from; of a bare function
+    nothing is known.
+
+    Raises:
+        ValueError: for a model that merges tokens, or whose tokens have no place.
+    """
+    if isinstance(model, PreTrainedModel):
+        check_nothing_merges(model.config, "`multiscale_forward`")
+        check_tokens_have_places(model.config, "`model`")
+    to_grid = getattr(model, "tokens_to_grid", None)
+    draw_budget = getattr(model, "draw_budget", None)
+    drawn = {} if draw_budget is None else draw_budget()  # one draw for all tiles, however many forwards they take
+    if to_grid is None:
+        return lambda tiles: features_of(model(tiles, **drawn), output_shape)
+
+    def placed(tiles: torch.Tensor) -> torch.Tensor:
+        outputs = model(tiles, return_dict=True, **drawn)
+        return to_grid(features_of(outputs, output_shape), outputs, tuple(tiles.shape[-2:]))
+
+    return placed
+
+
 def multiscale_forward(
     model: Callable,
     input: torch.Tensor,
@@ -212,7 +238,8 @@ def multiscale_forward(
     Args:
         model (`Callable`): a function or model from images (n, channels, height, width) to features: (n, tokens,
             width) or (n, width, rows, columns), an output object with `last_hidden_state`, or a tuple that begins with
-            one of these.
+            one of these. Give a Quadtree ViT itself, not a function that calls it: then its tokens are laid out as the
+            patches lie.
         input (`torch.Tensor` of shape `(batch, channels, height, width)`): images of any height and width.
         scales (`Sequence[float]`, *optional*): the scales, as factors of the input's height and width.
         img_sizes (`Sequence`, *optional*): in place of `scales`, the size in pixels at each scale: int (a square) or
@@ -238,7 +265,8 @@ def multiscale_forward(
     Raises:
         ValueError: for both or neither of `scales` and `img_sizes`, a scale that leaves an empty tile, a wrong
             choice or index, an input of another shape or without floating-point numbers, logits in place of
-            features, and token counts that are no grid.
+            features, token counts that are no grid, and a model that merges tokens or whose tokens have no place
+            in the image (SparseFormer).
 
     Example:
 
@@ -267,9 +295,10 @@ def multiscale_forward(
         tiles_per_forward = input.shape[0]
 
     features = TileFeatures(plan, input.shape[0], resize_output_to_idx, num_prefix_token)
+    features_of_tiles = _features_function(model, output_shape)
 
     def run(tiles: torch.Tensor) -> None:
-        features.add(named_parts({"features": features_of(model(tiles), output_shape)}))
+        features.add(named_parts({"features": features_of_tiles(tiles)}))
 
     run_tiles(input, plan, run, tiles_per_forward)
     return features.merged("features")
