@@ -3,6 +3,7 @@
 import difflib
 import os
 from collections.abc import Hashable, Iterable, Mapping, Sequence
+from numbers import Real
 from operator import index
 from types import UnionType
 from typing import Any
@@ -99,8 +100,8 @@ def check_int(name: str, value: object, minimum: int | None = None) -> int:
 
 
 def check_number(name: str, value: object) -> None:
-    """Raises ValueError naming `name` for anything but an int or a float that is not NaN."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+    """Raises ValueError naming `name` for anything but an int or a float, of Python or NumPy, that is not NaN."""
+    if isinstance(value, bool) or not isinstance(value, (Real, torch.SymInt, torch.SymFloat)):
         raise ValueError(f"`{name}` must be a number, got {shown(value)}.")
     if value != value:
         raise ValueError(f"`{name}` is NaN: expected a number.")

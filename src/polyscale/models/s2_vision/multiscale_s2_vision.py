@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from ...utils.validation import check_choice, check_int
+from ...utils.validation import check_choice, check_int, shown
 from .tiling_s2_vision import (
     TilePlan,
     area_resize,
@@ -246,6 +246,8 @@ def multiscale_forward(
     >>> features = multiscale_forward(model, images, scales=[1, 2], num_prefix_token=1)
     ```
     """
+    if not callable(model):
+        raise ValueError(f"`model` must be a model or a function from images to features, got {shown(model)}.")
     check_choice("output_shape", output_shape, OUTPUT_SHAPES)
     check_int("num_prefix_token", num_prefix_token)
     check_choice("split_forward", split_forward, (True, False))
@@ -269,7 +271,15 @@ def multiscale_forward(
     features = TileFeatures(plan, input.shape[0], resize_output_to_idx, num_prefix_token)
 
     def run(tiles: torch.Tensor) -> None:
-        features.add(named_parts({"features": features_of(model(tiles), output_shape)}))
+        made = features_of(model(tiles), output_shape)
+        if made.shape[0] != tiles.shape[0]:
+            raise ValueError(f"`model` gives features of {made.shape[0]} images for {tiles.shape[0]} tiles.")
+        if num_prefix_token >= made.shape[1]:
+            raise ValueError(
+                f"`num_prefix_token` must be below the {made.shape[1]} tokens that the model gives for a tile, got "
+                f"{num_prefix_token}."
+            )
+        features.add(named_parts({"features": made}))
 
     run_tiles(input, plan, run, tiles_per_forward)
     return features.merged("features")
