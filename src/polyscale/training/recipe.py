@@ -148,9 +148,10 @@ class TrainingRecipe:
         self.model_options = {name: _plain(value) for name, value in (self.model_options or {}).items()}
         for name, value in self.model_options.items():
             _check_json(f"model_options[{name!r}]", value)
-        for name in ("num_labels", "id2label", "label2id"):
+        for name in ("num_labels", "id2label", "label2id", "problem_type"):
             if name in self.model_options:
-                raise ValueError(f"`model_options` must not hold `{name}`: the classes are those of the data.")
+                reason = "each image has one class" if name == "problem_type" else "the classes are those of the data"
+                raise ValueError(f"`model_options` must not hold `{name}`: {reason}.")
         for name in ("batch_size", "gradient_accumulation_steps", "limit", "save_steps", "num_channels", "num_blocks"):
             self._check_number(name, whole=True, minimum=1, maximum=_MOST)
         self._check_number("num_workers", whole=True, maximum=_MOST_WORKERS)
