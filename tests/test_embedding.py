@@ -1,6 +1,7 @@
 """Embeddings of many images: the same as one by one, sharded, resumable, damaged images listed."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -157,6 +158,67 @@ def test_damaged_images_are_listed_and_the_others_embedded(checkpoint, folder, t
     assert damaged["file"] == str(folder / "2.png")
     assert json.loads((tmp_path / "out" / "damaged-00000.json").read_text()) == [damaged]
     assert embed_images(folder, tmp_path / "out", checkpoint).damaged == [damaged]
+
+
+def test_images_that_were_replaced_are_embedded_again(checkpoint, folder, tmp_path):
+    out = tmp_path / "out"
+    (folder / "2.png").write_bytes(b"no image")
+    embed_images(folder, out, checkpoint, shard_size=3)
+    before = dict(zip(*read(out), strict=True))
+    files = sorted(folder.rglob("*.png"))
+    os.utime(files[1], (1, 1))  # a file that was copied is no other image
+    assert embed_images(folder, out, checkpoint, shard_size=3)[:2] == (0, 6)
+
+    other = Image.fromarray(np.random.default_rng(9).integers(0, 255, (30, 40, 3)).astype(np.uint8))
+    other.save(files[-1])
+    assert embed_images(folder, out, checkpoint, shard_size=3)[:2] == (1, 5)
+    after = dict(zip(*read(out), strict=True))
+    alone = expected(checkpoint, files[-1]).pooler_output[0].numpy()
+    np.testing.assert_allclose(after[str(files[-1])], alone, atol=1e-5, rtol=1e-5)
+    assert [name for name in before if before[name] != after[name]] == [str(files[-1])]
+
+    other.save(folder / "2.png")  # mended
+    summary = embed_images(folder, out, checkpoint, shard_size=3)
+    assert (summary.written, summary.found, summary.damaged) == (3, 4, [])
+    assert not list(out.glob("damaged-*"))
+    assert embed_images(folder, out, checkpoint, shard_size=3) == (0, 7, [])
+
+
+def test_rows_that_were_replaced_are_embedded_again(checkpoint, folder, tmp_path):
+    table, out = tmp_path / "data.parquet", tmp_path / "out"
+    contents = [file.read_bytes() for file in sorted(folder.rglob("*.png"))]
+
+    def write(contents):
+        cells = [{"bytes": content, "path": None} for content in contents]
+        Dataset.from_dict({"image": cells}, features=Features({"image": ImageFeature()})).to_parquet(table)
+
+    write(contents)
+    embed_images(table, out, checkpoint, shard_size=4)
+    write(contents)
+    assert embed_images(table, out, checkpoint, shard_size=4)[:2] == (0, 7)
+    before = read(out)[1]
+    write([contents[0], contents[0], *contents[2:]])
+    assert embed_images(table, out, checkpoint, shard_size=4)[:2] == (4, 3)
+    after = read(out)[1]
+    np.testing.assert_allclose(after[1], after[0], rtol=1e-5, atol=1e-5)
+    assert after[2:] == before[2:]
+
+
+def test_what_an_older_version_embedded_is_kept(checkpoint, folder, tmp_path):
+    out = tmp_path / "out"
+    embed_images(folder, out, checkpoint)
+    (file,) = out.glob("part-*.parquet")
+    pq.write_table(pq.read_table(file).replace_schema_metadata(None), file)
+    assert embed_images(folder, out, checkpoint)[:2] == (0, 7)
+
+
+def test_budgets_of_numpy_and_torch_are_recorded_as_numbers(checkpoint, folder, tmp_path):
+    for number, (budget, recorded) in enumerate(
+        [(np.int64(8), 8), (torch.tensor(8), 8), ((np.int64(8), 16), [8, 16]), ([8, 16], [8, 16])]
+    ):
+        out = tmp_path / f"out{number}"
+        assert embed_images(folder, out, checkpoint, budget).written == 7
+        assert json.loads((out / "embedding.json").read_text())["budget"] == recorded
 
 
 def test_parquet_files_are_a_source_too(checkpoint, folder, tmp_path):

@@ -19,14 +19,15 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .checkpoints import DEFAULT_CHECKPOINT
+from .embedding_source import Contents, Item, content_of, items_of, times_of
 from .layers.budget_choice import at_budget
 from .layers.token_budget import budget_kwargs
 from .loading import LoadedModel, load_base_model
 from .utils.identity import changes_of, digest_of, processing_of, weights_digest
-from .utils.images import UnreadableImageError, files_below, find_images, open_pixels
+from .utils.images import UnreadableImageError
 from .utils.outputs import check_output, only_writer, write_text, written_beside
 from .utils.processors import process_images
-from .utils.validation import check_flag, check_function, check_path
+from .utils.validation import check_flag, check_function
 from .utils.vision_configs import base_num_prefix_tokens
 
 
@@ -48,30 +49,7 @@ class EmbeddingSummary(NamedTuple):
     damaged: list[dict]
 
 
-class _Item(NamedTuple):
-    name: str
-    open: Callable[[], Image.Image]
-
-
-def _items(source: str | os.PathLike) -> list[_Item]:
-    """The images of a folder, or the rows of parquet files and data sets of a hub."""
-    path = Path(check_path("source", source))
-    if path.is_dir() or (path.is_file() and path.suffix != ".parquet"):
-        try:
-            return [_Item(str(file), lambda file=file: open_pixels(file)) for file in find_images(path)]
-        except UnreadableImageError:  # a folder without images
-            if not any(file.suffix == ".parquet" for file in files_below(path)):
-                raise
-    from .training.data import load_image_dataset
-
-    items = []
-    for split_name, split in load_image_dataset(source, labelled=False).items():
-        for row in range(len(split)):
-            items.append(_Item(f"{split_name}/{row}", lambda split=split, row=row: split[row]["image"]))
-    return items
-
-
-def _opened(items: Sequence[_Item]) -> tuple[list[str], list[Image.Image], list[dict]]:
+def _opened(items: Sequence[Item]) -> tuple[list[str], list[Image.Image], list[dict]]:
     """Names and images of what can be read, and what is wrong with the others."""
     names, images, damaged = [], [], []
     for item in items:
@@ -83,7 +61,7 @@ def _opened(items: Sequence[_Item]) -> tuple[list[str], list[Image.Image], list[
     return names, images, damaged
 
 
-def _prepared(items: Sequence[_Item], loaded: LoadedModel) -> tuple[list[str], list, list[dict]]:
+def _prepared(items: Sequence[Item], loaded: LoadedModel) -> tuple[list[str], list, list[dict]]:
     names, images, damaged = _opened(items)
     channels = getattr(loaded.model.config, "num_channels", 3)
     try:
@@ -96,9 +74,7 @@ def _prepared(items: Sequence[_Item], loaded: LoadedModel) -> tuple[list[str], l
     return names, groups, [entry for _, _, entries in alone for entry in entries]
 
 
-def _ahead(
-    batches: Sequence[Sequence[_Item]], prepare: Callable, num_workers: int
-) -> Iterator[tuple[list[str], list, list[dict]]]:
+def _ahead(batches: Sequence[Sequence[Item]], prepare: Callable, num_workers: int) -> Iterator[tuple]:
     """`prepare(batch)` for each batch in order, some of them ahead in threads: Pillow and resizing free the lock."""
     with ThreadPoolExecutor(max_workers=num_workers) as pool:
         waiting: deque[Future] = deque()
@@ -171,14 +147,15 @@ def _embed(loaded: LoadedModel, groups: list, count: int, tokens: bool, budget: 
     return rows
 
 
-def _table(names: list[str], rows: list[np.ndarray], tokens: bool) -> pa.Table:
+def _table(names: list[str], rows: list[np.ndarray], tokens: bool, contents: Contents) -> pa.Table:
     if tokens:
         values = pa.array([row.tolist() for row in rows], pa.list_(pa.list_(pa.float32())))
     else:
         width = rows[0].shape[0] if rows else 1
         flat = pa.array(np.stack(rows).ravel() if rows else np.zeros(0, np.float32), pa.float32())
         values = pa.FixedSizeListArray.from_arrays(flat, width)
-    return pa.table({"file": pa.array(names, pa.string()), "embedding": values})
+    columns = {"file": pa.array(names, pa.string()), "embedding": values}
+    return pa.table(columns, metadata=contents.as_metadata())
 
 
 def read_record(out: Path) -> dict[str, Any]:
@@ -248,6 +225,13 @@ def _identity_of(loaded: LoadedModel) -> dict[str, Any]:
     return {"weights": weights_digest(loaded.model), "processing": processing_of(loaded.image_processor)}
 
 
+def _plain(budget: Any) -> Any:
+    """A budget as JSON holds it."""
+    if isinstance(budget, list | tuple):
+        return [_plain(entry) for entry in budget]
+    return budget.tolist() if isinstance(budget, np.generic | np.ndarray | torch.Tensor) else budget
+
+
 def embed_images(
     source: str | os.PathLike,
     out: str | os.PathLike,
@@ -265,8 +249,9 @@ def embed_images(
     """Embeds every image of a folder or data set and writes parquet files with the columns "file" and "embedding".
 
     Each shard is written beside its place and renamed, so that a killed run loses one shard at most; called again with
-    the same arguments, it goes on. Under `accelerate launch` every process embeds its share. Images that cannot be
-    read are left out and listed in `damaged-*.json`.
+    the same arguments, it goes on, and embeds a shard again where one of its images was replaced under its name. Under
+    `accelerate launch` every process embeds its share. Images that cannot be read are left out and listed in
+    `damaged-*.json`.
 
     Args:
         source (`str` or `os.PathLike`): a folder of images, an image, parquet files, or the name of a data set on a
@@ -299,7 +284,7 @@ def embed_images(
     check_flag("tokens", tokens)
     check_function("progress", progress)
     out = check_output(out, "out", folder=True)
-    items = _items(source)
+    items = items_of(source)
     if isinstance(model, LoadedModel):
         loaded, model_name = model, str(getattr(model.model.config, "name_or_path", ""))
     else:
@@ -311,7 +296,7 @@ def embed_images(
         "images": len(items),
         "names": digest_of(item.name for item in items),
         "model": model_name,
-        "budget": list(budget) if isinstance(budget, tuple) else budget,
+        "budget": _plain(budget),
         "tokens": tokens,
         "shard_size": shard_size,
         **_identity_of(loaded),
@@ -334,7 +319,7 @@ def embed_images(
 
 
 def _embed_shards(
-    shards: Mapping[int, list[_Item]],
+    shards: Mapping[int, list[Item]],
     out: Path,
     loaded: LoadedModel,
     tokens: bool,
@@ -350,23 +335,33 @@ def _embed_shards(
     for number, items in shards.items():
         place, listed = out / f"part-{number:05d}.parquet", out / f"damaged-{number:05d}.json"
         if place.exists():
-            found += open_shard(place).metadata.num_rows
-            damaged += _read_damaged(listed) if listed.exists() else []
-            continue
+            shard = open_shard(place)
+            contents = Contents.of_metadata(shard.schema_arrow.metadata)
+            if contents is None or contents.are_those_of(items):
+                found += shard.metadata.num_rows
+                damaged += _read_damaged(listed) if listed.exists() else []
+                continue
         batches = [items[start : start + batch_size] for start in range(0, len(items), batch_size)]
         names: list[str] = []
         rows: list[np.ndarray] = []
         unread: list[dict] = []
-        for batch_names, groups, wrong in _ahead(batches, lambda batch: _prepared(batch, loaded), num_workers):
+        times, digests = times_of(items), []
+
+        def prepare(batch: Sequence[Item]) -> tuple:
+            return list(map(content_of, batch)), *_prepared(batch, loaded)
+
+        for batch_digests, batch_names, groups, wrong in _ahead(batches, prepare, num_workers):
+            digests += batch_digests
             rows += _embed(loaded, groups, len(batch_names), tokens, budget)
             names += batch_names
             unread += wrong
             if progress is not None:
                 progress(found + written + len(names) + len(unread), total)
+        listed.unlink(missing_ok=True)  # of images that were replaced since
         if unread:
             write_text(listed, json.dumps(unread, indent=2) + "\n")
         with written_beside(place) as scratch:
-            pq.write_table(_table(names, rows, tokens), scratch)
+            pq.write_table(_table(names, rows, tokens, Contents(times, digest_of(digests))), scratch)
         written += len(names)
         damaged += unread
     return EmbeddingSummary(written, found, damaged)

@@ -1,5 +1,6 @@
 """Token merging against the paper's algorithm written out token by token."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -115,5 +116,9 @@ def test_every_reachable_budget_is_met_exactly(num_tokens, layers, share):
 def test_what_no_schedule_reaches_is_named():
     with pytest.raises(ValueError, match=r"at least 16 for 64 tokens and 2 layers.*got 15"):
         merge_schedule(64, 15, 2)
-    with pytest.raises(ValueError, match="`merge_tokens_to` must be an int of at least 1, got 0"):
+    with pytest.raises(ValueError, match="`merge_tokens_to` must be at least 1, got 0"):
         merge_schedule(64, 0, 2)
+    for wrong in (True, 8.0, "8", None):
+        with pytest.raises(ValueError, match="`merge_tokens_to` must be an int, got"):
+            merge_schedule(64, wrong, 2)
+    assert merge_schedule(64, np.int64(20), 2) == merge_schedule(64, 20, 2)

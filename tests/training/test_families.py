@@ -22,7 +22,7 @@ from polyscale.models.auto import families
 from polyscale.training import make_recipe, train
 from polyscale.training.configs import label_fields, make_config
 from polyscale.training.processing import default_image_size
-from polyscale.training.starting_point import default_batch_size
+from polyscale.training.starting_point import default_batch_size, starting_point
 
 from .conftest import LABELS, make_picture
 
@@ -148,6 +148,45 @@ def test_other_classes_get_a_new_head_even_where_there_are_as_many(checkpoint, t
     assert (after.head.classifier.weight - before.head.classifier.weight).abs().min() > 1e-4
     body = "flexivit.layers.0.mlp.fc1.weight"
     torch.testing.assert_close(after.state_dict()[body], before.state_dict()[body], rtol=0, atol=1e-6)
+
+
+def test_a_classifier_of_several_labels_becomes_one_of_one_label(checkpoint, tmp_path):
+    model = AutoModelForImageClassification.from_pretrained(checkpoint)
+    model.config.problem_type = "multi_label_classification"
+    model.save_pretrained(tmp_path)
+    AutoImageProcessor.from_pretrained(checkpoint).save_pretrained(tmp_path)
+    for init_from in (str(tmp_path), None):
+        point = starting_point(make_recipe(None, init_from=init_from), LABELS, [(16, 16, 3)], 12)
+        assert point.model.config.problem_type is None
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("resnet", {"embedding_size": 8, "hidden_sizes": [8, 8], "depths": [1, 1]}),
+        ("deit", {**SHAPE, "intermediate_size": 32, "patch_size": 4}),
+        ("swin", {"embed_dim": 8, "depths": [1, 1], "num_heads": [1, 1], "window_size": 2}),
+    ],
+)
+def test_families_of_transformers_see_images_of_the_size_asked_for(family, options):
+    recipe = make_recipe(None, options, family=family, image_size=32)
+    point = starting_point(recipe, LABELS, [(16, 16, 3)], 12)
+    pixels = point.processor(make_picture(0, 0), return_tensors="pt")["pixel_values"]
+    assert pixels.shape == (1, 3, 32, 32)
+    assert point.model(pixels).logits.shape == (1, len(LABELS))
+
+
+@pytest.mark.parametrize(
+    ("family", "image_size", "message"),
+    [
+        ("resnet", (16, 24), "`image_size` 16 x 24 is nothing that ConvNextImageProcessor.*Take a square"),
+        ("clip", 32, "fresh model of the `family` 'clip' takes no images of 32 x 32 pixels and 3 channels"),
+    ],
+)
+def test_families_of_transformers_that_cannot_be_trained_so(family, image_size, message):
+    small = {"resnet": {"embedding_size": 8, "hidden_sizes": [8, 8], "depths": [1, 1]}}.get(family)
+    with pytest.raises(ValueError, match=message):
+        starting_point(make_recipe(None, small, family=family, image_size=image_size), LABELS, [(16, 16, 3)], 12)
 
 
 def test_random_weights_are_refused(checkpoint, image_folder, tmp_path):

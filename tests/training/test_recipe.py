@@ -98,6 +98,14 @@ def test_values_of_other_types(choice, message):
 
 
 def test_numbers_of_numpy_are_kept_as_plain_ones():
+    options = {"drop_path_rate": np.float64(0.25), "train_patch_sizes": np.array([4, 8])}
+    made = make_recipe(None, options, init_from="model", tune_budgets=np.array([0.25, 1], dtype=np.float32))
+    assert made.to_json()["tune_budgets"] == [0.25, 1.0]
+    assert made.to_json()["model_options"] == {"drop_path_rate": 0.25, "train_patch_sizes": [4, 8]}
+    with pytest.raises(ValueError, match="`model_options` must not hold `problem_type`: each image has one class"):
+        make_recipe(None, {"problem_type": "regression"})
+    with pytest.raises(ValueError, match=r"`model_options\['hidden_act'\]` must be a plain value"):
+        make_recipe(None, {"hidden_act": {"gelu"}})
     recipe = TrainingRecipe(batch_size=np.int64(4), learning_rate=np.float32(0.5), image_mean=np.full(3, 0.25))
     assert TrainingRecipe.from_json(recipe.to_json()) == recipe
     assert (recipe.batch_size, recipe.learning_rate, recipe.image_mean) == (4, 0.5, (0.25, 0.25, 0.25))

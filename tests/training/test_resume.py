@@ -2,10 +2,15 @@
 
 import json
 import multiprocessing
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from datasets import ClassLabel, Dataset, Features
+from datasets import Image as ImageFeature
+from PIL import Image
 from transformers import (
     AutoModelForImageClassification,
     TrainerCallback,
@@ -23,9 +28,19 @@ from polyscale.training import (
     make_recipe,
     train,
 )
-from polyscale.training.resume import RunFolder, damage_of, mark_whole
+from polyscale.training.data import load_image_dataset
+from polyscale.training.recipe import as_recorded
+from polyscale.training.resume import (
+    RunFolder,
+    check_unchanged,
+    contents_digest,
+    damage_of,
+    data_digest,
+    mark_whole,
+)
 from polyscale.utils.outputs import write_failure
 
+from ..tiny_checkpoints import save_tiny_flexivit
 from .kills import SHAPE, write_images
 
 
@@ -233,6 +248,60 @@ def test_the_recipe_is_kept_with_the_run(tmp_path):
     run.discard()
 
 
+def test_choices_are_compared_with_those_of_the_run_whatever_their_form():
+    given = {"init_from": Path("model"), "image_size": 8, "epochs": np.float32(3)}
+    started = make_recipe(None, {"train_patch_sizes": [(2, 4), (4, 4)]}, **given)
+    options = {"train_patch_sizes": [(2, 4), [4, 4]]}
+    for choices in (given, {"init_from": "model", "image_size": [8, 8]}, {"model_options": options}):
+        check_unchanged(started.to_json(), as_recorded(choices, started))
+    with pytest.raises(ValueError, match=r"`image_size` was \[8, 8\], now \[8, 16\]"):
+        check_unchanged(started.to_json(), as_recorded({"image_size": (8, 16)}, started))
+    with pytest.raises(ValueError, match="`imagesize` is no field of a recipe; did you mean `image_size`"):
+        as_recorded({"imagesize": None}, started)
+
+
+@pytest.mark.parametrize("stored", ["files", "arrays", "parquet"])
+def test_data_are_told_from_others_by_their_images(tmp_path, stored):
+    def digests(name, change):
+        folder = tmp_path / name
+        images = [np.full((4, 4, 3), 20 * index, dtype=np.uint8) for index in range(3)]
+        images[1][2, 2] += change
+        for index, image in enumerate(images):
+            file = folder / f"class{index}" / ("0.npy" if stored == "arrays" else "0.bmp")
+            file.parent.mkdir(parents=True)
+            np.save(file, image) if stored == "arrays" else Image.fromarray(image).save(file)
+        if stored == "parquet":
+            cells = [{"bytes": file.read_bytes(), "path": "0.bmp"} for file in sorted(folder.rglob("*.bmp"))]
+            shutil.rmtree(folder)  # what is below it would count as images
+            folder.mkdir()
+            features = Features({"image": ImageFeature(), "label": ClassLabel(num_classes=3)})
+            table = Dataset.from_dict({"image": cells, "label": [0, 1, 2]}, features=features)
+            table.to_parquet(folder / "train.parquet")
+        data = load_image_dataset(folder)
+        return data_digest(data, folder), contents_digest(data)
+
+    plain, again, other = digests("plain", 0), digests("again", 0), digests("other", 5)
+    assert plain == again
+    assert plain[0] == other[0]  # the same names and labels
+    assert plain[1] != other[1]
+
+
+@pytest.mark.slow
+def test_another_teacher_than_that_of_the_run_is_refused(tmp_path, monkeypatch):
+    data, output, teacher = tmp_path / "data", tmp_path / "model", tmp_path / "teacher"
+    write_images(data)
+    fields = {"id2label": {0: "dark", 1: "light"}, "label2id": {"dark": 0, "light": 1}}
+    save_tiny_flexivit(teacher, **fields)
+    break_off(monkeypatch, data, output, step=3, teacher=str(teacher))
+    shutil.move(teacher, tmp_path / "first")
+    save_tiny_flexivit(teacher, initializer_range=0.1, **fields)
+    with pytest.raises(ValueError, match="the teacher has other weights than when the run was started"):
+        train(data, output, resume=True, verbose=False)
+    shutil.rmtree(teacher)
+    shutil.move(tmp_path / "first", teacher)
+    assert train(data, output, resume=True, verbose=False)["budgets"]
+
+
 def test_other_files_than_those_the_run_was_started_with_are_refused(tmp_path, monkeypatch):
     data, output = tmp_path / "data", tmp_path / "model"
     write_images(data)
@@ -242,5 +311,10 @@ def test_other_files_than_those_the_run_was_started_with_are_refused(tmp_path, m
     with pytest.raises(ValueError, match="not what the run was started with: its files, or their labels, are other"):
         train(data, output, resume=True, verbose=False)
     moved.rename(first)
+    content = first.read_bytes()
+    Image.new("RGB", (8, 8), "white").save(first)
+    with pytest.raises(ValueError, match="its files have the same names, but other images in them"):
+        train(data, output, resume=True, verbose=False)
+    first.write_bytes(content)
     data = data.rename(tmp_path / "elsewhere")  # the same files
     assert train(data, output, resume=True, verbose=False)["budgets"]

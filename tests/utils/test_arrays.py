@@ -37,6 +37,8 @@ ARRAYS = {
     "float16 to 255": (RGB.astype(np.float16), RGB),
     "floats to 1": (RGB / 255, RGB),
     "float tensor to 1": (torch.from_numpy(RGB.transpose(FIRST)).float() / 255, RGB),
+    "flipped": (RGB[::-1, ::-1], RGB[::-1, ::-1].copy()),
+    "with gradients": (torch.from_numpy(RGB.transpose(FIRST)).float().requires_grad_(), RGB),
     "transparent": (RGBA, RGBA),
     "transparent, channels first": (torch.from_numpy(RGBA).permute(FIRST), RGBA),
 }
@@ -52,9 +54,9 @@ def processor(request):
 def test_an_array_has_the_pixels_of_its_file(processor, name):
     array, stored = ARRAYS[name]
     expected = processor(Image.fromarray(stored), return_tensors="pt")["pixel_values"]
-    assert torch.equal(processor(array, return_tensors="pt")["pixel_values"], expected)
+    assert torch.equal(processor(array, return_tensors="pt")["pixel_values"].detach(), expected)
     pair = processor([array, array], return_tensors="pt")["pixel_values"]
-    assert torch.equal(pair, torch.cat([expected, expected]))
+    assert torch.equal(pair.detach(), torch.cat([expected, expected]))
 
 
 @pytest.mark.parametrize(
@@ -81,6 +83,64 @@ def test_values_are_left_alone_where_they_are_not_those_of_a_file():
     np.testing.assert_array_equal(kept.transpose(1, 2, 0), signed)
     scaled = processor(deep, rescale_factor=1 / 65535, return_tensors="np")["pixel_values"][0]
     np.testing.assert_allclose(scaled.transpose(1, 2, 0), deep / 65535, rtol=1e-5)
+
+
+FLOATS = GENERATOR.random((20, 24, 3))
+STEPS = np.where(np.indices((20, 24)).sum(axis=0)[..., None] // 5 % 2, np.uint16(65535), np.uint16([0, 9, 99]))
+
+
+@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize(
+    ("images", "options"),
+    [
+        (FLOATS, {}),
+        (FLOATS.astype(np.float16), {}),
+        (torch.from_numpy(FLOATS.transpose(FIRST)).bfloat16(), {}),
+        (FLOATS.astype(np.longdouble), {}),
+        (FLOATS * 6 - 3, {"do_rescale": False}),
+        (torch.from_numpy(FLOATS.transpose(FIRST)).bfloat16() * 6, {"do_rescale": False}),
+        (RGB[:9, :7], {"do_resize": False, "do_center_crop": True, "crop_size": SIZE}),
+        (STEPS, {"rescale_factor": 1 / 65535}),
+        (torch.from_numpy(STEPS.transpose(FIRST)).to(torch.uint32), {"rescale_factor": 1 / 65535}),
+    ],
+)
+def test_both_backends_make_the_same_of_arrays(name, images, options):
+    if name.startswith(("Quadtree", "S2")) and "do_resize" in options:
+        return  # they take images of legal sizes, or of any
+    made = [
+        getattr(polyscale, name + end)(size=SIZE, **CLASSES[name])(images, return_tensors="pt", **options)
+        for end in ("", "Pil")
+    ]
+    torch.testing.assert_close(*(one["pixel_values"].float() for one in made), atol=1e-3, rtol=1e-3)
+
+
+def test_wide_integers_do_not_wrap_around_when_resized(processor):
+    made = processor(STEPS, rescale_factor=1 / 65535, return_tensors="pt")["pixel_values"]
+    expected = processor(STEPS.astype(np.float64) / 65535, do_rescale=False, return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(made, expected.float(), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_fourth_channel_that_is_no_transparency_weighs_nothing(name):
+    """Pillow multiplies the others by it when it resizes."""
+    options = {**CLASSES[name], "size": SIZE, "do_convert_rgb": False, "image_mean": [0.5] * 4, "image_std": [0.5] * 4}
+    for end in ("", "Pil"):
+        processor = getattr(polyscale, name + end)(**options)
+        made, zeroed = (
+            processor(array, return_tensors="pt")["pixel_values"]
+            for array in (RGBA, np.concatenate([RGBA[..., :3], RGBA[..., 3:] * 0], axis=2))
+        )
+        assert torch.equal(made[:, :3], zeroed[:, :3])
+
+
+def test_filters_that_torchvision_lacks_are_refused():
+    processor = polyscale.FlexiViTImageProcessor(size=SIZE, do_center_crop=False)
+    for filter in (Image.Resampling.BOX, 5):
+        with pytest.raises(ValueError, match="`resample` must be one of 'NEAREST'"):
+            processor(RGB, resample=filter, return_tensors="pt")
+    twin = polyscale.FlexiViTImageProcessorPil(size=SIZE, do_center_crop=False)
+    for image in (RGB, FLOATS):
+        assert twin(image, resample=Image.Resampling.BOX, return_tensors="pt")["pixel_values"].shape == (1, 3, 32, 32)
 
 
 def test_dark_images_among_bright_ones_stay_dark():

@@ -10,7 +10,7 @@ class FreezableMixin:
     """A module that can keep tensors made from its weights. Stands in front of `nn.Module` among the bases.
 
     They are buffers, so that they follow `.to()`, and outside of the state dict. What may change the weights drops
-    them: `train()`, loading a state dict, and a new module in the place of a part, such as an adapter.
+    them: `train()`, loading a state dict, and a new module or parameter in the place of a part, such as an adapter.
     """
 
     # Names of the buffers; `None` where nothing is kept.
@@ -28,8 +28,9 @@ class FreezableMixin:
         return super().train(mode)
 
     def __setattr__(self, name: str, value: object) -> None:
-        if isinstance(value, nn.Module):
+        if isinstance(value, nn.Module | nn.Parameter):
             thaw(self)
+        if isinstance(value, nn.Module):
             thaw(value)
         super().__setattr__(name, value)
 
@@ -39,7 +40,8 @@ def thaw(module: nn.Module) -> None:
     for part in module.modules():
         if isinstance(part, FreezableMixin):
             for name in part.frozen_tensors:
-                setattr(part, name, None)
+                if getattr(part, name, None) is not None:  # a module that is being made has none of them yet
+                    setattr(part, name, None)
 
 
 def _thaw_before_loading(module: nn.Module, *args) -> None:

@@ -27,7 +27,8 @@ class PatchProjection(FreezableMixin, nn.Conv2d):
         if patch_size == self.kernel_size:
             return self.weight
         frozen = self.frozen_kernel
-        if frozen is not None and frozen.shape[-2:] == patch_size and not takes_gradients(self.weight):
+        is_kept = frozen is not None and frozen.shape[-2:] == patch_size and resize == self.frozen_resize
+        if is_kept and not takes_gradients(self.weight):
             return frozen
         return resize(self.weight, patch_size)
 
@@ -37,6 +38,7 @@ class PatchProjection(FreezableMixin, nn.Conv2d):
         self.frozen_kernel = None
         if patch_size != self.kernel_size:
             self.frozen_kernel = self.kernel_for(patch_size, resize).clone()
+            self.frozen_resize = resize
 
     def forward(
         self,

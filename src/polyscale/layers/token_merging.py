@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedConfig
 
+from ..utils.validation import check_int
 from .attention import attention_name
 
 
@@ -67,8 +68,7 @@ def merge_schedule(num_tokens: int, merge_tokens_to: int, num_layers: int) -> li
     Raises:
         ValueError: for a budget that so few layers cannot reach; it names the smallest that they can.
     """
-    if isinstance(merge_tokens_to, bool) or not isinstance(merge_tokens_to, int) or merge_tokens_to < 1:
-        raise ValueError(f"`merge_tokens_to` must be an int of at least 1, got {merge_tokens_to!r}.")
+    merge_tokens_to = check_int(MERGING_WORD, merge_tokens_to, minimum=1)
     surplus = max(num_tokens - merge_tokens_to, 0)
     for most in range(num_tokens // 2 + 1):
         schedule = _merged_at_most(most, num_tokens, num_layers)

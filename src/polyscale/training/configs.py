@@ -17,8 +17,12 @@ def as_pair(size) -> tuple[int, int]:
 
 
 def label_fields(label_names: Sequence[str]) -> dict:
-    """Fields of a config that name its classes."""
-    return {"id2label": dict(enumerate(label_names)), "label2id": {name: i for i, name in enumerate(label_names)}}
+    """Fields of a config that name its classes, of which an image has one, whatever a checkpoint was made for."""
+    return {
+        "id2label": dict(enumerate(label_names)),
+        "label2id": {name: i for i, name in enumerate(label_names)},
+        "problem_type": None,
+    }
 
 
 def make_config(recipe: TrainingRecipe, options: Mapping, base: PreTrainedConfig | None = None) -> PreTrainedConfig:
@@ -73,7 +77,8 @@ def check_fields(config_class: type[PreTrainedConfig], options: Mapping) -> None
     Raises:
         ValueError: naming the nearest field.
     """
-    known = {*field_names(config_class), *config_class.attribute_map, "num_labels", "id2label", "label2id"}
+    labels = ("num_labels", "id2label", "label2id", "problem_type")
+    known = {*field_names(config_class), *config_class.attribute_map, *labels}
     for name in options:
         if name not in known:
             near = difflib.get_close_matches(name, sorted(known), 1)

@@ -29,6 +29,9 @@ def make_image_processor(recipe: TrainingRecipe, config: PreTrainedConfig) -> Ba
     """A new processor of a family: resize to `recipe.image_size`, the recipe's mean and standard deviation.
 
     What it shares with the model's config by name (the patch sizes that an image must fit) is taken from there.
+
+    Raises:
+        ValueError: for a family of transformers whose processor makes no images of that size.
     """
     processor_class = IMAGE_PROCESSOR_MAPPING[type(config)]["torchvision"]
     height, width = recipe.image_size
@@ -40,7 +43,18 @@ def make_image_processor(recipe: TrainingRecipe, config: PreTrainedConfig) -> Ba
     own = processor_class.valid_kwargs.__annotations__.keys() - ImagesKwargs.__annotations__.keys()
     shared = {name: getattr(config, name) for name in own if hasattr(config, name)}
     size = {"height": height, "width": width}
-    return processor_class(**shared, **fields, size=size, crop_size=size, do_center_crop=False)
+    by_sides = {"size": size, "crop_size": size, "do_center_crop": False}
+    for sizes in (by_sides, {"size": {"shortest_edge": height}}):  # some know a square by its edge alone
+        processor = processor_class(**shared, **fields, **sizes)
+        try:
+            if _size_made(processor, recipe.num_channels) == (height, width):
+                return processor
+        except Exception:  # of transformers, for a size that the processor does not know
+            continue
+    raise ValueError(
+        f"`image_size` {height} x {width} is nothing that {processor_class.__name__}, the image processor of the "
+        f"family {config.model_type!r}, can make. Take a square, or another family."
+    )
 
 
 def adopt_processing(

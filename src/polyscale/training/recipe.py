@@ -22,8 +22,16 @@ _MOST, _MOST_WORKERS = 2**31, 1024
 
 
 def _plain(value: Any) -> Any:
-    """A number as JSON can hold it, where it is one of NumPy."""
-    return value.item() if isinstance(value, np.generic) else value
+    """Numbers as JSON can hold them, where they are of NumPy."""
+    return value.tolist() if isinstance(value, np.generic | np.ndarray) else value
+
+
+def _check_json(name: str, value: Any) -> None:
+    """Raises ValueError naming `name` for what cannot be kept with a run."""
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"`{name}` must be a plain value, which JSON can hold, got {shown(value)}.") from error
 
 
 @dataclass
@@ -137,10 +145,13 @@ class TrainingRecipe:
             value = getattr(self, name)
             if value is not None and not isinstance(value, Mapping):
                 raise ValueError(f"`{name}` must be a dict, got {shown(value)}.")
-        self.model_options = dict(self.model_options or {})
-        for name in ("num_labels", "id2label", "label2id"):
+        self.model_options = {name: _plain(value) for name, value in (self.model_options or {}).items()}
+        for name, value in self.model_options.items():
+            _check_json(f"model_options[{name!r}]", value)
+        for name in ("num_labels", "id2label", "label2id", "problem_type"):
             if name in self.model_options:
-                raise ValueError(f"`model_options` must not hold `{name}`: the classes are those of the data.")
+                reason = "each image has one class" if name == "problem_type" else "the classes are those of the data"
+                raise ValueError(f"`model_options` must not hold `{name}`: {reason}.")
         for name in ("batch_size", "gradient_accumulation_steps", "limit", "save_steps", "num_channels", "num_blocks"):
             self._check_number(name, whole=True, minimum=1, maximum=_MOST)
         self._check_number("num_workers", whole=True, maximum=_MOST_WORKERS)
@@ -264,7 +275,8 @@ class TrainingRecipe:
         )
 
     def _check_tuning(self) -> None:
-        shares = tuple(check_list("tune_budgets", self.tune_budgets, Real, "two shares, the lowest and the highest"))
+        shares = check_list("tune_budgets", self.tune_budgets, Real, "two shares, the lowest and the highest")
+        shares = tuple(map(_plain, shares))
         if len(shares) != 2 or bool in map(type, shares) or not 0 < shares[0] <= shares[1] <= 1:
             raise ValueError(
                 "`tune_budgets` must be two shares of the full budget, the lowest and the highest, such as 0.3 and "
@@ -367,6 +379,12 @@ def make_recipe(name: str | None = None, model_options: dict | None = None, **ch
     return TrainingRecipe(**given_choices(name, model_options, **choices))
 
 
+def as_recorded(choices: Mapping[str, Any], recipe: TrainingRecipe) -> dict[str, Any]:
+    """Choices as a recipe of them holds them, for a look at what they change: 32 and (32, 32) are one image size."""
+    whole = make_recipe(**{**vars(recipe), **choices}).to_json()
+    return {name: whole[name] for name in choices}
+
+
 def given_choices(name: str | None = None, model_options: dict | None = None, **choices) -> dict:
     """The fields of a recipe that are chosen, and no others. Arguments: `make_recipe`."""
     if name is not None:
@@ -379,4 +397,4 @@ def given_choices(name: str | None = None, model_options: dict | None = None, **
     return {**fields, "model_options": options} if options else fields
 
 
-__all__ = ["RECIPES", "TrainingRecipe", "given_choices", "make_recipe"]
+__all__ = ["RECIPES", "TrainingRecipe", "as_recorded", "given_choices", "make_recipe"]

@@ -4,13 +4,15 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pyarrow.compute as pc
 import pyarrow.types as pa_types
 from accelerate import PartialState
-from datasets import DatasetDict
+from datasets import Dataset, DatasetDict
 from filelock import FileLock, SoftFileLock, Timeout
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
@@ -24,6 +26,7 @@ RECORD_FILE = "training.json"  # of a finished run, in its output
 LOCK_FILE = "lock"
 WHOLE_FILE = "whole.json"
 _CHUNK = 1 << 22
+_IMAGES_TO_READ = 1000  # of a split, to tell its images from others
 
 
 def _digest(file: Path) -> str:
@@ -226,6 +229,73 @@ def check_unchanged(recorded: dict, given: dict, ignored: Sequence[str] = ()) ->
         )
 
 
+def check_same_data(recorded: Mapping[str, Any], data: Mapping[str, Any]) -> None:
+    """Refuses data other than those that a run was started with.
+
+    Args:
+        recorded: what the run says of its data; runs of older versions say less.
+        data: the same of what is there now.
+
+    Raises:
+        ValueError: naming what differs.
+    """
+    changed = [
+        f"{name} were {recorded[name]}, now {data[name]}"
+        for name in ("splits", "classes")
+        if recorded[name] != data[name]
+    ]
+    if not changed and recorded.get("digest", data["digest"]) != data["digest"]:
+        changed = ["its files, or their labels, are others"]
+    if not changed and recorded.get("contents", data["contents"]) != data["contents"]:
+        changed = ["its files have the same names, but other images in them"]
+    if changed:
+        raise ValueError(f"`dataset` is not what the run was started with: {'; '.join(changed)[:1000]}.")
+
+
+def check_same_teacher(recorded: str | None, now: str | None) -> None:
+    """Refuses a teacher with other weights than a run was started with.
+
+    Args:
+        recorded: `weights_digest` of the teacher; `None` for a run of an older version.
+        now: the same of the one that was loaded; `None` without a teacher.
+
+    Raises:
+        ValueError: where they differ.
+    """
+    if recorded is not None and recorded != now:
+        raise ValueError(
+            "`resume`: the teacher has other weights than when the run was started, so that its checkpoint was "
+            "replaced. Put the first one back, or start a new run."
+        )
+
+
+def contents_digest(splits: DatasetDict) -> str:
+    """Tells images from others under the same names: by the size of each, and by what is in some of each split."""
+    digest = hashlib.sha256()
+    for split in splits.values():
+        digest.update(digest_of(map(str, _sizes_of(split))).encode())
+        stored = split.with_format(None)
+        for row in np.unique(np.linspace(0, len(split) - 1, min(len(split), _IMAGES_TO_READ)).astype(int)):
+            digest.update(_content_of(stored[int(row)]["image"]))
+    return digest.hexdigest()[:16]
+
+
+def _sizes_of(split: Dataset) -> Iterator[int]:
+    """Bytes of each image; none where they are arrays in a table, which are all alike."""
+    images = split.data.column("image")
+    if pa_types.is_struct(images.type):
+        lengths = pc.binary_length(pc.struct_field(images, "bytes")).to_pylist()
+        for path, length in zip(pc.struct_field(images, "path").to_pylist(), lengths, strict=True):
+            yield length if length is not None else os.path.getsize(path) if path and os.path.isfile(path) else -1
+
+
+def _content_of(cell: Any) -> bytes:
+    if isinstance(cell, dict) and cell.get("bytes") is None:
+        path = cell.get("path")
+        return bytes.fromhex(_digest(Path(path))) if path and os.path.isfile(path) else b""
+    return cell["bytes"] if isinstance(cell, dict) else np.asarray(cell).tobytes()
+
+
 def data_digest(splits: DatasetDict, source: str | os.PathLike) -> str:
     """Tells a data set from another of as many images: by the names of its files below `source`, and its labels."""
     texts = []
@@ -248,7 +318,10 @@ def recipe_of(recorded: dict) -> TrainingRecipe:
 __all__ = [
     "RunFolder",
     "WholeCheckpointCallback",
+    "check_same_data",
+    "check_same_teacher",
     "check_unchanged",
+    "contents_digest",
     "data_digest",
     "damage_of",
     "mark_whole",

@@ -127,10 +127,33 @@ def _fresh(
         image_std=recipe.image_std or (0.5,) * channels,
     )
     config = make_config(recipe, {**options, **label_fields(label_names)})
+    config.architectures = config.architectures or []  # transformers looks through them where a family has several
     with reading("family", recipe.family):
         model = AutoModelForImageClassification.from_config(config)
     processor = make_image_processor(recipe, config)
+    if family_of(config) is None:
+        _check_takes_images(model, recipe)
     return StartingPoint(model, processor, recipe, label_names, list(range(len(label_names))))
+
+
+@torch.no_grad()
+def _check_takes_images(model: PreTrainedModel, recipe: TrainingRecipe) -> None:
+    """Refuses a model of transformers that takes no images of the recipe: one whose config keeps their size elsewhere.
+
+    Raises:
+        ValueError: with what the model says.
+    """
+    was_training = model.training
+    try:
+        model.eval()(pixel_values=torch.zeros(1, recipe.num_channels, *recipe.image_size))
+    except Exception as error:  # any model may raise anything
+        reason = (str(error).strip().splitlines() or [""])[0].rstrip(".")
+        raise ValueError(
+            f"A fresh model of the `family` {recipe.family!r} takes no images of {recipe.image_size[0]} x "
+            f"{recipe.image_size[1]} pixels and {recipe.num_channels} channels ({type(error).__name__}: {reason}). "
+            "Choose fields that fit with `model_options` (`--set`), or another family."
+        ) from error
+    model.train(was_training)
 
 
 @dataclass

@@ -25,6 +25,7 @@ from transformers import PrinterCallback, set_seed
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import logging
 
+from ..utils.identity import weights_digest
 from ..utils.outputs import write_failure
 from ..utils.validation import check_flag, check_path, shown
 from ..utils.weight_files import is_finite
@@ -40,9 +41,18 @@ from .interruption import (
 )
 from .outputs import draw_curve, versions, write_card, write_record
 from .plans import Plan, make_plan, splits_for
-from .recipe import TrainingRecipe, make_recipe
+from .recipe import TrainingRecipe, as_recorded, make_recipe
 from .report import Reporter, default_result, result_line, summary_lines, time_of_step
-from .resume import RECORD_FILE, RunFolder, WholeCheckpointCallback, check_unchanged, data_digest
+from .resume import (
+    RECORD_FILE,
+    RunFolder,
+    WholeCheckpointCallback,
+    check_same_data,
+    check_same_teacher,
+    check_unchanged,
+    contents_digest,
+    data_digest,
+)
 from .schedule import schedule_notes, steps_of, training_arguments
 from .trainer import BudgetTrainer
 from .tuning_watch import TuningWatch
@@ -189,18 +199,15 @@ def _start(run: RunFolder, given: TrainingRecipe | Mapping | None, resume: bool,
     lacking = [name for name in ("id", "given", "recipe", "data") if name not in recorded]
     if lacking:
         raise ValueError(f"What {run.path} says of its run lacks {lacking[0]!r}: remove that folder.")
+    recipe = TrainingRecipe.from_json(recorded["given"])
     if given is not None:
-        fields = given.to_json() if isinstance(given, TrainingRecipe) else _as_json(given)
+        fields = given.to_json() if isinstance(given, TrainingRecipe) else as_recorded(given, recipe)
         check_unchanged(recorded["given"], fields)
     checkpoint, notes = _on_main_process(state, run.whole_checkpoint)
     notes.append(
         f"Resuming from {checkpoint.name}." if checkpoint else "There is no whole checkpoint: the run starts anew."
     )
-    return _Start(TrainingRecipe.from_json(recorded["given"]), recorded, checkpoint, notes)
-
-
-def _as_json(choices: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in choices.items()}
+    return _Start(recipe, recorded, checkpoint, notes)
 
 
 def _run(
@@ -220,22 +227,20 @@ def _run(
     data = {
         "source": str(dataset),
         "digest": data_digest(loaded, os.path.abspath(dataset)),
+        "contents": contents_digest(loaded),
         "splits": {name: len(split) for name, split in splits.items()},
         "classes": splits["train"].features["label"].names if start.recipe.needs_labels else [],
         "evaluated": evaluation_split(splits),
     }
     if start.recorded is not None:
-        was = start.recorded["data"]
-        changed = [
-            f"{name} were {was[name]}, now {data[name]}" for name in ("splits", "classes") if was[name] != data[name]
-        ]
-        if not changed and was.get("digest", data["digest"]) != data["digest"]:
-            changed = ["its files, or their labels, are others"]
-        if changed:
-            raise ValueError(f"`dataset` is not what the run was started with: {'; '.join(changed)[:1000]}.")
+        check_same_data(start.recorded["data"], data)
     set_seed(start.recipe.seed)
     plan = make_plan(start.recipe, splits, lambda recipe: training_arguments(recipe, run.path, splits))
     trainer, recipe = plan.trainer, plan.recipe
+    teacher = getattr(trainer, "teacher", None)
+    teacher = None if teacher is None else weights_digest(teacher)
+    if start.recorded is not None:
+        check_same_teacher(start.recorded.get("teacher"), teacher)
     notes = [*start.notes, *notes, *plan.notes]
     num_steps = steps_of(recipe, len(trainer.train_dataset), trainer.args.world_size)
     notes += schedule_notes(recipe, trainer.args, num_steps)
@@ -257,6 +262,7 @@ def _run(
         "given": start.recipe.to_json(),
         "recipe": recipe.to_json(),
         "data": data,
+        "teacher": teacher,
         "command": shlex.join(["polyscale", *sys.argv[1:]]) if "polyscale" in sys.argv[0] else shlex.join(sys.argv),
         "versions": versions(),
         "seconds": 0.0,

@@ -31,6 +31,7 @@ def _on_cpu(array: np.ndarray | torch.Tensor) -> bool:
 
 
 def _limits(array: np.ndarray | torch.Tensor) -> tuple[float, float]:
+    array = array.detach() if isinstance(array, torch.Tensor) else array
     return (0.0, 0.0) if 0 in array.shape else (float(array.min()), float(array.max()))
 
 
@@ -53,6 +54,32 @@ def check_finite(images: Any, name: str = "images") -> None:
             )
 
     map_images(images, check)
+
+
+def readable_arrays(images: Any) -> Any:
+    """Images in layouts and of types that torch and Pillow read: flipped views are copied, halves become float32."""
+
+    def change(image: Any) -> Any:
+        if isinstance(image, np.ndarray):
+            is_unread = image.dtype.kind == "f" and image.dtype.itemsize not in (4, 8)
+            dtype = np.dtype(np.float32) if is_unread else image.dtype.newbyteorder("=")
+            return np.ascontiguousarray(image, dtype=dtype)
+        is_half = isinstance(image, torch.Tensor) and image.is_floating_point() and image.element_size() < 4
+        return image.float() if is_half else image
+
+    return map_images(images, change)
+
+
+def without_wrapping(images: Any) -> Any:
+    """Images whose values stay as they are, integers of other types than uint8 as floats: a bicubic resize goes above
+    and below the values around, and torch lets the others wrap around at their ends.
+    """
+
+    def change(image: Any) -> Any:
+        is_plain = not _is_array(image) or _is_float(image) or image.dtype in (np.uint8, torch.uint8)
+        return image if is_plain else _cast(image, "float32")
+
+    return map_images(images, change)
 
 
 def channel_axis(array: np.ndarray | torch.Tensor, channels: tuple[int, ...] = _CHANNELS) -> int | None:
@@ -140,4 +167,11 @@ def _floats_of_files(image: np.ndarray | torch.Tensor, name: str, scale: float) 
     return scaled
 
 
-__all__ = ["channel_axis", "check_finite", "map_images", "with_values_of_files"]
+__all__ = [
+    "channel_axis",
+    "check_finite",
+    "map_images",
+    "readable_arrays",
+    "with_values_of_files",
+    "without_wrapping",
+]

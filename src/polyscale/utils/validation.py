@@ -3,6 +3,7 @@
 import difflib
 import os
 from collections.abc import Hashable, Iterable, Mapping, Sequence
+from numbers import Real
 from operator import index
 from types import UnionType
 from typing import Any
@@ -13,7 +14,14 @@ from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from transformers.image_utils import ChannelDimension
 
-from .arrays import channel_axis, check_finite, map_images, with_values_of_files
+from .arrays import (
+    channel_axis,
+    check_finite,
+    map_images,
+    readable_arrays,
+    with_values_of_files,
+    without_wrapping,
+)
 from .images import to_rgb, upright_8_bit
 
 
@@ -92,8 +100,8 @@ def check_int(name: str, value: object, minimum: int | None = None) -> int:
 
 
 def check_number(name: str, value: object) -> None:
-    """Raises ValueError naming `name` for anything but an int or a float that is not NaN."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+    """Raises ValueError naming `name` for anything but an int or a float, of Python or NumPy, that is not NaN."""
+    if isinstance(value, bool) or not isinstance(value, (Real, torch.SymInt, torch.SymFloat)):
         raise ValueError(f"`{name}` must be a number, got {shown(value)}.")
     if value != value:
         raise ValueError(f"`{name}` is NaN: expected a number.")
@@ -194,6 +202,9 @@ _PROCESSOR_ERRORS = (
 )
 
 
+# Filters of Pillow that torchvision has too.
+_RESAMPLINGS = ("NEAREST", "LANCZOS", "BILINEAR", "BICUBIC", "NEAREST_EXACT")
+
 # Options of a processor's call that say what its values are.
 _VALUES = ("do_rescale", "rescale_factor", "do_convert_rgb", "input_data_format", "image_mean")
 
@@ -248,6 +259,17 @@ def _with_channels(images: object, num_channels: int, input_data_format: object)
     return map_images(images, change), ChannelDimension.FIRST if are_unusual else input_data_format
 
 
+def _resized_bands(image: np.ndarray, size: tuple[int, int], resample: object) -> np.ndarray:
+    """(channels, height, width) -> (channels, *size) by Pillow, each channel as an image of its own: of any number of
+    channels, and of floats, which keep their precision.
+    """
+    dtype = np.uint8 if image.dtype == np.uint8 else np.float32
+    resample = getattr(resample, "name", resample)  # torchvision's has the names of Pillow's
+    resample = Image.Resampling[resample] if isinstance(resample, str) else resample
+    bands = [Image.fromarray(band.astype(dtype)).resize(size[::-1], resample=resample) for band in image]
+    return np.stack([np.asarray(band) for band in bands])
+
+
 class FiniteImagesMixin:
     """Gives image processors the same pixels, whatever an image comes as: PIL images are read as every tool of this
     library reads files (`to_rgb`), arrays and tensors get the values of files (`with_values_of_files`).
@@ -264,9 +286,12 @@ class FiniteImagesMixin:
     def preprocess(self, images, *args, **kwargs):
         _check_images(images)
         check_finite(images)
+        images = readable_arrays(images)
         own = {name: kwargs[name] if kwargs.get(name) is not None else getattr(self, name, None) for name in _VALUES}
         if own["do_rescale"] and own["rescale_factor"] == 1 / 255:
             images = with_values_of_files(images, without_alpha=bool(own["do_convert_rgb"]))
+        else:
+            images = without_wrapping(images)
         num_channels = len(own["image_mean"]) if isinstance(own["image_mean"], list | tuple) else 3
         images, kwargs["input_data_format"] = _with_channels(images, num_channels, own["input_data_format"])
         try:
@@ -281,7 +306,25 @@ class FiniteImagesMixin:
             is_grey = isinstance(self.image_mean, list | tuple) and len(self.image_mean) == 1
             image = to_rgb(image) if do_convert_rgb or is_grey else upright_8_bit(image)
             image = image.convert("L") if is_grey and not do_convert_rgb else image
+        if isinstance(image, torch.Tensor) and self.backend == "pil":
+            image = image.detach().cpu()
         return super().process_image(image, do_convert_rgb=do_convert_rgb, **kwargs)
+
+    def resize(self, image, size, resample=None, **kwargs) -> np.ndarray | torch.Tensor:
+        if isinstance(image, torch.Tensor):
+            name = getattr(resample, "name", "") or (Image.Resampling(resample).name if resample is not None else "")
+            check_choice("resample", name or "BILINEAR", _RESAMPLINGS)
+            return super().resize(image, size, resample=resample, **kwargs)
+        if image.dtype == np.uint8 and len(image) in (1, 3):  # Pillow takes a fourth channel for transparency
+            return super().resize(image, size, resample=resample, **kwargs)
+        new_size = super().resize(np.zeros((1, *image.shape[-2:]), np.uint8), size, resample=resample).shape[-2:]
+        return _resized_bands(image, new_size, resample)
+
+    def center_crop(self, image, size, **kwargs) -> np.ndarray | torch.Tensor:
+        if isinstance(image, np.ndarray) and size.height and size.width:  # padded as the other backend does
+            lacking = (max(size.height - image.shape[-2], 0), max(size.width - image.shape[-1], 0))
+            image = np.pad(image, [(0, 0), *((count // 2, count - count // 2) for count in lacking)])
+        return super().center_crop(image, size, **kwargs)
 
 
 __all__ = [

@@ -86,6 +86,34 @@ def test_weights_that_are_loaded_are_used(make_model, images):
         assert torch.equal(model(images, patch_size=4).logits, other(images, patch_size=4).logits)
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("resize_method", "interpolate"), ("kernel_interpolation", "bicubic"), ("position_interpolation", "bicubic")],
+)
+def test_a_config_that_changes_is_followed(model, images, field, value):
+    with torch.no_grad():
+        model.freeze_budget(image_size=32, patch_size=4)
+        before = model(images, patch_size=4).logits
+        assert getattr(model.config, field) != value
+        setattr(model.config, field, value)
+        after = model(images, patch_size=4).logits
+        model.unfreeze_budget()
+        torch.testing.assert_close(after, model(images, patch_size=4).logits, rtol=1e-5, atol=1e-5)
+        assert not torch.allclose(after, before, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["weight", "position_embeddings"])
+def test_a_new_parameter_is_used(model, images, name):
+    embeddings = model.flexivit.embeddings
+    owner = embeddings if name == "position_embeddings" else embeddings.patch_embeddings.projection
+    model.freeze_budget(image_size=32, patch_size=4)
+    with torch.no_grad():
+        setattr(owner, name, torch.nn.Parameter(getattr(owner, name) * -3))
+        found = model(images, patch_size=4).logits
+        model.unfreeze_budget()
+        torch.testing.assert_close(found, model(images, patch_size=4).logits, rtol=1e-5, atol=1e-5)
+
+
 def test_it_is_in_no_checkpoint(model, images, tmp_path):
     names = set(model.state_dict())
     model.freeze_budget(image_size=32, patch_size=4)

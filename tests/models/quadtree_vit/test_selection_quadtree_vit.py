@@ -129,6 +129,7 @@ def test_constants_of_few_sizes_are_kept_and_serve_every_mode(monkeypatch):
         ([torch.zeros(1, 2, 2), torch.zeros(1, 4, 5)], {"num_tokens": 4}, r"scores\[1\].*\(1, 4, 4\)"),
         ([torch.zeros(1, 2, 2), torch.zeros(2, 4, 4)], {"num_tokens": 4}, r"scores\[1\]"),
         ([torch.zeros(2, 2)], {"num_tokens": 4}, r"\(batch, rows, columns\)"),
+        ([torch.zeros(1, 2, 2, dtype=torch.complex64)], {"num_tokens": 4}, r"got \(1, 2, 2\) of torch\.complex64"),
         ([torch.full((1, 2, 2), float("nan"))], {"num_tokens": 4}, "NaN"),
         ([], {"num_tokens": 4}, "empty"),
         (torch.zeros(1, 2, 2), {"num_tokens": 4}, "list"),
@@ -177,3 +178,43 @@ def test_reverse_bad_input():
         reverse_quadtree(tokens, centers, sizes[:, 1:], image_size, cell)
     with pytest.raises(ValueError, match="image_size"):
         reverse_quadtree(tokens, centers, sizes, (30, 48), cell)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda centers, sizes: (centers + 1000, sizes), "`patch_centers` in the middle of such.*token 0 of image 0"),
+        (lambda centers, sizes: (centers - 1000, sizes), "got the size 16 at"),
+        (lambda centers, sizes: (centers + 2, sizes), "in the middle of such patches"),
+        (lambda centers, sizes: (centers * float("nan"), sizes), r"at \[nan, nan\] for token 0 of image 0"),
+        (lambda centers, sizes: (centers, sizes - 3), r"must be 4 \(`min_patch_size`\) times a power of two.*size 13"),
+        (lambda centers, sizes: (centers, sizes // 8), "times a power of two.*got the size 2 at"),
+        (lambda centers, sizes: (centers[:, [0, 0]], sizes[:, [0, 0]]), "patches lie over one another in image 0"),
+    ],
+)
+def test_patches_of_no_quadtree_are_not_laid_out(change, message):
+    tokens, centers, sizes, image_size, cell = reverse_inputs(9)
+    centers, sizes = change(centers, sizes)
+    with pytest.raises(ValueError, match=message):
+        reverse_quadtree(tokens[:, : sizes.shape[1]], centers, sizes, image_size, cell)
+
+
+def test_patches_of_other_sizes_that_lie_over_one_another_are_refused():
+    tokens, sizes = torch.ones(1, 2, 1), torch.tensor([[16, 4]])
+    centers = torch.tensor([[[8.0, 8.0], [6.0, 6.0]]])
+    with pytest.raises(ValueError, match="lie over one another in image 0"):
+        reverse_quadtree(tokens, centers, sizes, 16, 4)
+    mask = torch.tensor([[True, False]])
+    assert torch.equal(reverse_quadtree(tokens, centers, sizes, 16, 4, mask), torch.ones(1, 1, 4, 4))
+    moved = centers + torch.tensor([[[0.0, 0.0], [12.0, 0.0]]])
+    dense = reverse_quadtree(tokens, moved, sizes, (16, 20), 4)  # the rest of the second column is empty
+    assert dense.sum() == 17
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64, int, np.int64])
+def test_a_threshold_may_be_any_number(kind):
+    scores = [torch.tensor([[[0.5, 1.5], [1.0, -2.0]]])]
+    expected = quadtree_tokens(scores, split_threshold=1.0)
+    for found, wanted in zip(quadtree_tokens(scores, split_threshold=kind(1)), expected, strict=True):
+        assert torch.equal(found, wanted)
+    assert expected.mask.sum() == 7  # one patch is split

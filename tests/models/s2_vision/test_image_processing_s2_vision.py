@@ -106,3 +106,16 @@ def test_bad_images_and_choices_are_refused(config):
         S2ImageProcessor.for_config(config, fit="stretch")
     with pytest.raises(ValueError, match="belongs to Dynamic-S2"):
         S2ImageProcessor.for_config(config).tile_grid_for((40, 40))
+
+
+@pytest.mark.parametrize("processor_class", [S2ImageProcessor, S2ImageProcessorPil])
+def test_padding_is_the_mean_colour_whatever_the_values(config, processor_class):
+    processor = processor_class.for_config(config, fit="pad")
+    dark = np.full((8, 20, 3), 0.75, np.float32)  # of 255, as the other image says
+    for images, options in (
+        ([dark, dark * 300], {}),
+        (dark * 4 - 2, {"do_rescale": False}),
+        (np.full((8, 20, 3), 60000, np.uint16), {"rescale_factor": 1 / 65535}),
+    ):
+        made = processor(images, return_tensors="pt", **options)["pixel_values"]
+        torch.testing.assert_close(made[0, :, 0, 0], torch.zeros(3), atol=1e-5, rtol=0)

@@ -227,6 +227,12 @@ def test_outputs_that_are_no_features_are_refused():
         multiscale_forward(toy_map, x64, scales=[1])
     with pytest.raises(ValueError, match="must return features"):
         multiscale_forward(lambda x: None, x64, scales=[1])
+    with pytest.raises(ValueError, match="`model` must be a model or a function from images to features, got 5"):
+        multiscale_forward(5, x64, scales=[1])
+    with pytest.raises(ValueError, match="`model` gives features of 1 images for"):
+        multiscale_forward(lambda x: toy_tokens(x)[:1], torch.cat([x64, x64]), scales=[1])
+    with pytest.raises(ValueError, match=r"`num_prefix_token` must be below the \d+ tokens .*, got 500"):
+        multiscale_forward(toy_tokens, x64, scales=[1], num_prefix_token=500)
 
 
 def test_plans():

@@ -81,6 +81,10 @@ def test_videos_of_any_type_have_the_same_pixels():
     deep = video.astype(np.uint16) * 256 + 7
     for other in (deep, torch.from_numpy(deep), video / 255, video.astype(np.float32), video.astype(np.int64), [deep]):
         assert torch.equal(processor(other, return_tensors="pt").pixel_values, expected)
+    flipped = video[:, :, ::-1]
+    for other in (flipped, [list(flipped)]):
+        made = processor(other, return_tensors="pt").pixel_values
+        assert torch.equal(made, processor(flipped.copy(), return_tensors="pt").pixel_values)
     frames = [Image.fromarray(frame[..., 0]) for frame in deep]  # of 16 bits
     grey = np.repeat(video[..., :1], 3, axis=3)
     assert torch.equal(

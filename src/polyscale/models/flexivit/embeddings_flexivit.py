@@ -88,7 +88,8 @@ class FlexiViTEmbeddings(FreezableMixin, nn.Module):
     def position_embeddings_for(self, patch_grid: tuple[int, int]) -> torch.Tensor:
         """Positions for a grid of (rows, columns): (1, num_position_prefix_tokens + rows * columns, hidden)."""
         frozen = self.frozen_positions
-        if frozen is not None and patch_grid == self.frozen_grid and not takes_gradients(self.position_embeddings):
+        way = (patch_grid, self.config.position_interpolation, self.config.position_antialias)
+        if frozen is not None and way == self.frozen_way and not takes_gradients(self.position_embeddings):
             return frozen
         return resize_abs_pos_embed(
             self.position_embeddings,
@@ -105,7 +106,7 @@ class FlexiViTEmbeddings(FreezableMixin, nn.Module):
         self.patch_embeddings.projection.freeze(patch_size, self.patch_embeddings.resize)
         self.frozen_positions = None
         self.frozen_positions = self.position_embeddings_for(patch_grid).clone()
-        self.frozen_grid = patch_grid
+        self.frozen_way = (patch_grid, self.config.position_interpolation, self.config.position_antialias)
 
     def forward(
         self, pixel_values: torch.Tensor, patch_size: PatchSize | None = None

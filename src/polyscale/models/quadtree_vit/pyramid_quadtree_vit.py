@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ...utils.tracing import is_traced
 from ...utils.validation import check_int, check_tensor, to_pair
 from .configuration_quadtree_vit import QuadtreeViTConfig
 from .scoring_quadtree_vit import reduce_image
@@ -127,6 +128,49 @@ def _check_reverse(tokens, patch_centers, patch_sizes, image_size, min_patch_siz
         )
 
 
+def _check_places(
+    patch_centers: torch.Tensor,
+    patch_sizes: torch.Tensor,
+    place: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    grid: tuple[int, int],
+    min_patch_size: int,
+    token_mask: torch.Tensor | None,
+) -> None:
+    """Refuses patches that are none of a quadtree: of another size, outside of the image, or between the places of
+    patches of their size. `place` is (top, left, side) of each in cells of `grid`. Padding has the size 0, or a mask.
+    """
+    top, left, side = place
+    step = side.clamp(min=1)
+    is_size = (side * min_patch_size == patch_sizes) & (step & (step - 1) == 0)
+    is_inside = (top >= 0) & (top < grid[0]) & (left >= 0) & (left < grid[1])
+    middles = (torch.stack([left, top], dim=-1) + side[..., None] / 2) * min_patch_size
+    is_there = ((patch_centers - middles).abs() <= min_patch_size / 4).all(dim=-1)  # halves round large numbers
+    fits = is_size & is_inside & is_there & (top % step == 0) & (left % step == 0)
+    is_wrong = (patch_sizes != 0) & ~fits
+    is_wrong = is_wrong if token_mask is None else is_wrong & token_mask
+    if is_wrong.any():
+        image, token = is_wrong.nonzero()[0].tolist()
+        raise ValueError(
+            f"`patch_sizes` must be {min_patch_size} (`min_patch_size`) times a power of two, and `patch_centers` in "
+            f"the middle of such patches of the image; got the size {patch_sizes[image, token].item():g} at "
+            f"{patch_centers[image, token].tolist()} for token {token} of image {image}."
+        )
+
+
+def _check_apart(
+    owner: torch.Tensor, place: tuple[torch.Tensor, torch.Tensor, torch.Tensor], grid: tuple[int, int]
+) -> None:
+    """Refuses patches that lie over one another: they own fewer cells, (batch, rows, columns), than they have."""
+    top, left, side = place
+    areas = torch.minimum(side, grid[0] - top) * torch.minimum(side, grid[1] - left)
+    is_wrong = owner.flatten(1).count_nonzero(dim=1) < areas.where(side != 0, 0).sum(dim=1)
+    if is_wrong.any():
+        raise ValueError(
+            "`patch_centers` and `patch_sizes` must be those of a quadtree: patches lie over one another in image "
+            f"{int(is_wrong.nonzero()[0])}."
+        )
+
+
 def reverse_quadtree(
     tokens: torch.Tensor,
     patch_centers: torch.Tensor,
@@ -150,7 +194,7 @@ def reverse_quadtree(
         (batch, width, height / min_patch_size, width / min_patch_size); 0 where no token lies.
 
     Raises:
-        ValueError: for shapes that do not fit together.
+        ValueError: for shapes that do not fit together; on the CPU also for patches that are none of a quadtree.
     """
     height, width = to_pair(image_size, "image_size")
     _check_reverse(tokens, patch_centers, patch_sizes, (height, width), min_patch_size, token_mask)
@@ -162,6 +206,11 @@ def reverse_quadtree(
     cells = (patch_sizes / min_patch_size).round().long()  # side of a patch in cells
     if token_mask is not None:
         cells = torch.where(token_mask, cells, 0)
+    # A look at the values waits for the device: only on the CPU.
+    has_values = tokens.device.type == "cpu" and not (is_traced(patch_centers) or torch.jit.is_tracing())
+    if has_values:
+        corners = (top, left, cells)
+        _check_places(patch_centers, patch_sizes, corners, (rows, columns), min_patch_size, token_mask)
 
     # Which token (from 1; 0 = none) lies over each cell: written once per patch at the grid of its own size, then
     # enlarged.
@@ -176,6 +225,8 @@ def reverse_quadtree(
         owners = owners[:, :-1].reshape(batch, grid_rows, 1, grid_columns, 1).expand(-1, -1, side, -1, side)
         owner = owner + owners.reshape(batch, grid_rows * side, grid_columns * side)[:, :rows, :columns]
         side *= 2
+    if has_values:
+        _check_apart(owner, corners, (rows, columns))
 
     padded = F.pad(tokens, (0, 0, 1, 0)).flatten(0, 1)  # (batch * (1 + tokens), channels), token 0 is zero
     first = torch.arange(batch, device=tokens.device)[:, None] * (num_tokens + 1)

@@ -138,9 +138,10 @@ def _check_scores(scores: Sequence[torch.Tensor]) -> None:
             f"first; got {type(scores).__name__ if not isinstance(scores, Sequence) else 'an empty list'}."
         )
     for level, score in enumerate(scores):
-        if not isinstance(score, torch.Tensor) or score.ndim != 3:
-            shape = tuple(score.shape) if isinstance(score, torch.Tensor) else type(score).__name__
-            raise ValueError(f"`scores[{level}]` must be a tensor of shape (batch, rows, columns), got {shape}.")
+        if not isinstance(score, torch.Tensor) or score.ndim != 3 or score.is_complex():
+            is_tensor = isinstance(score, torch.Tensor)
+            got = f"{tuple(score.shape)} of {score.dtype}" if is_tensor else type(score).__name__
+            raise ValueError(f"`scores[{level}]` must be a tensor of shape (batch, rows, columns), got {got}.")
         batch, rows, columns = scores[0].shape
         expected = (batch, rows << level, columns << level)
         if tuple(score.shape) != expected or 0 in expected:

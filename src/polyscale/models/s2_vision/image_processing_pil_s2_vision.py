@@ -1,5 +1,7 @@
 """Image processor of S2, PIL backend."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from transformers import PilBackend
 
@@ -13,16 +15,12 @@ class S2ImageProcessorPil(S2ImageProcessorMixin, PilBackend):
 
     valid_kwargs = S2ImageProcessorKwargs
 
-    def _pad_to_square(self, image: np.ndarray, image_mean) -> np.ndarray:
+    def _pad_to_square(self, image: np.ndarray, fill: Sequence[float]) -> np.ndarray:
         channels, height, width = image.shape
         side = max(height, width)
         left, top = (side - width) // 2, (side - height) // 2
-        is_float = np.issubdtype(image.dtype, np.floating)
-        scale = 1 if is_float and float(image.max()) <= 1 else 255
         square = np.empty((channels, side, side), dtype=image.dtype)
-        square[:] = np.array([value * scale if is_float else int(value * scale) for value in image_mean])[
-            :, None, None
-        ]
+        square[:] = np.array(fill).astype(image.dtype)[:, None, None]
         square[:, top : top + height, left : left + width] = image
         return square
 

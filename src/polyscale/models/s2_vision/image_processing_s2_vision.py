@@ -126,11 +126,11 @@ class S2ImageProcessorMixin(FiniteImagesMixin):
             raise ValueError("`tile_grid_for` belongs to Dynamic-S2: this processor has no `tile_size`.")
         return dynamic_tile_grid(image_size, self.tile_multiples[-1], self.max_tiles, self.tile_size)
 
-    def _fitted(self, image, fit: str, size: SizeDict, resample, image_mean):
-        """One image (channels, height, width) -> `size`."""
+    def _fitted(self, image, fit: str, size: SizeDict, resample, fill: Sequence[float]):
+        """One image (channels, height, width) -> `size`; `fill` is the colour of padding, in values of the image."""
         target = SizeDict(height=size.height, width=size.width)
         if fit == "pad":
-            image = self._pad_to_square(image, image_mean)
+            image = self._pad_to_square(image, fill)
         if fit != "crop" or (size.height != size.width):
             return self.resize(image, target, resample=resample)
         return self.center_crop(self.resize(image, SizeDict(shortest_edge=size.height), resample=resample), target)
@@ -184,7 +184,9 @@ class S2ImageProcessorMixin(FiniteImagesMixin):
 
         if tile_size is None:
             if do_resize:
-                images = [self._fitted(image, fit, crop_size, resample, image_mean) for image in images]
+                scale = 1 / rescale_factor if do_rescale else 1
+                fill = [value * scale for value in image_mean]
+                images = [self._fitted(image, fit, crop_size, resample, fill) for image in images]
             return BatchFeature({"pixel_values": [normalized(image) for image in images]}, tensor_type=return_tensors)
 
         stacks, sizes = [], []
@@ -207,12 +209,11 @@ class S2ImageProcessor(S2ImageProcessorMixin, TorchvisionBackend):
         ValueError: for images with NaN or infinite values, or an unknown `fit`.
     """
 
-    def _pad_to_square(self, image: torch.Tensor, image_mean) -> torch.Tensor:
+    def _pad_to_square(self, image: torch.Tensor, fill: Sequence[float]) -> torch.Tensor:
         height, width = image.shape[-2:]
         side = max(height, width)
         left, top = (side - width) // 2, (side - height) // 2
-        scale = 1 if image.is_floating_point() and float(image.max()) <= 1 else 255
-        fill = [value * scale if image.is_floating_point() else int(value * scale) for value in image_mean]
+        fill = [value if image.is_floating_point() else int(value) for value in fill]
         return tvF.pad(image, [left, top, side - width - left, side - height - top], fill=fill)
 
     def _normalized(self, image, do_rescale, rescale_factor, do_normalize, image_mean, image_std) -> torch.Tensor:

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ...layers.token_merging import check_nothing_merges
-from ...utils.validation import check_choice, check_int
+from ...utils.validation import check_choice, check_int, shown
 from ...utils.vision_configs import check_tokens_have_places
 from .tiling_s2_vision import (
     TilePlan,
@@ -274,6 +274,8 @@ def multiscale_forward(
     >>> features = multiscale_forward(model, images, scales=[1, 2], num_prefix_token=1)
     ```
     """
+    if not callable(model):
+        raise ValueError(f"`model` must be a model or a function from images to features, got {shown(model)}.")
     check_choice("output_shape", output_shape, OUTPUT_SHAPES)
     check_int("num_prefix_token", num_prefix_token)
     check_choice("split_forward", split_forward, (True, False))
@@ -298,7 +300,15 @@ def multiscale_forward(
     features_of_tiles = _features_function(model, output_shape)
 
     def run(tiles: torch.Tensor) -> None:
-        features.add(named_parts({"features": features_of_tiles(tiles)}))
+        made = features_of_tiles(tiles)
+        if made.shape[0] != tiles.shape[0]:
+            raise ValueError(f"`model` gives features of {made.shape[0]} images for {tiles.shape[0]} tiles.")
+        if num_prefix_token >= made.shape[1]:
+            raise ValueError(
+                f"`num_prefix_token` must be below the {made.shape[1]} tokens that the model gives for a tile, got "
+                f"{num_prefix_token}."
+            )
+        features.add(named_parts({"features": made}))
 
     run_tiles(input, plan, run, tiles_per_forward)
     return features.merged("features")

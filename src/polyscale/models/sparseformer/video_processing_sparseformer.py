@@ -11,7 +11,7 @@ from transformers.utils import is_torchcodec_usable
 from transformers.video_processing_utils import BaseVideoProcessor
 from transformers.video_utils import VideoInput, VideoMetadata, load_video
 
-from ...utils.arrays import check_finite, map_images, with_values_of_files
+from ...utils.arrays import check_finite, map_images, readable_arrays, with_values_of_files, without_wrapping
 from ...utils.images import to_rgb
 from .image_processing_sparseformer import SparseFormerPixelFields
 
@@ -82,9 +82,12 @@ class SparseFormerVideoProcessor(SparseFormerPixelFields, BaseVideoProcessor):
         """
         videos = map_images(videos, lambda frame: to_rgb(frame) if isinstance(frame, Image.Image) else frame)
         check_finite(videos, "videos")
+        videos = readable_arrays(videos)
         own = {name: getattr(self, name) if kwargs.get(name) is None else kwargs[name] for name in _VALUES}
         if own["do_rescale"] and own["rescale_factor"] == 1 / 255:
             videos = with_values_of_files(videos, "videos", without_alpha=bool(own["do_convert_rgb"]))
+        else:
+            videos = without_wrapping(videos)
         batch = super().preprocess(videos, **kwargs)
         batch["pixel_values"] = batch.pop("pixel_values_videos")
         return batch

@@ -1,0 +1,132 @@
+"""The images that `polyscale embed` embeds, and what tells them from others under the same names."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from datasets import Dataset
+from PIL import Image
+
+from .utils.identity import digest_of
+from .utils.images import UnreadableImageError, files_below, find_images, open_pixels
+from .utils.validation import check_path
+
+
+# The key of the metadata of a parquet file under which `Contents` are kept.
+_KEY = b"polyscale.contents"
+
+
+class Item(NamedTuple):
+    """An image of a source.
+
+    Attributes:
+        name (`str`): its file, or split and row.
+        open (`Callable`): gives the image; raises `UnreadableImageError`.
+        stored (`Callable`): gives the file that it is, or what stands in its place in a table.
+    """
+
+    name: str
+    open: Callable[[], Image.Image | np.ndarray]
+    stored: Callable[[], Any]
+
+
+class Contents(NamedTuple):
+    """Tells the images of a part from others under the same names.
+
+    Attributes:
+        times (`str`): digest of the size of each file, and of the time when it was changed last.
+        bytes (`str`): digest of what is in them.
+    """
+
+    times: str
+    bytes: str
+
+    def as_metadata(self) -> dict[bytes, bytes]:
+        """For the schema of a parquet file."""
+        return {_KEY: json.dumps({"times": self.times, "bytes": self.bytes}).encode()}
+
+    @classmethod
+    def of_metadata(cls, metadata: Mapping[bytes, bytes] | None) -> "Contents | None":
+        """What `as_metadata` gave; `None` where there is none, as in files of older versions."""
+        try:
+            return cls(**json.loads((metadata or {})[_KEY]))
+        except (KeyError, TypeError, ValueError):
+            return None
+
+    def are_those_of(self, items: Sequence[Item]) -> bool:
+        """Whether images are still the same. They are read only where one was written since."""
+        return self.times == times_of(items) or self.bytes == digest_of(map(content_of, items))
+
+
+def items_of(source: str | os.PathLike) -> list[Item]:
+    """The images of a folder, or the rows of parquet files and data sets of a hub.
+
+    Raises:
+        ValueError: for a source without images.
+    """
+    path = Path(check_path("source", source))
+    if path.is_dir() or (path.is_file() and path.suffix != ".parquet"):
+        try:
+            return [_file_item(file) for file in find_images(path)]
+        except UnreadableImageError:  # a folder without images
+            if not any(file.suffix == ".parquet" for file in files_below(path)):
+                raise
+    from .training.data import load_image_dataset
+
+    items = []
+    for split_name, split in load_image_dataset(source, labelled=False).items():
+        stored = split.with_format(None)
+        items += [_row_item(f"{split_name}/{row}", split, stored, row) for row in range(len(split))]
+    return items
+
+
+def _file_item(file: Path) -> Item:
+    return Item(str(file), lambda: open_pixels(file), lambda: file)
+
+
+def _row_item(name: str, split: Dataset, stored: Dataset, row: int) -> Item:
+    def cell() -> Any:
+        value = stored[row]["image"]
+        is_file = isinstance(value, dict) and value.get("bytes") is None and value.get("path") is not None
+        return Path(value["path"]) if is_file else value
+
+    return Item(name, lambda: split[row]["image"], cell)
+
+
+def times_of(items: Iterable[Item]) -> str:
+    """`Contents.times`; of what is no file, what is in it."""
+    return digest_of(map(_time_of, items))
+
+
+def _time_of(item: Item) -> str:
+    stored = item.stored()
+    if not isinstance(stored, Path):
+        return _digest(stored)
+    try:
+        status = stored.stat()
+    except OSError:
+        return ""
+    return f"{status.st_size} {status.st_mtime_ns}"
+
+
+def content_of(item: Item) -> str:
+    """A digest of what is in an image; empty where it cannot be read."""
+    return _digest(item.stored())
+
+
+def _digest(stored: Any) -> str:
+    if isinstance(stored, Path):
+        try:
+            with stored.open("rb") as stream:
+                return hashlib.file_digest(stream, "sha256").hexdigest()
+        except OSError:
+            return ""
+    value = stored.get("bytes") if isinstance(stored, dict) else stored
+    return hashlib.sha256(value if isinstance(value, bytes) else np.asarray(value).tobytes()).hexdigest()
+
+
+__all__ = ["Contents", "Item", "content_of", "items_of", "times_of"]
