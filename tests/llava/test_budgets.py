@@ -192,3 +192,27 @@ def test_a_swapped_model_trains_at_mixed_budgets():
     model.train()(**inputs, labels=inputs["input_ids"]).loss.backward()
     weight = model.model.vision_tower.tower.embeddings.patch_embeddings.projection.weight
     assert weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "budgets"),
+    [
+        ("quadtree_merging", [{"num_tokens": 16}, {"num_tokens": 40}]),
+        ("flexivit_merging", [{"patch_size": 16}, {"patch_size": 8}]),
+    ],
+)
+@torch.no_grad()
+def test_budgets_of_one_batch_where_tokens_are_merged(name, budgets):
+    model, processor = swapped(name)
+    batch = encode(processor, image_budgets=budgets)
+    features = model.model.get_image_features(batch["pixel_values"], image_sizes=batch["image_sizes"]).pooler_output
+    for image, prompt, budget, expected in zip(make_photographs(), PROMPTS, budgets, features, strict=True):
+        alone = processor(images=image, text=prompt, return_tensors="pt", **budget)
+        own = model.model.get_image_features(alone["pixel_values"], image_sizes=alone["image_sizes"]).pooler_output
+        torch.testing.assert_close(expected, own[0], atol=1e-5, rtol=1e-4)
+
+
+def test_more_tokens_than_the_layers_can_merge_are_refused_by_the_processor():
+    _, processor = swapped("flexivit_merging")
+    with pytest.raises(ValueError, match="`merge_tokens_to` must be at least 36 for 144 tokens and 2 layers"):
+        encode(processor, patch_size=4)

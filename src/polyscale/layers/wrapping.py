@@ -61,15 +61,25 @@ class OuterModelMixin:
         super().__init__(config, *args, **kwargs)
 
 
+def _with_inner(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
+    """A config and those inside it, the outer ones first."""
+    yield config
+    for name in config.sub_configs:
+        if isinstance(getattr(config, name, None), PreTrainedConfig):
+            yield from _with_inner(getattr(config, name))
+
+
 @contextmanager
 def attention_kept(*models: PreTrainedModel) -> Iterator[None]:
-    """Puts the attention implementations of models back at the end: making a config around theirs resets them."""
-    implementations = [attention_name(model.config) for model in models]
+    """Puts the attention implementations of models, and of those inside them, back at the end: making a config around
+    theirs resets them.
+    """
+    kept = [(config, attention_name(config)) for model in models for config in _with_inner(model.config)]
     try:
         yield
     finally:
-        for model, implementation in zip(models, implementations, strict=True):
-            set_attention_name(model.config, implementation)
+        for config, implementation in kept:  # an outer one sets those inside it, which follow
+            set_attention_name(config, implementation)
 
 
 def keep_weights(model: PreTrainedModel) -> None:
@@ -93,12 +103,13 @@ def wrap_in_memory(
         model (`PreTrainedModel`): the model inside.
         make_config (`Callable`): gives the config of the result for that of `model`.
     """
+    attention = attention_name(model.config)
     with attention_kept(model):
         config = make_config(model.config)
-    set_attention_name(config, attention_name(model.config))
-    config.dtype = model.dtype
-    keep_weights(model)
-    return outer_class(config, model)
+        set_attention_name(config, attention)
+        config.dtype = model.dtype
+        keep_weights(model)
+        return outer_class(config, model)
 
 
 __all__ = ["OuterModelMixin", "attention_kept", "check_has_no_head", "keep_weights", "wrap_in_memory"]

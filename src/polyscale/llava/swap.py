@@ -9,8 +9,11 @@ from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 from transformers.image_processing_utils import BaseImageProcessor
 
 from ..layers.attention import attention_name, set_attention_name
+from ..layers.config_checks import CheckedConfigMixin
 from ..layers.token_budget import TokenBudgetMixin
+from ..layers.token_merging import merges_by_attention
 from ..layers.wrapping import attention_kept, check_has_no_head
+from ..utils.vision_configs import base_output_shape
 from .adapters import LlavaAdapter, tile_side
 from .downsampled import DownsampledTowerConfig
 from .hosts import adapter_of
@@ -21,8 +24,17 @@ from .projector import fitted_projector, num_feature_layers, share_weights
 
 def _check_tower(tower: PreTrainedModel) -> None:
     check_has_no_head(tower, "tower")
-    if getattr(tower.config, "output_shape", "bnc") == "bchw":
-        raise ValueError("`tower` gives feature maps (a ConvNet); LLaVA needs tokens.")
+    config = tower.config
+    if getattr(config, "output_shape", base_output_shape(config)) == "bchw":
+        raise ValueError(f"`tower` of type {config.model_type!r} gives feature maps (a ConvNet); LLaVA needs tokens.")
+    if isinstance(config, CheckedConfigMixin):  # it may have been changed since it was made
+        config.check_fit()
+    if merges_by_attention(config):
+        raise ValueError(
+            "`tower` merges tokens (`apply_token_merging`), which its config does not say, so that its host could not "
+            "count them: take that back with `remove_token_merging`. A FlexiViT or Quadtree ViT merges by its config, "
+            "`merge_tokens_to`."
+        )
 
 
 def _feature_layer(
