@@ -120,6 +120,17 @@ def test_merging_that_its_host_could_not_count_is_refused():
         assert model.model.vision_tower is before
 
 
+@pytest.mark.parametrize("host", ["llava", "llava_next", "llava_onevision"])
+def test_plain_towers_with_a_cls_token(host):
+    model, processor = HOSTS[host]()
+    fields = {**CLIP, "hidden_size": 20, "image_size": 48}
+    with pytest.warns(UserWarning, match="reads 16 channels and the new tower gives 20"):
+        processor = swap_vision_tower(model, CLIPVisionModel(CLIPVisionConfig(**fields)), processor)
+    model.generate(**encode(processor), max_new_tokens=1)
+    several = processor(images=make_photographs(), text="<image> <image> this", return_tensors="pt")
+    model.generate(**several, max_new_tokens=1)
+
+
 @pytest.mark.parametrize("host", ["llava_next", "llava_onevision"])
 def test_pinpoints_follow_the_budget(host):
     model, processor = swapped("s2", host)

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..utils.validation import shown
 from ..utils.vision_configs import model_classes_of
 from .attention import attention_name, set_attention_name
 
@@ -30,7 +31,12 @@ def check_has_no_head(model: PreTrainedModel, name: str) -> None:
     Raises:
         ValueError: for a model with a head, or what is no model.
     """
-    expected = model_classes_of(getattr(model, "config", None))
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(
+            f"`{name}` must be a vision model without a head, as `AutoModel.from_pretrained` gives it, got "
+            f"{shown(model)}."
+        )
+    expected = model_classes_of(model.config)
     if type(model) not in expected:
         names = " or ".join(option.__name__ for option in expected) or "a model that AutoModel gives for its config"
         raise ValueError(
