@@ -21,6 +21,8 @@ from transformers import (
     SiglipConfig,
     SiglipModel,
     VisionTextDualEncoderModel,
+    ViTConfig,
+    ViTModel,
     pipeline,
 )
 
@@ -264,3 +266,77 @@ def test_models_of_texts_and_of_images_have_their_places(clip):
         ValueError, match="A config inside BudgetCLIPConfig: Field 'hidden_size' expected int, got str"
     ):
         BudgetCLIPConfig(text_config={"hidden_size": "wide"})
+
+
+def test_a_tower_that_could_not_run_is_refused_before_it_is_in(clip):
+    merging = make_tower(clip, "flexivit")
+    merging.config.merge_tokens_to = 3
+    with pytest.raises(ValueError, match="`merge_tokens_to` must be at least 4 for 16 tokens and 2 layers"):
+        polyscale.swap_vision_tower(clip, merging)
+    around = polyscale.S2VisionWrapper.from_vision_model(make_tower(clip, "flexivit"), scales=[1, 2])
+    around.config.vision_config.merge_tokens_to = 6
+    with pytest.raises(ValueError, match="`merge_tokens_to` must be None in a model at several scales, got 6"):
+        polyscale.swap_vision_tower(clip, around)
+    plain = polyscale.S2VisionWrapper.from_vision_model(
+        CLIPVisionModel(CLIPConfig(vision_config=VISION).vision_config), scales=[1, 2]
+    )
+    polyscale.apply_token_merging(plain.vision_model, num_tokens=6)
+    with pytest.raises(ValueError, match="several scales merges tokens"):
+        polyscale.swap_vision_tower(clip, plain)
+    resnet = ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1]))
+    with pytest.raises(ValueError, match="'resnet' is a ConvNet, whose `pooler_output` is a map"):
+        polyscale.swap_vision_tower(clip, resnet)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["flexivit", "quadtree_vit"])
+def test_a_tower_may_merge_tokens(clip, inputs, kind):
+    tower = make_tower(clip, kind)
+    tower.config.merge_tokens_to = 6
+    swapped = polyscale.swap_vision_tower(clip, tower)
+    assert swapped(**inputs).vision_model_output.last_hidden_state.shape[1] == 1 + 6
+    assert swapped.config.num_tokens_for(32) == 6
+
+
+@torch.no_grad()
+def test_token_merging_of_a_plain_tower_stays(clip, inputs):
+    tower = CLIPVisionModel(CLIPConfig(vision_config=VISION).vision_config).eval()
+    polyscale.apply_token_merging(tower, num_tokens=6)
+    swapped = polyscale.swap_vision_tower(clip, tower)
+    assert swapped(**inputs).vision_model_output.last_hidden_state.shape[1] == 1 + 6
+
+
+def test_a_model_inside_a_tower_keeps_its_attention(clip):
+    around = polyscale.S2VisionWrapper.from_vision_model(
+        CLIPVisionModel(CLIPConfig(vision_config=VISION).vision_config), scales=[1, 2]
+    )
+    around.vision_model.set_attn_implementation("eager")
+    swapped = polyscale.swap_vision_tower(clip, around)
+    assert around.config._attn_implementation == "sdpa"
+    assert swapped.vision_model.vision_model.config._attn_implementation == "eager"
+
+
+def test_budgets_are_those_of_the_tower_or_none(clip):
+    flexivit = polyscale.swap_vision_tower(clip, make_tower(clip, "flexivit")).config
+    assert flexivit.parse_budget("8x16") == (8, 16)
+    assert flexivit.format_budget((8, 16)) == "8x16"
+    quadtree = polyscale.swap_vision_tower(clip, make_tower(clip, "quadtree_vit")).config
+    assert quadtree.budget_ladder() == [4, 7, 10, 13, 16]
+    assert quadtree.budget_for_share(32, 0.5) == quadtree.vision_config.budget_for_share(32, 0.5)
+    s2 = polyscale.swap_vision_tower(clip, make_tower(clip, "s2")).config
+    assert s2.parse_budget("1+2") == [1, 2]
+    assert s2.fixed_fields == s2.vision_config.fixed_fields
+
+    plain = polyscale.swap_vision_tower(clip, CLIPVisionModel(CLIPConfig(vision_config=VISION).vision_config)).config
+    assert plain.default_budgets() == plain.budget_ladder() == [None]
+    assert plain.num_tokens_for() == plain.max_num_tokens_for(32) == 16
+    assert plain.token_grid_for((16, 32)) == (2, 4)
+    with pytest.raises(ValueError, match=r"`patch_size` cannot change in .* 'clip_vision_model'. What can: nothing"):
+        plain.with_budget(patch_size=4)
+
+
+def test_a_tower_without_a_pooler_is_named_by_the_call(clip, inputs):
+    tower = ViTModel(ViTConfig(**SMALL, image_size=32, patch_size=8), add_pooling_layer=False)
+    swapped = polyscale.swap_vision_tower(clip, tower)
+    with pytest.raises(ValueError, match="`vision_model`, a ViTModel, gives no `pooler_output`"):
+        swapped(**inputs)

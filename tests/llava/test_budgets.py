@@ -192,3 +192,69 @@ def test_a_swapped_model_trains_at_mixed_budgets():
     model.train()(**inputs, labels=inputs["input_ids"]).loss.backward()
     weight = model.model.vision_tower.tower.embeddings.patch_embeddings.projection.weight
     assert weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "budgets"),
+    [
+        ("quadtree_merging", [{"num_tokens": 16}, {"num_tokens": 40}]),
+        ("flexivit_merging", [{"patch_size": 16}, {"patch_size": 8}]),
+    ],
+)
+@torch.no_grad()
+def test_budgets_of_one_batch_where_tokens_are_merged(name, budgets):
+    model, processor = swapped(name)
+    batch = encode(processor, image_budgets=budgets)
+    features = model.model.get_image_features(batch["pixel_values"], image_sizes=batch["image_sizes"]).pooler_output
+    for image, prompt, budget, expected in zip(make_photographs(), PROMPTS, budgets, features, strict=True):
+        alone = processor(images=image, text=prompt, return_tensors="pt", **budget)
+        own = model.model.get_image_features(alone["pixel_values"], image_sizes=alone["image_sizes"]).pooler_output
+        torch.testing.assert_close(expected, own[0], atol=1e-5, rtol=1e-4)
+
+
+def test_more_tokens_than_the_layers_can_merge_are_refused_by_the_processor():
+    _, processor = swapped("flexivit_merging")
+    with pytest.raises(ValueError, match="`merge_tokens_to` must be at least 36 for 144 tokens and 2 layers"):
+        encode(processor, patch_size=4)
+
+
+@pytest.mark.parametrize("host", ["llava", "vipllava", "paligemma"])
+@torch.no_grad()
+def test_a_text_without_an_image_in_a_batch(host):
+    model, processor = swapped("flexivit", host)
+    photograph = make_photographs()[0]
+    batch = processor(images=[[], [photograph]], text=["the cat", PROMPTS[0]], padding=True, return_tensors="pt")
+    assert image_tokens(batch) == [0, 16]
+    alone = processor(images=photograph, text=PROMPTS[0], return_tensors="pt")
+    names = [name for name in ("pixel_values", "image_sizes") if name in batch]
+    features, expected = (
+        model.model.get_image_features(**{name: inputs[name] for name in names}) for inputs in (batch, alone)
+    )
+    torch.testing.assert_close(features.pooler_output, expected.pooler_output)
+    model.generate(**batch, max_new_tokens=1)
+
+
+def test_no_image_in_any_text():
+    _, processor = swapped("flexivit")
+    assert "pixel_values" not in processor(text=["the cat"], num_tokens=9, return_tensors="pt")
+    with pytest.raises(ValueError, match="`images` holds no image: leave it out"):
+        processor(images=[], text=["the cat"], return_tensors="pt")
+
+
+@pytest.mark.parametrize(
+    ("budgets", "message"),
+    [
+        ({"num_tokens": 9}, r"must be a list with one dict .*, got \{'num_tokens': 9\}"),
+        ([9, 9], r"must be a list with one dict .*, got \[9, 9\]"),
+        ([None, None], r"must be a list with one dict .*, got \[None, None\]"),
+        ([{}], "one dict of budget words for each of 2 images, got 1"),
+        ([{}, {"padding": True}], "`image_budgets` holds `padding`, which is no budget"),
+        ([{}, {"num_tokns": 9}], r"Did you mean `num_tokens`\?"),
+    ],
+)
+@pytest.mark.parametrize("host", ["llava", "gemma3"])
+def test_budgets_of_images_that_are_none(host, budgets, message):
+    _, processor = swapped("flexivit_no_cls", host)
+    images = [[image] for image in make_photographs()]
+    with pytest.raises(ValueError, match=message):
+        processor(images=images, text=PROMPTS, image_budgets=budgets)

@@ -6,8 +6,10 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPVisionConfig, CLIPVisionModel
 
+from polyscale import apply_token_merging
 from polyscale.llava import PackedTower, set_token_budget, swap_vision_tower
 from polyscale.models.flexivit import FlexiViTConfig, FlexiViTModel
+from polyscale.models.quadtree_vit import QuadtreeViTConfig, QuadtreeViTModel
 from polyscale.models.s2_vision import S2VisionWrapper
 
 from .llava_tiny import CLIP, ENCODER, HOSTS, PROMPTS, make_llava, make_photographs, make_tower, swapped
@@ -94,6 +96,39 @@ def test_the_input_of_the_first_layer_has_no_merged_tokens():
     with pytest.raises(ValueError, match="`vision_feature_layer` 0 reads what goes into the first layer"):
         swap_vision_tower(model, tower, processor, vision_feature_layer=0)
     assert tower.config.merge_layers is None
+
+
+def test_merging_that_its_host_could_not_count_is_refused():
+    model, processor = HOSTS["llava"]()
+    before = model.model.vision_tower
+    plain = CLIPVisionModel(CLIPVisionConfig(**CLIP))
+    apply_token_merging(plain, num_tokens=6)
+    around = S2VisionWrapper.from_vision_model(CLIPVisionModel(CLIPVisionConfig(**CLIP)), scales=[1, 2])
+    apply_token_merging(around.vision_model, num_tokens=6)
+    few = FlexiViTModel(FlexiViTConfig(**ENCODER, image_size=32, base_patch_size=8, merge_tokens_to=3))
+    padded = QuadtreeViTModel(
+        QuadtreeViTConfig(**ENCODER, image_size=64, max_patch_size=32, split_threshold=1.0, merge_tokens_to=10)
+    )
+    for tower, message in (
+        (plain, "`tower` merges tokens .* which its config does not say"),
+        (around, "The model in a model at several scales merges tokens"),
+        (few, "`merge_tokens_to` must be at least 4 for 16 tokens and 2 layers"),
+        (padded, "`split_threshold` with `merge_tokens_to=10` cannot be used in a host model"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            swap_vision_tower(model, tower, processor)
+        assert model.model.vision_tower is before
+
+
+@pytest.mark.parametrize("host", ["llava", "llava_next", "llava_onevision"])
+def test_plain_towers_with_a_cls_token(host):
+    model, processor = HOSTS[host]()
+    fields = {**CLIP, "hidden_size": 20, "image_size": 48}
+    with pytest.warns(UserWarning, match="reads 16 channels and the new tower gives 20"):
+        processor = swap_vision_tower(model, CLIPVisionModel(CLIPVisionConfig(**fields)), processor)
+    model.generate(**encode(processor), max_new_tokens=1)
+    several = processor(images=make_photographs(), text="<image> <image> this", return_tensors="pt")
+    model.generate(**several, max_new_tokens=1)
 
 
 @pytest.mark.parametrize("host", ["llava_next", "llava_onevision"])

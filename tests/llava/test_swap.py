@@ -11,6 +11,8 @@ from transformers import (
     AutoProcessor,
     CLIPImageProcessor,
     LlavaProcessor,
+    ResNetConfig,
+    ResNetModel,
     ViTConfig,
     ViTForImageClassification,
     pipeline,
@@ -152,6 +154,55 @@ def test_models_that_do_not_fit_are_refused_and_nothing_changes():
         swap_vision_tower(model, tower, processor, image_processor=small)
     assert model.config.to_dict() == before[0]
     assert model.model.vision_tower is before[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"vision_feature_layer": "last"},
+            "`vision_feature_layer` must be an int, a list of .*, got 'last'",
+        ),
+        ({"vision_feature_layer": []}, r"`vision_feature_layer` must be .*, got \[\]"),
+        ({"vision_feature_layer": True}, "`vision_feature_layer` must be .*, got True"),
+        ({"vision_feature_layer": 1.5}, "`vision_feature_layer` must be .*, got 1.5"),
+        ({"keep_projector": "yes"}, "`keep_projector` must be True or False, got 'yes'"),
+        ({"image_processor": "clip"}, "`image_processor` must be an image processor or None, got 'clip'"),
+    ],
+)
+def test_options_that_are_none(options, message):
+    model, processor = make_llava()
+    with pytest.raises(ValueError, match=message):
+        swap_vision_tower(model, make_tower("flexivit", model), processor, **options)
+
+
+def test_towers_and_models_that_are_none():
+    model, processor = make_llava()
+    for tower in (None, "openai/clip-vit-large-patch14"):
+        with pytest.raises(ValueError, match="`tower` must be a vision model without a head, as `AutoModel"):
+            swap_vision_tower(model, tower, processor)
+    resnet = ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1]))
+    with pytest.raises(ValueError, match="`tower` of type 'resnet' gives feature maps"):
+        swap_vision_tower(model, resnet, processor)
+    around = torch.nn.Sequential(model)  # as adapters and compilers are
+    with pytest.raises(ValueError, match="got Sequential, with a LlavaForConditionalGeneration inside: give that one"):
+        set_token_budget(around, processor, num_tokens=9)
+
+
+@torch.no_grad()
+def test_the_tower_of_another_swapped_model():
+    first, first_processor = make_llava()
+    first_processor = swap_vision_tower(first, make_tower("flexivit", first), first_processor)
+    second, processor = make_llava()
+    processor = swap_vision_tower(second, first.model.vision_tower, processor)
+    assert second.model.vision_tower.tower is first.model.vision_tower.tower
+    second.model.multi_modal_projector.load_state_dict(first.model.multi_modal_projector.state_dict())
+    torch.testing.assert_close(second(**encode(processor)).logits, first(**encode(first_processor)).logits)
+    own = second.model.multi_modal_projector
+    processor = swap_vision_tower(second, second.model.vision_tower, processor, vision_feature_layer=(-1,))
+    assert second.model.multi_modal_projector is own
+    assert second.config.vision_feature_layer == [-1]
+    second(**encode(processor))
 
 
 def test_wrong_counts_are_an_error_of_the_processor():

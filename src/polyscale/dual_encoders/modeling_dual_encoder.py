@@ -143,8 +143,16 @@ class DualEncoderPreTrainedModel(PreTrainedModel):
 
         Returns:
             What the tower gives; `pooler_output` (batch, projection_dim) is the embedding, not yet of length 1.
+
+        Raises:
+            ValueError: where the tower has no pooler.
         """
         outputs = self.vision_model(pixel_values, **kwargs)
+        if outputs.pooler_output is None:
+            raise ValueError(
+                f"`vision_model`, a {type(self.vision_model).__name__}, gives no `pooler_output`, of which embeddings "
+                "are made: give one with its pooler, or another model."
+            )
         outputs.pooler_output = self.project_image(outputs.pooler_output)
         return outputs
 

@@ -4,9 +4,19 @@ import warnings
 
 import torch
 from torch import nn
-from transformers import CLIPModel, PreTrainedModel, Siglip2Model, SiglipModel, VisionTextDualEncoderModel
+from transformers import (
+    CLIPModel,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Siglip2Model,
+    SiglipModel,
+    VisionTextDualEncoderModel,
+)
 
+from ..layers.config_checks import CheckedConfigMixin
+from ..layers.token_budget import TokenBudgetMixin
 from ..layers.wrapping import attention_kept, check_has_no_head, keep_weights
+from ..utils.vision_configs import base_output_shape
 from .modeling_dual_encoder import (
     BudgetCLIPModel,
     BudgetSiglipModel,
@@ -44,8 +54,9 @@ def swap_dual_encoder_tower(model: PreTrainedModel, tower: PreTrainedModel) -> D
         zero), and otherwise new, with a warning.
 
     Raises:
-        ValueError: for another kind of model, a tower without `pooler_output`, or a tower for a SigLIP whose width is
-            not that of its text embeddings.
+        ValueError: for another kind of model, a ConvNet, a tower whose config does not fit together, or a tower for a
+            SigLIP whose width is not that of its text embeddings; from the call of the result, for a tower without
+            `pooler_output`.
     """
     if isinstance(model, Siglip2Model):
         raise ValueError(
@@ -60,7 +71,25 @@ def swap_dual_encoder_tower(model: PreTrainedModel, tower: PreTrainedModel) -> D
         raise ValueError(f"`tower` must be a vision model without a head, got {type(tower).__name__}.")
     check_takes("pixel_values", tower, "tower")
     check_has_no_head(tower, "tower")
+    _check_config(tower.config)
     return _swapped_clip(model, tower) if isinstance(model, CLIP_KINDS) else _swapped_siglip(model, tower)
+
+
+def _check_config(config: PreTrainedConfig) -> None:
+    """Refuses a tower that would fail when it is called.
+
+    Raises:
+        ValueError: for a ConvNet, fields that do not fit together, or a budget that the layers cannot reach.
+    """
+    if base_output_shape(config) == "bchw":
+        raise ValueError(
+            f"`tower` of type {config.model_type!r} is a ConvNet, whose `pooler_output` is a map: embeddings need a "
+            "vector. Give a model with tokens, or S2 around it."
+        )
+    if isinstance(config, CheckedConfigMixin):  # it may have been changed since it was made
+        config.check_fit()
+    if isinstance(config, TokenBudgetMixin):
+        config.max_num_tokens_for()
 
 
 def _around(

@@ -19,6 +19,7 @@ from .config_checks import (
     rate,
 )
 from .token_budget import TokenBudgetMixin
+from .token_merging import merge_schedule
 
 
 # width, layers, heads of the published sizes (timm, big_vision, flexivit_pytorch)
@@ -209,6 +210,22 @@ class EncoderConfig(CheckedConfigMixin, TokenBudgetMixin, BackboneConfigMixin, P
         if self.prefix_positions == "cls":
             return int(self.use_cls_token) + int(self.use_distillation_token)
         return 0
+
+    @property
+    def num_merging_layers(self) -> int:
+        """Layers in which tokens merge, where they do."""
+        count = self.num_hidden_layers
+        return count if self.merge_layers is None else min(self.merge_layers, count)
+
+    def tokens_after_merging(self, num_tokens: int) -> int:
+        """How many of the patch tokens in front of the layers are left behind them.
+
+        Raises:
+            ValueError: for more than the layers can merge down to `merge_tokens_to`.
+        """
+        if self.merge_tokens_to is None:
+            return num_tokens
+        return num_tokens - sum(merge_schedule(num_tokens, self.merge_tokens_to, self.num_merging_layers))
 
     def encoder_fields(self) -> dict[str, Any]:
         """The fields of `EncoderConfig` alone, for the config of another family on the same encoder."""

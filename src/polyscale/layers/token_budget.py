@@ -120,7 +120,7 @@ class TokenBudgetMixin:
                 reason = f": {self.fixed_fields[name]}" if name in self.fixed_fields else ""
                 raise ValueError(
                     f"`{name}` cannot change in a model of type {self.model_type!r}{reason}. What can: "
-                    f"{', '.join(self.changeable_fields)}."
+                    f"{', '.join(self.changeable_fields) or 'nothing'}."
                 )
         changed = copy.deepcopy(self)
         try:

@@ -31,6 +31,11 @@ class MergedTokens(NamedTuple):
     sizes: torch.Tensor
 
 
+def merges_by_attention(config: PreTrainedConfig) -> bool:
+    """Whether `apply_token_merging` has the model with this config merge tokens, of which its fields say nothing."""
+    return (attention_name(config) or "").startswith(MERGING_ATTENTION)
+
+
 def check_nothing_merges(config: PreTrainedConfig, where: str, merge_tokens_to: int | None = None) -> None:
     """Refuses a model that merges tokens, where tokens are laid out as a map: merged ones have no place in it.
 
@@ -47,7 +52,7 @@ def check_nothing_merges(config: PreTrainedConfig, where: str, merge_tokens_to: 
         raise ValueError(
             f"`{MERGING_WORD}` must be None in {where}, got {number}: merged tokens have no place in a feature map."
         )
-    if (attention_name(config) or "").startswith(MERGING_ATTENTION):
+    if merges_by_attention(config):
         raise ValueError(
             f"The model in {where} merges tokens (`apply_token_merging`), which then have no place in a feature map: "
             "`remove_token_merging` makes it the plain model again."
@@ -173,5 +178,6 @@ __all__ = [
     "check_nothing_merges",
     "merge_schedule",
     "merge_tokens",
+    "merges_by_attention",
     "size_bias",
 ]

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..utils.validation import shown
 from ..utils.vision_configs import model_classes_of
 from .attention import attention_name, set_attention_name
 
@@ -30,7 +31,12 @@ def check_has_no_head(model: PreTrainedModel, name: str) -> None:
     Raises:
         ValueError: for a model with a head, or what is no model.
     """
-    expected = model_classes_of(getattr(model, "config", None))
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(
+            f"`{name}` must be a vision model without a head, as `AutoModel.from_pretrained` gives it, got "
+            f"{shown(model)}."
+        )
+    expected = model_classes_of(model.config)
     if type(model) not in expected:
         names = " or ".join(option.__name__ for option in expected) or "a model that AutoModel gives for its config"
         raise ValueError(
@@ -61,15 +67,25 @@ class OuterModelMixin:
         super().__init__(config, *args, **kwargs)
 
 
+def _with_inner(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
+    """A config and those inside it, the outer ones first."""
+    yield config
+    for name in config.sub_configs:
+        if isinstance(getattr(config, name, None), PreTrainedConfig):
+            yield from _with_inner(getattr(config, name))
+
+
 @contextmanager
 def attention_kept(*models: PreTrainedModel) -> Iterator[None]:
-    """Puts the attention implementations of models back at the end: making a config around theirs resets them."""
-    implementations = [attention_name(model.config) for model in models]
+    """Puts the attention implementations of models, and of those inside them, back at the end: making a config around
+    theirs resets them.
+    """
+    kept = [(config, attention_name(config)) for model in models for config in _with_inner(model.config)]
     try:
         yield
     finally:
-        for model, implementation in zip(models, implementations, strict=True):
-            set_attention_name(model.config, implementation)
+        for config, implementation in kept:  # an outer one sets those inside it, which follow
+            set_attention_name(config, implementation)
 
 
 def keep_weights(model: PreTrainedModel) -> None:
@@ -93,12 +109,13 @@ def wrap_in_memory(
         model (`PreTrainedModel`): the model inside.
         make_config (`Callable`): gives the config of the result for that of `model`.
     """
+    attention = attention_name(model.config)
     with attention_kept(model):
         config = make_config(model.config)
-    set_attention_name(config, attention_name(model.config))
-    config.dtype = model.dtype
-    keep_weights(model)
-    return outer_class(config, model)
+        set_attention_name(config, attention)
+        config.dtype = model.dtype
+        keep_weights(model)
+        return outer_class(config, model)
 
 
 __all__ = ["OuterModelMixin", "attention_kept", "check_has_no_head", "keep_weights", "wrap_in_memory"]

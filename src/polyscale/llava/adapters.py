@@ -251,7 +251,8 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
         return {
             **{name: getattr(processor, name) for name in names},
             "video_processor": None if video_processor is None else resized(video_processor, layout.image_size),
-            "num_image_tokens": layout.num_tokens,
+            # with CLS, where there is one: its processor takes that off again for "default"
+            "num_image_tokens": layout.num_tokens + layout.num_prefix_tokens,
             "vision_feature_select_strategy": layout.select_strategy,
         }
 

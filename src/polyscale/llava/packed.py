@@ -150,9 +150,9 @@ class PackedTower(OuterModelMixin, PreTrainedModel):
         **kwargs,
     ) -> BaseModelOutputWithPooling:
         """
-        One forward of the tower inside, whatever the budgets in the batch; around an S2 without `dynamic` one for each
-        budget: there, under FSDP or ZeRO-3, where all processes must make the same number of them, give every process
-        the same budgets.
+        One forward of the tower inside, whatever the budgets in the batch; around an S2 without `dynamic`, and around
+        a tower that merges tokens, one for each budget: there, under FSDP or ZeRO-3, where all processes must make the
+        same number of them, give every process the same budgets.
 
         Args:
             pixel_values (`torch.Tensor`): what the tower takes.

@@ -18,7 +18,7 @@ from transformers.processing_utils import MultiModalData, ProcessorMixin
 
 from ..layers.token_budget import TokenBudgetMixin
 from ..utils.processors import options_for_size, output_size
-from ..utils.validation import closest_name, to_pair
+from ..utils.validation import closest_name, shown, to_pair
 from .packed import budget_row, read_budget_row
 
 
@@ -91,9 +91,15 @@ class CallBudgetMixin(BudgetWordsMixin):
         """A processor that knows the budget of a call, and the other words of the call.
 
         Raises:
-            ValueError: for an unknown word.
+            ValueError: for an unknown word, or `image_budgets` that are no list of dicts.
         """
         budget, others = self._split_words(words)
+        is_list = isinstance(image_budgets, list | tuple)
+        if image_budgets is not None and not (is_list and all(isinstance(own, Mapping) for own in image_budgets)):
+            raise ValueError(
+                "`image_budgets` must be a list with one dict of budget words for each image ({} for none), got "
+                f"{shown(image_budgets)}."
+            )
         one_call = copy.copy(self)
         one_call._call_budget = (budget, image_budgets)
         return one_call, others
@@ -108,7 +114,13 @@ class CallBudgetMixin(BudgetWordsMixin):
         known: dict[str, TokenBudgetMixin] = {}
         configs = []
         for own in for_each or [{}] * count:
-            words = {**shared, **self._split_words(own)[0]}
+            named, others = self._split_words(own)
+            if others:
+                raise ValueError(
+                    f"`image_budgets` holds `{next(iter(others))}`, which is no budget: give it to the call. Budgets "
+                    f"of the tower: {', '.join(self.budget_config.changeable_fields) or 'none'}."
+                )
+            words = {**shared, **named}
             key = repr(sorted(words.items()))
             if key not in known:
                 known[key] = self._config_at(words)
@@ -129,6 +141,8 @@ class CallBudgetMixin(BudgetWordsMixin):
 
     def _process_images(self, images, **kwargs):
         configs = self._budgets(len(make_flat_list_of_images(self.image_processor.fetch_images(images))))
+        if not configs:
+            raise ValueError("`images` holds no image: leave it out where no text has one.")
         options = [self._image_options(config) for config in configs]
         if any(other != options[0] for other in options):
             raise ValueError(

@@ -9,8 +9,12 @@ from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 from transformers.image_processing_utils import BaseImageProcessor
 
 from ..layers.attention import attention_name, set_attention_name
+from ..layers.config_checks import CheckedConfigMixin
 from ..layers.token_budget import TokenBudgetMixin
+from ..layers.token_merging import merges_by_attention
 from ..layers.wrapping import attention_kept, check_has_no_head
+from ..utils.validation import check_flag, shown
+from ..utils.vision_configs import base_output_shape
 from .adapters import LlavaAdapter, tile_side
 from .downsampled import DownsampledTowerConfig
 from .hosts import adapter_of
@@ -21,8 +25,17 @@ from .projector import fitted_projector, num_feature_layers, share_weights
 
 def _check_tower(tower: PreTrainedModel) -> None:
     check_has_no_head(tower, "tower")
-    if getattr(tower.config, "output_shape", "bnc") == "bchw":
-        raise ValueError("`tower` gives feature maps (a ConvNet); LLaVA needs tokens.")
+    config = tower.config
+    if getattr(config, "output_shape", base_output_shape(config)) == "bchw":
+        raise ValueError(f"`tower` of type {config.model_type!r} gives feature maps (a ConvNet); LLaVA needs tokens.")
+    if isinstance(config, CheckedConfigMixin):  # it may have been changed since it was made
+        config.check_fit()
+    if merges_by_attention(config):
+        raise ValueError(
+            "`tower` merges tokens (`apply_token_merging`), which its config does not say, so that its host could not "
+            "count them: take that back with `remove_token_merging`. A FlexiViT or Quadtree ViT merges by its config, "
+            "`merge_tokens_to`."
+        )
 
 
 def _feature_layer(
@@ -46,6 +59,14 @@ def _feature_layer(
             f"layer: it has {inner.num_hidden_layers} layers of {inner.model_type!r}."
         )
     return -1
+
+
+def _checked_layers(layers: int | list[int] | None) -> int | list[int] | None:
+    """What a user gives as `vision_feature_layer`; raises ValueError for anything but an int or several."""
+    several = layers if isinstance(layers, list | tuple) else [0 if layers is None else layers]
+    if not several or any(isinstance(layer, bool) or not isinstance(layer, int) for layer in several):
+        raise ValueError(f"`vision_feature_layer` must be an int, a list of ints or None, got {shown(layers)}.")
+    return list(layers) if isinstance(layers, tuple) else layers
 
 
 def check_processor(processor: ProcessorMixin, config: PreTrainedConfig) -> None:
@@ -180,7 +201,8 @@ def swap_vision_tower(
     Args:
         llava_model (`PreTrainedModel`): a LLaVA, LLaVA-NeXT, LLaVA-OneVision, VipLLaVA, PaliGemma or Gemma 3 model.
         tower (`PreTrainedModel`): an S2VisionWrapper, FlexiViTModel, QuadtreeViTModel, SparseFormerModel or another
-            vision model without a head. Its config says how many tokens it gives (`patch_size`, `num_tokens`, ...).
+            vision model without a head. Its config says how many tokens it gives (`patch_size`, `num_tokens`, ...). Of
+            a `PackedTower` the tower inside is taken.
             `S2VisionWrapper.from_vision_model(llava_model.model.vision_tower, scales=[1, 2, 3])` is S2 around the
             model's own tower.
         processor (`ProcessorMixin`, *optional*): the model's processor; without it, none is returned.
@@ -211,7 +233,14 @@ def swap_vision_tower(
     adapter = adapter_of(llava_model)
     llava = adapter.inner(llava_model)
     config = llava_model.config
+    if isinstance(tower, PackedTower):  # of another model, or of this one
+        tower = tower.tower
     _check_tower(tower)
+    vision_feature_layer = _checked_layers(vision_feature_layer)
+    if keep_projector is not None:
+        check_flag("keep_projector", keep_projector)
+    if image_processor is not None and not isinstance(image_processor, BaseImageProcessor):
+        raise ValueError(f"`image_processor` must be an image processor or None, got {shown(image_processor)}.")
     if vision_feature_layer is not None and not adapter.reads_layers:
         raise ValueError(
             f"`vision_feature_layer` must be None for a {adapter.name} model, which reads what its tower gives last; "

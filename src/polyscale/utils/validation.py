@@ -210,21 +210,28 @@ _VALUES = ("do_rescale", "rescale_factor", "do_convert_rgb", "input_data_format"
 
 
 def _check_images(images: object) -> None:
-    """Refuses what is no image, or list of images: arrays, tensors, PIL images, and names of files."""
-    waiting = [images]
+    """Refuses what is no image, or list of images: arrays, tensors, PIL images, and names of files. Of a batch of
+    texts, each with a list of its images, some may have none.
+    """
+    waiting, count = [images], 0
     while waiting:
         entry = waiting.pop()
-        if isinstance(entry, (list, tuple)) and entry:
+        if isinstance(entry, (list, tuple)):
             waiting.extend(entry)
-        elif isinstance(entry, (np.ndarray, torch.Tensor)):
+            continue
+        count += 1
+        if isinstance(entry, (np.ndarray, torch.Tensor)):
             is_complex = entry.is_complex() if isinstance(entry, torch.Tensor) else entry.dtype.kind not in "biuf"
             if entry.ndim < 2 or 0 in entry.shape or is_complex:
                 kind = f"{entry.dtype} and shape {tuple(entry.shape)}"
                 raise ValueError(f"`images` holds an array of {kind}, which is no image.")
         elif not isinstance(entry, (Image.Image, str)):
             raise ValueError(
-                f"`images` must be an image or a list of images (PIL, NumPy, torch, or names of files), got {entry!r}."
+                f"`images` must be an image or a list of images (PIL, NumPy, torch, or names of files), got "
+                f"{shown(entry)}."
             )
+    if not count:
+        raise ValueError(f"`images` must be an image or a list of at least one image, got {images!r}.")
 
 
 def _with_channels(images: object, num_channels: int, input_data_format: object) -> tuple[object, object]:

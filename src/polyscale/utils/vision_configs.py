@@ -21,7 +21,7 @@ def check_base(config: PreTrainedConfig) -> None:
     if getattr(config, "vision_config", None) is not None:
         raise ValueError(
             f"`vision_config` must be that of a vision model, got one of type {config.model_type!r}: give its "
-            "`vision_config`."
+            "`vision_config`, or the vision model inside (the `.tower` of a LLaVA's tower)."
         )
     missing = [name for model in model_classes_of(config)[:1] for name in _required_inputs(model)]
     if missing:

@@ -190,9 +190,10 @@ class FlexiViTConfig(EncoderConfig):
     def num_tokens_for(
         self, image_size: int | Sequence[int] | None = None, patch_size: int | Sequence[int] | None = None
     ) -> int:
-        """How many tokens an image costs, prefix tokens not counted. Arguments and errors: `patch_grid_for`."""
-        count = math.prod(self.patch_grid_for(image_size, patch_size))
-        return count if self.merge_tokens_to is None else min(count, self.merge_tokens_to)
+        """How many tokens an image costs, prefix tokens not counted. Arguments and errors: `patch_grid_for`, and a
+        ValueError for more patches than the layers can merge down to `merge_tokens_to`.
+        """
+        return self.tokens_after_merging(math.prod(self.patch_grid_for(image_size, patch_size)))
 
     def default_budgets(self) -> list[int | list[int]]:
         """The patch sizes it was trained with, smallest first and each once, else its own one."""
@@ -237,8 +238,10 @@ class FlexiViTConfig(EncoderConfig):
     def budget_calls(
         self, codes: Sequence[tuple[int, ...]], counts: Sequence[int]
     ) -> list[tuple[list[int], dict[str, Any]]]:
-        """One forward of all images, whatever their patch sizes. Arguments: `TokenBudgetMixin.budget_calls`."""
-        if len(set(codes)) < 2:
+        """One forward of all images, whatever their patch sizes; one for each budget where tokens are merged, which
+        padding would be too. Arguments: `TokenBudgetMixin.budget_calls`.
+        """
+        if len(set(codes)) < 2 or self.merge_tokens_to is not None:
             return super().budget_calls(codes, counts)
         return [(list(range(len(codes))), {"patch_size": list(codes)})]
 

@@ -220,15 +220,12 @@ class QuadtreeViTConfig(EncoderConfig):
             num_tokens: a budget; as the config says when None.
 
         Raises:
-            ValueError: for an illegal size or budget; it names the nearest legal ones.
+            ValueError: for an illegal size or budget (it names the nearest legal ones), or one that the layers cannot
+                merge down to `merge_tokens_to`.
         """
-        coarsest, finest = self.num_tokens_range(image_size)
-        if num_tokens is None:
-            if self.split_threshold is not None:
-                return None
-            num_tokens = self.num_tokens
-        num_tokens = check_token_budget(num_tokens, coarsest, finest, self.round_num_tokens)
-        return num_tokens if self.merge_tokens_to is None else min(num_tokens, self.merge_tokens_to)
+        if num_tokens is None and self.split_threshold is not None:
+            return None
+        return self.max_num_tokens_for(image_size, num_tokens)
 
     @property
     def tokens_vary(self) -> bool:
@@ -242,8 +239,13 @@ class QuadtreeViTConfig(EncoderConfig):
             num_tokens = self.num_tokens
         if num_tokens is None:
             return finest
-        num_tokens = check_token_budget(num_tokens, coarsest, finest, self.round_num_tokens)
-        return num_tokens if self.merge_tokens_to is None else min(num_tokens, self.merge_tokens_to)
+        return self.tokens_after_merging(check_token_budget(num_tokens, coarsest, finest, self.round_num_tokens))
+
+    @property
+    def num_merging_layers(self) -> int:
+        """Layers in which tokens merge, where they do: those behind `merge_layer`."""
+        first = min(self.merge_layer, self.num_hidden_layers) if self.num_levels > 1 else 0
+        return max(super().num_merging_layers - first, 0)
 
     def feature_grid_for(self, image_size: int | Sequence[int] | None = None) -> tuple[int, int]:
         """(rows, columns) of the dense feature maps: the smallest patches. Arguments and errors: `patch_grid_for`."""
@@ -266,8 +268,10 @@ class QuadtreeViTConfig(EncoderConfig):
     def budget_calls(
         self, codes: Sequence[tuple[int, ...]], counts: Sequence[int]
     ) -> list[tuple[list[int], dict[str, Any]]]:
-        """One forward of all images, whatever their counts. Arguments: `TokenBudgetMixin.budget_calls`."""
-        if len(set(counts)) < 2:
+        """One forward of all images, whatever their counts; one for each budget where tokens are merged, which
+        padding would be too. Arguments: `TokenBudgetMixin.budget_calls`.
+        """
+        if len(set(counts)) < 2 or self.merge_tokens_to is not None:
             return super().budget_calls(codes, counts)
         return [(list(range(len(counts))), {"num_tokens": list(counts)})]
 
@@ -311,6 +315,11 @@ class QuadtreeViTConfig(EncoderConfig):
                     f"`split_threshold` with `merge_layer={self.merge_layer}` cannot be used in a host model: it "
                     "counts the tokens of an image before the model sees it. Use `merge_layer=0`, or a fixed "
                     "`num_tokens`."
+                )
+            if self.merge_tokens_to is not None:
+                raise ValueError(
+                    f"`split_threshold` with `merge_tokens_to={self.merge_tokens_to}` cannot be used in a host model: "
+                    "images with token counts of their own are padded, and padding would be merged. Use one of them."
                 )
             self._pixel_scorer()
         return super().hosted()

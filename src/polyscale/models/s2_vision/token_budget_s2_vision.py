@@ -7,10 +7,15 @@ from typing import Any
 import torch
 
 from ...layers.token_budget import TokenBudgetMixin, budget_argument_of
+from ...layers.token_merging import check_nothing_merges
 
 
 class S2TokenBudgetMixin(TokenBudgetMixin):
     """The part of `S2VisionConfig` that follows from its tiles."""
+
+    def validate_wrapped(self) -> None:
+        """A rule between fields, asked again wherever they are: the model inside may be told to merge later."""
+        check_nothing_merges(self.vision_config, "a model at several scales")
 
     def max_num_tokens_for(
         self,
