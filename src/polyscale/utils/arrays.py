@@ -162,7 +162,7 @@ def _floats_of_files(image: np.ndarray | torch.Tensor, name: str, scale: float) 
         )
     scaled = _cast(image, "float32") * scale
     rounded = scaled.round()
-    if float(abs(scaled - rounded).max()) < 255 * _SLACK / 10:
+    if _limits(abs(scaled - rounded))[1] < 255 * _SLACK / 10:
         return _cast(rounded, "uint8")
     return scaled
 

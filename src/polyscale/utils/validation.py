@@ -1,7 +1,9 @@
 """Checks of what users give: choices, sizes, pixel values, images. Sizes are (height, width) in pixels."""
 
 import difflib
+import math
 import os
+import re
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from numbers import Real
 from operator import index
@@ -207,6 +209,8 @@ _RESAMPLINGS = ("NEAREST", "LANCZOS", "BILINEAR", "BICUBIC", "NEAREST_EXACT")
 
 # Options of a processor's call that say what its values are.
 _VALUES = ("do_rescale", "rescale_factor", "do_convert_rgb", "input_data_format", "image_mean")
+_NUMBERS = ("image_mean", "image_std", "rescale_factor")
+_CHECKED = (*_NUMBERS, "resample")
 
 
 def _check_images(images: object) -> None:
@@ -270,6 +274,39 @@ def _resized_bands(image: np.ndarray, size: tuple[int, int], resample: object) -
     return np.stack([np.asarray(band) for band in bands])
 
 
+def check_statistics(mean: object, std: object, factor: object = None) -> None:
+    """Refuses values of `image_mean`, `image_std` and `rescale_factor` that make no numbers of pixels.
+
+    Raises:
+        ValueError: naming the one.
+    """
+    for name, values in (("image_mean", mean), ("image_std", std)):
+        for value in values if isinstance(values, list | tuple) else [] if values is None else [values]:
+            check_number(name, value)
+            if not math.isfinite(value):
+                raise ValueError(f"`{name}` must be finite, got {values}.")
+            if name == "image_std" and value <= 0:
+                raise ValueError(f"`{name}` must be above 0: values are divided by it; got {values}.")
+    if factor is not None:
+        check_number("rescale_factor", factor)
+        if not math.isfinite(factor) or factor == 0:
+            raise ValueError(f"`rescale_factor` must be finite and not 0, got {factor}.")
+
+
+def _check_resample(value: object) -> None:
+    """Refuses what is no filter; transformers takes some for others without a word."""
+    if isinstance(value, str | bool) or not (value is None or hasattr(value, "name") or value in range(6)):
+        raise ValueError(f"`resample` must be a filter of Pillow, such as `PIL.Image.BICUBIC`, got {shown(value)}.")
+
+
+def _as_floats(value: object) -> object:
+    """Numbers as transformers takes them: floats, and lists of them."""
+    value = value.tolist() if isinstance(value, np.ndarray | np.generic | torch.Tensor) else value
+    if isinstance(value, list | tuple):
+        return [_as_floats(entry) for entry in value]
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
 class FiniteImagesMixin:
     """Gives image processors the same pixels, whatever an image comes as: PIL images are read as every tool of this
     library reads files (`to_rgb`), arrays and tensors get the values of files (`with_values_of_files`).
@@ -285,6 +322,10 @@ class FiniteImagesMixin:
 
     def preprocess(self, images, *args, **kwargs):
         _check_images(images)
+        kwargs |= {name: _as_floats(kwargs[name]) for name in _NUMBERS if name in kwargs}
+        given = {name: getattr(self, name, None) if kwargs.get(name) is None else kwargs[name] for name in _CHECKED}
+        _check_resample(given.pop("resample"))
+        check_statistics(*given.values())
         check_finite(images)
         images = readable_arrays(images)
         own = {name: kwargs[name] if kwargs.get(name) is not None else getattr(self, name, None) for name in _VALUES}
@@ -299,6 +340,11 @@ class FiniteImagesMixin:
         except _PROCESSOR_ERRORS as error:
             if isinstance(error, ValueError) and "`" in str(error):  # it names what is wrong
                 raise
+            if unknown := re.search(r"unexpected keyword argument '(\w+)'", str(error)):
+                raise ValueError(f"`{unknown[1]}` is no option of {type(self).__name__}.") from error
+            if option := re.search(r"error for field '(\w+)'(?:.*any type in \((.+)\)\. )?", str(error), re.DOTALL):
+                kinds = re.sub(r"<class '(\w+)'>", r"\1", option[2] or "another").replace("NoneType", "None")
+                raise ValueError(f"`{option[1]}` must be of {kinds}, got {shown(kwargs.get(option[1]))}.") from error
             raise ValueError(f"`images` cannot be processed ({type(error).__name__}: {error}).") from error
 
     def process_image(self, image, do_convert_rgb: bool | None = None, **kwargs) -> np.ndarray | torch.Tensor:
@@ -312,7 +358,8 @@ class FiniteImagesMixin:
 
     def resize(self, image, size, resample=None, **kwargs) -> np.ndarray | torch.Tensor:
         if isinstance(image, torch.Tensor):
-            name = getattr(resample, "name", "") or (Image.Resampling(resample).name if resample is not None else "")
+            resample = Image.Resampling(resample) if isinstance(resample, int) else resample
+            name = getattr(resample, "name", "")
             check_choice("resample", name or "BILINEAR", _RESAMPLINGS)
             return super().resize(image, size, resample=resample, **kwargs)
         if image.dtype == np.uint8 and len(image) in (1, 3):  # Pillow takes a fourth channel for transparency
@@ -338,6 +385,7 @@ __all__ = [
     "check_number",
     "check_path",
     "check_pixel_values",
+    "check_statistics",
     "check_tensor",
     "check_video",
     "closest_name",
