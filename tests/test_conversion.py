@@ -261,6 +261,15 @@ def test_what_follows_from_the_weights_is_no_option(vit, tmp_path, to, name):
             polyscale.convert_checkpoint(vit[0], tmp_path / "out", to=to, dtype="float16")
 
 
+@pytest.mark.parametrize("to", ["vit", "timm"])
+def test_the_way_between_is_named(vit, tmp_path, to):
+    quadtree = polyscale.convert_checkpoint(vit[0], tmp_path / "quadtree", to="quadtree_vit")
+    with pytest.raises(ValueError, match=rf"'quadtree_vit' becomes a '{to}' by way of 'flexivit'.*`--to flexivit`"):
+        polyscale.convert_checkpoint(quadtree, tmp_path / "out", to=to)
+    between = polyscale.convert_checkpoint(quadtree, tmp_path / "flexivit", to="flexivit")
+    assert polyscale.FlexiViTConfig.from_pretrained(between).model_type == "flexivit"
+
+
 def test_both_maps_of_the_classes_follow_either(vit, tmp_path):
     count = polyscale.FlexiViTConfig.from_pretrained(polyscale.convert_checkpoint(vit[0], tmp_path / "own")).num_labels
     names = [f"class {index}" for index in range(count)]

@@ -76,6 +76,13 @@ def _converter(source: Any, to: str) -> Callable[..., Any]:
     own_exporter = None if (family := _family_of_source(source)) is None else family.exporter(to)
     if own_exporter is not None:
         return own_exporter
+    if to in exporting and family is not None and family is not exporting[to]:
+        between = exporting[to].config_class.model_type
+        if family.exporter(between) is not None:
+            raise ValueError(
+                f"`to`: a model of type {family.config_class.model_type!r} becomes a {to!r} by way of {between!r}. "
+                f"Convert it to that first (`--to {between}`), then the result."
+            )
     return exporting[to].exporter(to) if to in exporting else family_of(to).function("converter")
 
 
