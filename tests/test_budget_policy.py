@@ -145,6 +145,15 @@ def test_budgets_are_ordered_by_their_tokens(tmp_path):
     assert policy.margins[0] >= 0
 
 
+def test_numbers_of_numpy_and_torch_are_kept_as_plain_ones(tmp_path, classifier):
+    few, *_, many = classifier.model.config.budget_ladder()
+    budgets = [torch.tensor(few), np.int64(many)]
+    policy = calibrate_policy(sample_photographs(), classifier, budgets, agreement=np.float32(0.5))
+    policy.save(tmp_path / "policy.json")
+    assert BudgetPolicy.load(tmp_path / "policy.json") == policy
+    assert {type(budget) for budget in policy.budgets} == {int}
+
+
 def test_budgets_of_as_many_tokens_leave_nothing_to_save(tmp_path):
     with pytest.raises(ValueError, match="all cost 16 tokens per image: there is nothing to save"):
         calibrate_policy(sample_photographs(), save_tiny_s2(tmp_path / "s2"), [[1, 2], [1, 3]])

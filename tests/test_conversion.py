@@ -251,6 +251,36 @@ def test_unknown_options_are_refused_by_name(vit, tmp_path):
 
 
 @pytest.mark.parametrize("to", ["flexivit", "quadtree_vit", "s2_vision"])
+@pytest.mark.parametrize("name", ["torch_dtype", "model_type", "architectures", "transformers_version"])
+def test_what_follows_from_the_weights_is_no_option(vit, tmp_path, to, name):
+    with pytest.raises(ValueError, match=f"`{name}` cannot be chosen: it follows from the weights"):
+        polyscale.convert_checkpoint(vit[0], tmp_path / "out", to=to, **{name: "float16"})
+    assert not (tmp_path / "out").exists()
+    if to != "s2_vision":  # whose converter can cast
+        with pytest.raises(ValueError, match="`dtype` cannot be chosen"):
+            polyscale.convert_checkpoint(vit[0], tmp_path / "out", to=to, dtype="float16")
+
+
+@pytest.mark.parametrize("to", ["vit", "timm"])
+def test_the_way_between_is_named(vit, tmp_path, to):
+    quadtree = polyscale.convert_checkpoint(vit[0], tmp_path / "quadtree", to="quadtree_vit")
+    with pytest.raises(ValueError, match=rf"'quadtree_vit' becomes a '{to}' by way of 'flexivit'.*`--to flexivit`"):
+        polyscale.convert_checkpoint(quadtree, tmp_path / "out", to=to)
+    between = polyscale.convert_checkpoint(quadtree, tmp_path / "flexivit", to="flexivit")
+    assert polyscale.FlexiViTConfig.from_pretrained(between).model_type == "flexivit"
+
+
+def test_both_maps_of_the_classes_follow_either(vit, tmp_path):
+    count = polyscale.FlexiViTConfig.from_pretrained(polyscale.convert_checkpoint(vit[0], tmp_path / "own")).num_labels
+    names = [f"class {index}" for index in range(count)]
+    by_index, by_name = {str(i): name for i, name in enumerate(names)}, {name: i for i, name in enumerate(names)}
+    for number, options in enumerate(({"id2label": by_index}, {"label2id": by_name})):
+        out = polyscale.convert_checkpoint(vit[0], tmp_path / f"out{number}", **options)
+        config = polyscale.FlexiViTConfig.from_pretrained(out)
+        assert (config.id2label, config.label2id) == (dict(enumerate(names)), by_name)
+
+
+@pytest.mark.parametrize("to", ["flexivit", "quadtree_vit", "s2_vision"])
 def test_damaged_weights_and_shards_elsewhere_are_one_line(vit, tmp_path, to):
     folder, _ = vit
     weights = folder / "model.safetensors"

@@ -13,7 +13,7 @@ import struct
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,9 @@ from .utils.processors import check_processor
 from .utils.validation import check_choice, check_flag, check_path, closest_name
 from .utils.weight_files import is_finite
 
+
+# Of a config, what no option changes in the weights that are written.
+_SETTLED = ("model_type", "architectures", "dtype", "torch_dtype", "transformers_version", "auto_map", "_name_or_path")
 
 # What the parsers of torch, NumPy, safetensors and the libraries that models come from raise at a file that lies.
 _PARSER_ERRORS = (
@@ -73,6 +76,13 @@ def _converter(source: Any, to: str) -> Callable[..., Any]:
     own_exporter = None if (family := _family_of_source(source)) is None else family.exporter(to)
     if own_exporter is not None:
         return own_exporter
+    if to in exporting and family is not None and family is not exporting[to]:
+        between = exporting[to].config_class.model_type
+        if family.exporter(between) is not None:
+            raise ValueError(
+                f"`to`: a model of type {family.config_class.model_type!r} becomes a {to!r} by way of {between!r}. "
+                f"Convert it to that first (`--to {between}`), then the result."
+            )
     return exporting[to].exporter(to) if to in exporting else family_of(to).function("converter")
 
 
@@ -159,8 +169,11 @@ def _check_free(out: Path, name: str, overwrite: bool, source: Path | None) -> N
 
 
 def _check_options(convert: Callable[..., Any], to: str, options: dict[str, Any]) -> None:
-    """Refuses options that a family's converter does not take."""
+    """Refuses options that a family's converter does not take, and what a config says of itself."""
     parameters = inspect.signature(convert).parameters
+    for name in _SETTLED:
+        if name in options and name not in parameters:
+            raise ValueError(f"`{name}` cannot be chosen: it follows from the weights and from what writes them.")
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         return
     known = list(parameters)[2:]  # after source and out
@@ -169,6 +182,16 @@ def _check_options(convert: Callable[..., Any], to: str, options: dict[str, Any]
             nearest = closest_name(name, known)
             hint = f"Did you mean `{nearest}`?" if nearest else f"Its options: {', '.join(known)}."
             raise ValueError(f"The conversion to {to!r} has no option `{name}`. {hint}")
+
+
+def _with_labels(options: dict[str, Any]) -> dict[str, Any]:
+    """Options with both maps of the classes, where they name one: a config keeps each as it was."""
+    names, indices = options.get("id2label"), options.get("label2id")
+    if isinstance(names, Mapping) and indices is None and all(str(index).isdigit() for index in names):
+        return {**options, "label2id": {name: int(index) for index, name in names.items()}}
+    if isinstance(indices, Mapping) and names is None and all(str(index).isdigit() for index in indices.values()):
+        return {**options, "id2label": {int(index): name for name, index in indices.items()}}
+    return options
 
 
 @contextmanager
@@ -244,6 +267,7 @@ def convert_checkpoint(
     to = _fitting(source) if to is None else to
     convert = _converter(source, to)
     _check_options(convert, to, options)
+    options = _with_labels(options)
     if not isinstance(source, str | os.PathLike | torch.nn.Module | dict):
         raise ValueError(f"`source` must be a path, a name or a model, got a {type(source).__name__}.")
     path = None

@@ -149,6 +149,22 @@ def page(explorer):
     return Page(explorer)
 
 
+@pytest.mark.parametrize("position", [-3, 0, 1, 99, "1", True])
+def test_a_position_off_the_slider_is_the_nearest_on_it(page, position):
+    drawing, answer, problem = page.show("flexivit (flexivit)", str(CAT), position)
+    at = 99 if position == 99 else 1
+    assert problem == ""
+    assert drawing is not None
+    assert answer.split("<br>")[1] == page.show("flexivit (flexivit)", str(CAT), at)[1].split("<br>")[1]
+
+
+@pytest.mark.parametrize("arguments", [(None, 1), (5, 1), (str(CAT), None), (str(CAT), float("inf"))])
+def test_what_a_page_cannot_show_is_a_problem_and_no_error(page, arguments):
+    drawing, answer, problem = page.show("flexivit (flexivit)", *arguments)
+    assert (drawing, answer) == (None, "")
+    assert problem.startswith('<div class="problem"')
+
+
 def test_both_panels_answer(page):
     left, left_answer, right, right_answer, problem = page.both("flexivit (flexivit)", str(CAT), 1, 3)
     assert "patch size 16 · 4 tokens" in left_answer

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+import torch
 
 from polyscale import FlexiViTConfig, S2VisionConfig, SparseFormerConfig
 from polyscale.layers.budget_choice import at_budget, checked_budgets, distinct_budgets
@@ -12,6 +13,9 @@ def test_budgets_are_listed_as_they_are_given():
     assert budgets == [4, 8]
     assert type(budgets[0]) is int
     assert checked_budgets(np.array([4, 8]), config) == [4, 8]
+    budgets = checked_budgets([torch.tensor(4), (np.int64(8), 4), np.array([2, 4])], config)
+    assert budgets == [4, (8, 4), [2, 4]]
+    assert (type(budgets[0]), type(budgets[1][0]), type(budgets[2][0])) == (int, int, int)
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoModelForImageClassification, TrainerCallback, pipeline
 from typer.testing import CliRunner
 
 from polyscale.cli import app
 from polyscale.training import RECIPES, PatchSizeCallback, make_recipe, train
+from polyscale.training.train import store_weights_as
 
 from .conftest import LABELS, make_picture
 
@@ -174,3 +175,17 @@ def test_the_command_trains(image_folder, tmp_path):
     again = CliRunner().invoke(app, arguments)
     assert again.exit_code == 2
     assert "exists already" in again.output
+
+
+def test_weights_beyond_the_range_of_a_dtype_stay_as_they_are(tmp_path):
+    weights = {"large": torch.tensor([1e6, 1.0]), "small": torch.tensor([0.5, 1.0]), "count": torch.tensor([70000])}
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    store_weights_as(tmp_path, "float16")
+    stored = load_file(tmp_path / "model.safetensors")
+    assert {name: tensor.dtype for name, tensor in stored.items()} == {
+        "large": torch.float32,
+        "small": torch.float16,
+        "count": torch.int64,
+    }
+    for name, tensor in weights.items():
+        assert torch.equal(stored[name].to(tensor.dtype), tensor)

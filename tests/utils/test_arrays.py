@@ -133,6 +133,33 @@ def test_a_fourth_channel_that_is_no_transparency_weighs_nothing(name):
         assert torch.equal(made[:, :3], zeroed[:, :3])
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"image_mean": float("nan")}, "`image_mean` is NaN"),
+        ({"image_std": [0, 1, 1]}, "`image_std` must be above 0"),
+        ({"image_std": float("inf")}, "`image_std` must be finite"),
+        ({"rescale_factor": 0}, "`rescale_factor` must be finite and not 0"),
+        ({"rescale_factor": "1/255"}, "`rescale_factor` must be a number, got '1/255'"),
+        ({"resample": "bicubic"}, "`resample` must be a filter of Pillow, such as `PIL.Image.BICUBIC`, got 'bicubic'"),
+        ({"resample": 99}, "`resample` must be a filter of Pillow.*got 99"),
+        ({"banana": 1}, r"`banana` is no option of \w+ImageProcessor"),
+        ({"size": "64"}, r"`size` must be of int, list\[int\], .*None, got '64'"),
+        ({"do_resize": "no"}, "`do_resize` must be of bool, None, got 'no'"),
+    ],
+)
+def test_options_of_a_call_that_are_none_are_named(processor, options, message):
+    with pytest.raises(ValueError, match=message):
+        processor(RGB, return_tensors="pt", **options)
+
+
+def test_statistics_may_be_ints_and_arrays(processor):
+    expected = processor(RGB, return_tensors="pt", image_mean=[0.0, 0.0, 0.0], image_std=[1.0, 2.0, 4.0])
+    for mean, std in (([0, 0, 0], [1, 2, 4]), (np.zeros(3), torch.tensor([1.0, 2.0, 4.0]))):
+        made = processor(RGB, return_tensors="pt", image_mean=mean, image_std=std)
+        assert torch.equal(made["pixel_values"], expected["pixel_values"])
+
+
 def test_filters_that_torchvision_lacks_are_refused():
     processor = polyscale.FlexiViTImageProcessor(size=SIZE, do_center_crop=False)
     for filter in (Image.Resampling.BOX, 5):

@@ -56,8 +56,8 @@ class Page:
         """A panel at a slider's position: drawing, answer, problem."""
         try:
             budgets = self.explorer.budgets(title)
-            view = self.explorer.view(title, file, budgets[min(int(position), len(budgets)) - 1])
-        except (OSError, ValueError) as error:
+            view = self.explorer.view(title, file, budgets[min(max(int(position), 1), len(budgets)) - 1])
+        except (ArithmeticError, OSError, RuntimeError, TypeError, ValueError) as error:
             return None, "", problem_html(error)
         return view.drawing, answer_html(view), ""
 

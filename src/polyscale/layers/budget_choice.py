@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import torch
 from transformers import PreTrainedConfig
 
 from ..utils.validation import check_distinct, check_list
@@ -19,6 +20,13 @@ def _key(budget: Any) -> Hashable:
     return budget if isinstance(budget, Hashable) else repr(budget)
 
 
+def _plain(budget: Any) -> Any:
+    """A budget of Python, where it is of NumPy or torch; true and false stay what they are, for an error to say."""
+    if isinstance(budget, list | tuple):
+        return type(budget)(map(_plain, budget)) if type(budget) in (list, tuple) else budget
+    return budget.tolist() if isinstance(budget, np.generic | np.ndarray | torch.Tensor) else budget
+
+
 def distinct_budgets(budgets: object, name: str = "budgets") -> list:
     """The budgets that a caller gives by the argument `name`, as a list.
 
@@ -26,7 +34,7 @@ def distinct_budgets(budgets: object, name: str = "budgets") -> list:
         ValueError: for no list, an empty one, or a budget that comes twice.
     """
     entries = check_list(name, budgets, what="budgets")
-    entries = [entry.item() if isinstance(entry, np.generic) else entry for entry in entries]
+    entries = [_plain(entry) for entry in entries]
     check_distinct(name, entries, map(_key, entries))
     return entries
 

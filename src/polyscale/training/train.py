@@ -341,17 +341,19 @@ def check_finite(model: nn.Module) -> None:
 
 
 def store_weights_as(folder: str | Path, dtype: str) -> None:
-    """Casts the weights of a checkpoint's `model.safetensors`; what it loads as, which the config says, stays.
+    """Casts the weights of a checkpoint's `model.safetensors`; what it loads as, which the config says, stays. A
+    tensor with values beyond the dtype's range stays as it is too.
 
     Args:
         folder: a checkpoint with one weights file.
         dtype: "float16" or "bfloat16".
     """
     path = Path(folder) / "model.safetensors"
-    weights = {
-        name: weight.to(getattr(torch, dtype)) if weight.is_floating_point() else weight
-        for name, weight in load_file(path).items()
-    }
+    weights = load_file(path)
+    for name, weight in weights.items():
+        stored = weight.to(getattr(torch, dtype))
+        if weight.is_floating_point() and is_finite(stored):
+            weights[name] = stored
     save_file(weights, path, metadata={"format": "pt"})
 
 

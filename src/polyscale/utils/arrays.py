@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 
 _CHANNELS = (1, 3, 4)  # of images that a file may hold: grey, RGB, and RGB with transparency
@@ -80,6 +81,25 @@ def without_wrapping(images: Any) -> Any:
         return image if is_plain else _cast(image, "float32")
 
     return map_images(images, change)
+
+
+def resized_bands(image: np.ndarray, size: tuple[int, int], resample: object) -> np.ndarray:
+    """(channels, height, width) -> (channels, *size) by Pillow, each channel as an image of its own: of any number of
+    channels, and of floats, which keep their precision.
+    """
+    dtype = np.uint8 if image.dtype == np.uint8 else np.float32
+    resample = getattr(resample, "name", resample)  # torchvision's has the names of Pillow's
+    resample = Image.Resampling[resample] if isinstance(resample, str) else resample
+    bands = [Image.fromarray(band.astype(dtype)).resize(size[::-1], resample=resample) for band in image]
+    return np.stack([np.asarray(band) for band in bands])
+
+
+def as_floats(value: object) -> object:
+    """Numbers as transformers takes them: floats, and lists of them."""
+    value = value.tolist() if isinstance(value, np.ndarray | np.generic | torch.Tensor) else value
+    if isinstance(value, list | tuple):
+        return [as_floats(entry) for entry in value]
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 def channel_axis(array: np.ndarray | torch.Tensor, channels: tuple[int, ...] = _CHANNELS) -> int | None:
@@ -162,16 +182,18 @@ def _floats_of_files(image: np.ndarray | torch.Tensor, name: str, scale: float) 
         )
     scaled = _cast(image, "float32") * scale
     rounded = scaled.round()
-    if float(abs(scaled - rounded).max()) < 255 * _SLACK / 10:
+    if _limits(abs(scaled - rounded))[1] < 255 * _SLACK / 10:
         return _cast(rounded, "uint8")
     return scaled
 
 
 __all__ = [
+    "as_floats",
     "channel_axis",
     "check_finite",
     "map_images",
     "readable_arrays",
+    "resized_bands",
     "with_values_of_files",
     "without_wrapping",
 ]

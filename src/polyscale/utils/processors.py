@@ -21,7 +21,7 @@ from transformers.image_utils import PILImageResampling
 
 from .arrays import with_values_of_files
 from .images import UnreadableImageError, displayed, to_rgb
-from .validation import MAX_SIDE, check_int, check_number, shown, to_pair
+from .validation import MAX_SIDE, check_int, check_statistics, shown, to_pair
 
 
 # Names of interpolations, as users and timm write them.
@@ -45,19 +45,7 @@ def check_processor(processor: BaseImageProcessor) -> None:
     Raises:
         ValueError: naming the setting.
     """
-    for name in ("image_mean", "image_std"):
-        values = getattr(processor, name, None)
-        for value in values if isinstance(values, list | tuple) else [] if values is None else [values]:
-            check_number(name, value)
-            if not np.isfinite(value):
-                raise ValueError(f"`{name}` must be finite, got {values}.")
-            if name == "image_std" and value <= 0:
-                raise ValueError(f"`{name}` must be above 0: values are divided by it; got {values}.")
-    factor = getattr(processor, "rescale_factor", None)
-    if factor is not None:
-        check_number("rescale_factor", factor)
-        if not np.isfinite(factor) or factor == 0:
-            raise ValueError(f"`rescale_factor` must be finite and not 0, got {factor}.")
+    check_statistics(*(getattr(processor, name, None) for name in ("image_mean", "image_std", "rescale_factor")))
     for name in ("size", "crop_size"):
         for side, length in _side_lengths(getattr(processor, name, None)).items():
             if length is not None and not 1 <= check_int(f"{name}[{side!r}]", length) <= MAX_SIDE:

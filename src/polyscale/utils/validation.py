@@ -1,7 +1,9 @@
 """Checks of what users give: choices, sizes, pixel values, images. Sizes are (height, width) in pixels."""
 
 import difflib
+import math
 import os
+import re
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from numbers import Real
 from operator import index
@@ -15,10 +17,12 @@ from PIL import Image
 from transformers.image_utils import ChannelDimension
 
 from .arrays import (
+    as_floats,
     channel_axis,
     check_finite,
     map_images,
     readable_arrays,
+    resized_bands,
     with_values_of_files,
     without_wrapping,
 )
@@ -196,8 +200,8 @@ def _check_pixels(pixel_values: torch.Tensor | None, axes: tuple[str, ...], num_
         raise ValueError(f"`pixel_values` must hold real numbers, got {pixel_values.dtype}.")
 
 
-# What transformers' image processors raise at arrays of other shapes, and at options of other types.
-_PROCESSOR_ERRORS = (
+# What processors of transformers raise at arrays of other shapes, and at options of other types.
+PROCESSOR_ERRORS = (
     *(ArithmeticError, AttributeError, LookupError, RuntimeError, StrictDataclassError, TypeError, ValueError),
 )
 
@@ -207,6 +211,7 @@ _RESAMPLINGS = ("NEAREST", "LANCZOS", "BILINEAR", "BICUBIC", "NEAREST_EXACT")
 
 # Options of a processor's call that say what its values are.
 _VALUES = ("do_rescale", "rescale_factor", "do_convert_rgb", "input_data_format", "image_mean")
+_NUMBERS = ("image_mean", "image_std", "rescale_factor")
 
 
 def _check_images(images: object) -> None:
@@ -266,15 +271,54 @@ def _with_channels(images: object, num_channels: int, input_data_format: object)
     return map_images(images, change), ChannelDimension.FIRST if are_unusual else input_data_format
 
 
-def _resized_bands(image: np.ndarray, size: tuple[int, int], resample: object) -> np.ndarray:
-    """(channels, height, width) -> (channels, *size) by Pillow, each channel as an image of its own: of any number of
-    channels, and of floats, which keep their precision.
+def check_statistics(mean: object, std: object, factor: object = None) -> None:
+    """Refuses values of `image_mean`, `image_std` and `rescale_factor` that make no numbers of pixels.
+
+    Raises:
+        ValueError: naming the one.
     """
-    dtype = np.uint8 if image.dtype == np.uint8 else np.float32
-    resample = getattr(resample, "name", resample)  # torchvision's has the names of Pillow's
-    resample = Image.Resampling[resample] if isinstance(resample, str) else resample
-    bands = [Image.fromarray(band.astype(dtype)).resize(size[::-1], resample=resample) for band in image]
-    return np.stack([np.asarray(band) for band in bands])
+    for name, values in (("image_mean", mean), ("image_std", std)):
+        for value in values if isinstance(values, list | tuple) else [] if values is None else [values]:
+            check_number(name, value)
+            if not math.isfinite(value):
+                raise ValueError(f"`{name}` must be finite, got {values}.")
+            if name == "image_std" and value <= 0:
+                raise ValueError(f"`{name}` must be above 0: values are divided by it; got {values}.")
+    if factor is not None:
+        check_number("rescale_factor", factor)
+        if not math.isfinite(factor) or factor == 0:
+            raise ValueError(f"`rescale_factor` must be finite and not 0, got {factor}.")
+
+
+def _check_resample(value: object) -> None:
+    """Refuses what is no filter; transformers takes some for others without a word."""
+    if isinstance(value, str | bool) or not (value is None or hasattr(value, "name") or value in range(6)):
+        raise ValueError(f"`resample` must be a filter of Pillow, such as `PIL.Image.BICUBIC`, got {shown(value)}.")
+
+
+def checked_options(processor: object, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a processor's call, numbers among them as floats; what they leave open is the processor's own.
+
+    Raises:
+        ValueError: for statistics that make no numbers of pixels, and what is no filter.
+    """
+    options = {name: as_floats(value) if name in _NUMBERS else value for name, value in options.items()}
+    names = (*_NUMBERS, "resample")
+    given = [getattr(processor, name, None) if options.get(name) is None else options[name] for name in names]
+    _check_resample(given.pop())
+    check_statistics(*given)
+    return options
+
+
+def option_error(processor: object, error: BaseException, options: Mapping[str, Any]) -> ValueError | None:
+    """What transformers says of an unknown option, or one of another type, in a sentence; `None` for other errors."""
+    if unknown := re.search(r"unexpected keyword argument '(\w+)'", str(error)):
+        return ValueError(f"`{unknown[1]}` is no option of {type(processor).__name__}.")
+    option = re.search(r"error for field '(\w+)'(?:.*any type in \((.+)\)\. )?", str(error), re.DOTALL)
+    if option is None:
+        return None
+    kinds = re.sub(r"<class '(\w+)'>", r"\1", option[2] or "another").replace("NoneType", "None")
+    return ValueError(f"`{option[1]}` must be of {kinds}, got {shown(options.get(option[1]))}.")
 
 
 class FiniteImagesMixin:
@@ -292,6 +336,7 @@ class FiniteImagesMixin:
 
     def preprocess(self, images, *args, **kwargs):
         _check_images(images)
+        kwargs = checked_options(self, kwargs)
         check_finite(images)
         images = readable_arrays(images)
         own = {name: kwargs[name] if kwargs.get(name) is not None else getattr(self, name, None) for name in _VALUES}
@@ -303,9 +348,11 @@ class FiniteImagesMixin:
         images, kwargs["input_data_format"] = _with_channels(images, num_channels, own["input_data_format"])
         try:
             return super().preprocess(images, *args, **kwargs)
-        except _PROCESSOR_ERRORS as error:
+        except PROCESSOR_ERRORS as error:
             if isinstance(error, ValueError) and "`" in str(error):  # it names what is wrong
                 raise
+            if named := option_error(self, error, kwargs):
+                raise named from error
             raise ValueError(f"`images` cannot be processed ({type(error).__name__}: {error}).") from error
 
     def process_image(self, image, do_convert_rgb: bool | None = None, **kwargs) -> np.ndarray | torch.Tensor:
@@ -319,13 +366,14 @@ class FiniteImagesMixin:
 
     def resize(self, image, size, resample=None, **kwargs) -> np.ndarray | torch.Tensor:
         if isinstance(image, torch.Tensor):
-            name = getattr(resample, "name", "") or (Image.Resampling(resample).name if resample is not None else "")
+            resample = Image.Resampling(resample) if isinstance(resample, int) else resample
+            name = getattr(resample, "name", "")
             check_choice("resample", name or "BILINEAR", _RESAMPLINGS)
             return super().resize(image, size, resample=resample, **kwargs)
         if image.dtype == np.uint8 and len(image) in (1, 3):  # Pillow takes a fourth channel for transparency
             return super().resize(image, size, resample=resample, **kwargs)
         new_size = super().resize(np.zeros((1, *image.shape[-2:]), np.uint8), size, resample=resample).shape[-2:]
-        return _resized_bands(image, new_size, resample)
+        return resized_bands(image, new_size, resample)
 
     def center_crop(self, image, size, **kwargs) -> np.ndarray | torch.Tensor:
         if isinstance(image, np.ndarray) and size.height and size.width:  # padded as the other backend does
@@ -335,6 +383,7 @@ class FiniteImagesMixin:
 
 
 __all__ = [
+    "PROCESSOR_ERRORS",
     "FiniteImagesMixin",
     "check_choice",
     "check_distinct",
@@ -345,9 +394,12 @@ __all__ = [
     "check_number",
     "check_path",
     "check_pixel_values",
+    "check_statistics",
     "check_tensor",
     "check_video",
+    "checked_options",
     "closest_name",
+    "option_error",
     "shown",
     "to_pair",
 ]

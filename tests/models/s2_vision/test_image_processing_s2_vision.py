@@ -119,3 +119,15 @@ def test_padding_is_the_mean_colour_whatever_the_values(config, processor_class)
     ):
         made = processor(images, return_tensors="pt", **options)["pixel_values"]
         torch.testing.assert_close(made[0, :, 0, 0], torch.zeros(3), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("processor_class", [S2ImageProcessor, S2ImageProcessorPil])
+def test_a_size_alone_takes_effect(config, photograph, processor_class):
+    size = {"height": 32, "width": 48}
+    processor = processor_class(size=size)
+    assert processor.output_size == (32, 48)
+    assert processor(photograph, return_tensors="pt")["pixel_values"].shape == (1, 3, 32, 48)
+    processor = processor_class.for_config(config)
+    for options in ({"size": size}, {"crop_size": size}, {"crop_size": size, "size": 8}):
+        assert processor(photograph, return_tensors="pt", **options)["pixel_values"].shape == (1, 3, 32, 48)
+    assert processor(photograph, return_tensors="pt", image_mean=0.5)["pixel_values"].shape == (1, 3, 64, 64)

@@ -104,6 +104,31 @@ def test_bad_videos_are_refused():
         processor(video, return_tensors="pt")
 
 
+@pytest.mark.parametrize(
+    ("videos", "options", "message"),
+    [
+        ([], {}, "`videos` is empty"),
+        ("nothing.mp4", {}, "`videos` cannot be processed"),
+        (None, {"banana": 1}, "`banana` is no option of SparseFormerVideoProcessor"),
+        (None, {"size": "64"}, r"`size` must be of int, .*got '64'"),
+        (None, {"image_std": [0.0, 1.0, 1.0]}, "`image_std` must be above 0"),
+        (None, {"image_mean": float("nan")}, "`image_mean` is NaN"),
+        (None, {"resample": "bicubic"}, "`resample` must be a filter of Pillow"),
+    ],
+)
+def test_videos_and_options_that_make_no_pixels_are_named(videos, options, message):
+    video = np.zeros((2, 20, 24, 3), np.uint8)
+    with pytest.raises(ValueError, match=message):
+        SparseFormerVideoProcessor(**SMALL)(video if videos is None else videos, return_tensors="pt", **options)
+
+
+def test_statistics_of_videos_may_be_ints():
+    video = np.random.default_rng(0).integers(0, 256, (2, 20, 24, 3), dtype=np.uint8)
+    processor = SparseFormerVideoProcessor(**SMALL)
+    made = processor(video, return_tensors="pt", image_mean=[0, 0, 0], image_std=np.ones(3)).pixel_values
+    assert 0 <= made.min() < made.max() <= 1
+
+
 def test_a_processed_video_goes_through_the_model():
     model = make_model(SparseFormerForVideoClassification, tiny_config("video"))
     video = np.random.default_rng(0).integers(0, 256, (3, 20, 24, 3), dtype=np.uint8)

@@ -39,6 +39,13 @@ def _base_settings(base: BaseImageProcessor) -> dict:
     return {name: getattr(base, name) for name in names if getattr(base, name, None) is not None}
 
 
+def _with_crop_size(options: dict) -> dict:
+    """Options of a processor that makes images of its `crop_size`, where they name `size` alone."""
+    if options.get("size") is None or options.get("crop_size") is not None:
+        return options
+    return {**options, "crop_size": options["size"]}
+
+
 class S2ImageProcessorMixin(FiniteImagesMixin):
     """What both backends of the S2 image processor share; a backend says how images are padded, resized,
     cropped and normalised.
@@ -60,6 +67,12 @@ class S2ImageProcessorMixin(FiniteImagesMixin):
     tile_size = None
     tile_multiples = None
     max_tiles = 12
+
+    def __init__(self, **kwargs):
+        super().__init__(**_with_crop_size(kwargs))
+
+    def preprocess(self, images, *args, **kwargs) -> BatchFeature:
+        return super().preprocess(images, *args, **_with_crop_size(kwargs))
 
     @classmethod
     def for_config(
@@ -184,8 +197,8 @@ class S2ImageProcessorMixin(FiniteImagesMixin):
 
         if tile_size is None:
             if do_resize:
-                scale = 1 / rescale_factor if do_rescale else 1
-                fill = [value * scale for value in image_mean]
+                means = image_mean if isinstance(image_mean, list | tuple) else [image_mean] * len(images[0])
+                fill = [value / rescale_factor if do_rescale else value for value in means] if fit == "pad" else []
                 images = [self._fitted(image, fit, crop_size, resample, fill) for image in images]
             return BatchFeature({"pixel_values": [normalized(image) for image in images]}, tensor_type=return_tensors)
 

@@ -13,6 +13,7 @@ from transformers.video_utils import VideoInput, VideoMetadata, load_video
 
 from ...utils.arrays import check_finite, map_images, readable_arrays, with_values_of_files, without_wrapping
 from ...utils.images import to_rgb
+from ...utils.validation import PROCESSOR_ERRORS, checked_options, option_error
 from .image_processing_sparseformer import SparseFormerPixelFields
 
 
@@ -80,6 +81,9 @@ class SparseFormerVideoProcessor(SparseFormerPixelFields, BaseVideoProcessor):
 
         Images of PIL and values of arrays are read as image processors do: see `FiniteImagesMixin`.
         """
+        if isinstance(videos, list | tuple) and not videos:
+            raise ValueError("`videos` is empty: give at least one video.")
+        kwargs = checked_options(self, kwargs)
         videos = map_images(videos, lambda frame: to_rgb(frame) if isinstance(frame, Image.Image) else frame)
         check_finite(videos, "videos")
         videos = readable_arrays(videos)
@@ -88,7 +92,14 @@ class SparseFormerVideoProcessor(SparseFormerPixelFields, BaseVideoProcessor):
             videos = with_values_of_files(videos, "videos", without_alpha=bool(own["do_convert_rgb"]))
         else:
             videos = without_wrapping(videos)
-        batch = super().preprocess(videos, **kwargs)
+        try:
+            batch = super().preprocess(videos, **kwargs)
+        except PROCESSOR_ERRORS as error:
+            if isinstance(error, OSError) or (isinstance(error, ValueError) and "`" in str(error)):
+                raise  # it names what is wrong
+            if named := option_error(self, error, kwargs):
+                raise named from error
+            raise ValueError(f"`videos` cannot be processed ({type(error).__name__}: {error}).") from error
         batch["pixel_values"] = batch.pop("pixel_values_videos")
         return batch
 
