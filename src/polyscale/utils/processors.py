@@ -21,7 +21,8 @@ from transformers.image_utils import PILImageResampling
 
 from .arrays import with_values_of_files
 from .images import UnreadableImageError, displayed, to_rgb
-from .validation import MAX_SIDE, check_int, check_statistics, shown, to_pair
+from .processor_input import check_statistics
+from .validation import MAX_SIDE, check_int, shown, to_pair
 
 
 # Names of interpolations, as users and timm write them.

@@ -3,7 +3,7 @@
 from transformers import TorchvisionBackend
 from transformers.image_utils import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD, PILImageResampling
 
-from ...utils.validation import FiniteImagesMixin
+from ...utils.processor_input import FiniteImagesMixin
 
 
 class FlexiViTImageProcessorMixin(FiniteImagesMixin):

@@ -8,8 +8,9 @@ from transformers.image_processing_base import BatchFeature
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling, SizeDict
 from transformers.processing_utils import ImagesKwargs
 
+from ...utils.processor_input import FiniteImagesMixin
 from ...utils.processors import plain_options_for_size, plain_seen_region
-from ...utils.validation import FiniteImagesMixin, check_choice
+from ...utils.validation import check_choice
 from .selection_quadtree_vit import check_multiple
 
 

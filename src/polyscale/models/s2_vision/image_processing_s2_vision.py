@@ -10,7 +10,8 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImageResampling, SizeDict
 from transformers.processing_utils import ImagesKwargs
 
-from ...utils.validation import FiniteImagesMixin, check_choice, to_pair
+from ...utils.processor_input import FiniteImagesMixin
+from ...utils.validation import check_choice, to_pair
 from .configuration_s2_vision import S2VisionConfig
 from .dynamic_tiling_s2_vision import dynamic_tile_grid
 

@@ -2,7 +2,7 @@
 
 from transformers import PilBackend
 
-from ...utils.validation import FiniteImagesMixin
+from ...utils.processor_input import FiniteImagesMixin
 from .image_processing_sparseformer import SparseFormerPixelFields
 
 

@@ -13,7 +13,7 @@ from transformers.video_utils import VideoInput, VideoMetadata, load_video
 
 from ...utils.arrays import check_finite, map_images, readable_arrays, with_values_of_files, without_wrapping
 from ...utils.images import to_rgb
-from ...utils.validation import PROCESSOR_ERRORS, checked_options, option_error
+from ...utils.processor_input import PROCESSOR_ERRORS, checked_options, option_error
 from .image_processing_sparseformer import SparseFormerPixelFields
 
 
