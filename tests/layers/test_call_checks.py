@@ -42,6 +42,12 @@ def pixels(family):
     return torch.randn(pixels_shape(family))
 
 
+def test_every_model_says_what_an_image_costs(family, model, pixels):
+    size = tuple(pixels.shape[-2:])
+    for called in (model, model.base_model):
+        assert called.num_tokens_for(size) == model.config.num_tokens_for(size) > 0
+
+
 def test_every_family_registers_its_budget_words():
     assert registered_budget_words() >= {"patch_size", "num_tokens", "split_threshold", "scales", "img_sizes"}
     assert "image_size" not in registered_budget_words()

@@ -1,6 +1,7 @@
 """What every model's `forward` refuses before it computes: words that are not its own, labels that do not fit."""
 
 import inspect
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import ClassVar
 
@@ -79,6 +80,10 @@ class CheckedModelMixin:
     def __init__(self, config: PreTrainedConfig, *args, **kwargs):
         config.check_fit()
         super().__init__(config, *args, **kwargs)
+
+    def num_tokens_for(self, image_size: int | Sequence[int] | None = None, **budget) -> int | None:
+        """How many tokens an image costs: see `num_tokens_for` of its config."""
+        return self.config.num_tokens_for(image_size, **budget)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
