@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
+from polyscale import FlexiViTBackbone, QuadtreeViTBackbone
 from polyscale.layers.token_budget import registered_budget_words
 
 from ..tiny_models import FAMILIES, pixels_shape, tiny_classifier
@@ -60,6 +61,18 @@ def test_budget_words_of_other_families_are_refused(family, model, pixels):
             with pytest.raises(ValueError, match=f"`{word}` is no argument of {type(called).__name__}") as caught:
                 called(pixels, **{word: 4})
             assert all(f"`{name}`" in str(caught.value) for name in own)
+
+
+def test_pooled_only_belongs_to_models_without_a_head(model, pixels):
+    with pytest.raises(ValueError, match=f"`pooled_only` is no argument of {type(model).__name__}"):
+        model(pixels, pooled_only=True)
+
+
+def test_a_backbone_has_no_pooled_only():
+    for family, backbone_class in (("flexivit", FlexiViTBackbone), ("quadtree_vit", QuadtreeViTBackbone)):
+        backbone = backbone_class(tiny_classifier(family).config)
+        with pytest.raises(ValueError, match=f"`pooled_only` is no argument of {backbone_class.__name__}"):
+            backbone(torch.randn(pixels_shape(family)), pooled_only=True)
 
 
 @pytest.mark.parametrize(

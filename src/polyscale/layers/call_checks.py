@@ -23,6 +23,8 @@ _HOST_WORDS = frozenset(
     }
 )
 
+_INNER_WORD = "pooled_only"  # an argument of models without a head alone
+
 
 @lru_cache(maxsize=1024)
 def _arguments(model_class: type) -> tuple[str, ...]:
@@ -94,8 +96,8 @@ class CheckedModelMixin:
 
 
 def check_words(model: nn.Module, kwargs: dict, *receivers: nn.Module) -> None:
-    """Refuses the budget words of other families, and near misses of the model's own arguments; token merging too,
-    where there is none.
+    """Refuses the budget words of other families, and near misses of the model's own arguments; token merging and
+    `pooled_only` too, where there is none.
 
     Every other word passes: hosts hand their models much that a vision model does not need.
 
@@ -109,6 +111,11 @@ def check_words(model: nn.Module, kwargs: dict, *receivers: nn.Module) -> None:
     """
     if not kwargs:
         return
+    if _INNER_WORD in kwargs:
+        raise ValueError(
+            f"`{_INNER_WORD}` is no argument of {type(model).__name__}, which gives it to the model inside where its "
+            "head allows."
+        )
     classes = (type(model), *(type(receiver) for receiver in receivers))
     for word in kwargs:
         complaint = _complaint(word, classes)
