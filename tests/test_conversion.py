@@ -77,6 +77,13 @@ def test_live_models_convert(vit, tmp_path):
     assert contents(out) == ["config.json", "model.safetensors"]
 
 
+@pytest.mark.parametrize("to", ["s2_vision", "sparseformer", "sparseformer_video", "llava"])
+def test_live_models_where_checkpoints_alone_are_read(vit, tmp_path, to):
+    with pytest.raises(ValueError, match=f"`source` of a conversion to '{to}' must be a path or a name, got a ViTFor"):
+        polyscale.convert_checkpoint(vit[1], tmp_path / "out", to=to)
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_output_that_exists_is_kept_unless_told_otherwise(vit, tmp_path):
     folder, _ = vit
     out = tmp_path / "out"

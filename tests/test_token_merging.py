@@ -11,6 +11,7 @@ from transformers import (
     CLIPVisionModelWithProjection,
     DeiTConfig,
     DeiTModel,
+    Dinov2Backbone,
     Dinov2Config,
     Dinov2Model,
     Dinov2WithRegistersConfig,
@@ -24,8 +25,10 @@ from transformers import (
     ViTModel,
 )
 
-from polyscale import apply_token_merging, remove_token_merging
+from polyscale import FlexiViTBackbone, FlexiViTConfig, S2VisionWrapper, apply_token_merging, remove_token_merging
 from polyscale.layers.token_merging import merge_schedule, merge_tokens
+
+from .tiny_models import pixels_shape, tiny_classifier
 
 
 SHAPE = {
@@ -222,3 +225,26 @@ def test_what_cannot_be_merged_is_refused(pixel_values):
     apply_token_merging(model, num_tokens=4)
     with pytest.raises(ValueError, match=r"at least 8 for 64 tokens and 3 layers.*got 4"):
         model(pixel_values)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("family", "count"), [("flexivit", 6), ("quadtree_vit", 13)])
+def test_models_of_this_library_merge_by_their_config(family, count):
+    model, pixels = tiny_classifier(family).eval(), torch.randn(pixels_shape(family))
+    plain, expected = model(pixels).logits, model(pixels, merge_tokens_to=count).logits
+    assert apply_token_merging(model, num_tokens=count) is model
+    assert model.config.merge_tokens_to == model.num_tokens_for(pixels.shape[-2:]) == count
+    torch.testing.assert_close(model(pixels).logits, expected)
+    remove_token_merging(model)
+    torch.testing.assert_close(model(pixels).logits, plain)
+
+
+def test_what_lays_tokens_out_as_maps_is_refused():
+    small = {name: value for name, value in SHAPE.items() if name != "patch_size"}
+    for model in (
+        FlexiViTBackbone(FlexiViTConfig(**small, base_patch_size=4)),
+        Dinov2Backbone(Dinov2Config(**SHAPE)),
+        S2VisionWrapper.from_vision_model(make_model("vit")[0], scales=[1, 2]),
+    ):
+        with pytest.raises(ValueError, match=f"`model` must give tokens: {type(model).__name__} lays them out"):
+            apply_token_merging(model, num_tokens=6)

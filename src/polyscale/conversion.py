@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import torch
 from huggingface_hub.errors import HFValidationError, StrictDataclassError
@@ -168,6 +168,17 @@ def _check_free(out: Path, name: str, overwrite: bool, source: Path | None) -> N
         )
 
 
+def _check_source(convert: Callable[..., Any], to: str, source: Any) -> None:
+    """Refuses a model in memory where a family's converter reads checkpoints alone, as its annotation says."""
+    annotation = next(iter(inspect.signature(convert).parameters.values())).annotation
+    kinds = tuple(get_origin(kind) or kind for kind in get_args(annotation))
+    if isinstance(source, torch.nn.Module) and kinds and not isinstance(source, kinds):
+        raise ValueError(
+            f"`source` of a conversion to {to!r} must be a path or a name, got a {type(source).__name__}: save it "
+            "with `save_pretrained` and give the folder."
+        )
+
+
 def _check_options(convert: Callable[..., Any], to: str, options: dict[str, Any]) -> None:
     """Refuses options that a family's converter does not take, and what a config says of itself."""
     parameters = inspect.signature(convert).parameters
@@ -267,6 +278,7 @@ def convert_checkpoint(
     to = _fitting(source) if to is None else to
     convert = _converter(source, to)
     _check_options(convert, to, options)
+    _check_source(convert, to, source)
     options = _with_labels(options)
     if not isinstance(source, str | os.PathLike | torch.nn.Module | dict):
         raise ValueError(f"`source` must be a path, a name or a model, got a {type(source).__name__}.")

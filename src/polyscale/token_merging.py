@@ -10,12 +10,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.backbone_utils import BackboneMixin
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .layers.attention import attention_name, eager_attention_forward
-from .layers.token_merging import MERGING_ATTENTION, merge_schedule, merge_tokens, size_bias
+from .layers.token_budget import TokenBudgetMixin
+from .layers.token_merging import MERGING_ATTENTION, MERGING_WORD, merge_schedule, merge_tokens, size_bias
 from .utils.vision_configs import base_num_prefix_tokens
 
 
@@ -120,6 +122,22 @@ def _encoder_layers(model: nn.Module) -> nn.ModuleList:
     return encoders[0]
 
 
+def _merges_by_config(model: PreTrainedModel) -> bool:
+    """Whether a model is one of this library that merges tokens by a field of its config.
+
+    Raises:
+        ValueError: for a model that lays its tokens out as maps, where merged ones have no place.
+    """
+    config = model.config
+    is_ours = isinstance(config, TokenBudgetMixin)
+    if isinstance(model, BackboneMixin) or (is_ours and not hasattr(config, MERGING_WORD)):
+        raise ValueError(
+            f"`model` must give tokens: {type(model).__name__} lays them out as feature maps, where merged ones have "
+            "no place."
+        )
+    return is_ours
+
+
 def apply_token_merging(model: PreTrainedModel, *, num_tokens: int) -> PreTrainedModel:
     """Lets a Vision Transformer merge similar tokens between its layers, down to an exact number. No training needed.
 
@@ -128,6 +146,8 @@ def apply_token_merging(model: PreTrainedModel, *, num_tokens: int) -> PreTraine
     variant that counts tokens by their sizes. Weights, their names and what `save_pretrained` writes stay the same.
     Hidden states that are asked for hold fewer tokens from layer to layer. Calls of one model must not run at the same
     time in several threads.
+
+    A FlexiViT or Quadtree ViT merges tokens itself: of these `config.merge_tokens_to` is set, and saved with them.
 
     Args:
         model (`PreTrainedModel`): the model. Its attention implementation must be "sdpa" or "eager".
@@ -138,8 +158,9 @@ def apply_token_merging(model: PreTrainedModel, *, num_tokens: int) -> PreTraine
         `PreTrainedModel`: the model itself.
 
     Raises:
-        ValueError: for a model that is no such transformer, another attention implementation, or a number below 1;
-            from the call of the model, for a number that its layers cannot reach (each can merge half of its tokens).
+        ValueError: for a model that is no such transformer, a backbone or an S2, another attention implementation, or
+            a number below 1; from the call of the model, for a number that its layers cannot reach (each can merge
+            half of its tokens).
 
     Example:
 
@@ -152,6 +173,9 @@ def apply_token_merging(model: PreTrainedModel, *, num_tokens: int) -> PreTraine
     layers = _encoder_layers(model)
     if isinstance(num_tokens, bool) or not isinstance(num_tokens, int) or num_tokens < 1:
         raise ValueError(f"`num_tokens` must be an int of at least 1, got {num_tokens!r}.")
+    if _merges_by_config(model):
+        setattr(model.config, MERGING_WORD, num_tokens)
+        return model
     if isinstance(layers[0], _MergingLayer):
         layers[0].merging.num_tokens = num_tokens
         return model
@@ -180,6 +204,8 @@ def remove_token_merging(model: PreTrainedModel) -> PreTrainedModel:
         `PreTrainedModel`: the model itself.
     """
     layers = _encoder_layers(model)
+    if hasattr(model.config, MERGING_WORD):
+        setattr(model.config, MERGING_WORD, None)
     if isinstance(layers[0], _MergingLayer):
         model.set_attn_implementation(attention_name(model.config).removeprefix(MERGING_ATTENTION))
         for layer in layers:

@@ -316,6 +316,12 @@ def test_a_model_inside_a_tower_keeps_its_attention(clip):
     assert swapped.vision_model.vision_model.config._attn_implementation == "eager"
 
 
+def test_the_tower_of_a_model_in_half_precision(clip):
+    half = CLIPModel(clip.config).bfloat16()
+    swapped = polyscale.swap_vision_tower(half, make_tower(clip, "flexivit"))
+    assert swapped.dtype == swapped.config.vision_config.dtype == torch.bfloat16
+
+
 def test_budgets_are_those_of_the_tower_or_none(clip):
     flexivit = polyscale.swap_vision_tower(clip, make_tower(clip, "flexivit")).config
     assert flexivit.parse_budget("8x16") == (8, 16)

@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
+from polyscale import FlexiViTBackbone, QuadtreeViTBackbone
 from polyscale.layers.token_budget import registered_budget_words
 
 from ..tiny_models import FAMILIES, pixels_shape, tiny_classifier
@@ -42,6 +43,12 @@ def pixels(family):
     return torch.randn(pixels_shape(family))
 
 
+def test_every_model_says_what_an_image_costs(family, model, pixels):
+    size = tuple(pixels.shape[-2:])
+    for called in (model, model.base_model):
+        assert called.num_tokens_for(size) == model.config.num_tokens_for(size) > 0
+
+
 def test_every_family_registers_its_budget_words():
     assert registered_budget_words() >= {"patch_size", "num_tokens", "split_threshold", "scales", "img_sizes"}
     assert "image_size" not in registered_budget_words()
@@ -54,6 +61,18 @@ def test_budget_words_of_other_families_are_refused(family, model, pixels):
             with pytest.raises(ValueError, match=f"`{word}` is no argument of {type(called).__name__}") as caught:
                 called(pixels, **{word: 4})
             assert all(f"`{name}`" in str(caught.value) for name in own)
+
+
+def test_pooled_only_belongs_to_models_without_a_head(model, pixels):
+    with pytest.raises(ValueError, match=f"`pooled_only` is no argument of {type(model).__name__}"):
+        model(pixels, pooled_only=True)
+
+
+def test_a_backbone_has_no_pooled_only():
+    for family, backbone_class in (("flexivit", FlexiViTBackbone), ("quadtree_vit", QuadtreeViTBackbone)):
+        backbone = backbone_class(tiny_classifier(family).config)
+        with pytest.raises(ValueError, match=f"`pooled_only` is no argument of {backbone_class.__name__}"):
+            backbone(torch.randn(pixels_shape(family)), pooled_only=True)
 
 
 @pytest.mark.parametrize(

@@ -130,7 +130,7 @@ REFUSED = [
     ("quadtree", {"num_tokens": 20}, "19"),
     ("s2", {"num_tokens": 9}, "its tokens are those of the wrapped model"),
     ("s2", {"num_tiles": 7}, "between 0 and 4"),
-    ("s2", {"image_budgets": [{"scales": [1, 3]}, {}]}, "images of one size"),
+    ("s2", {"image_budgets": [{"scales": [1, 3]}, {}]}, r"images of one size, .*\[\(96, 96\), \(64, 64\)\]"),
     ("sparseformer", {"num_tokens": 4}, "its tokens are weights"),
     ("flexivit", {"image_budgets": [{"num_tokens": 9}]}, "for each of 2 images, got 1"),
     ("flexivit", {"image_budgets": [{"banana": 9}, {}]}, "`banana` is no argument"),

@@ -128,7 +128,7 @@ def test_swap_without_a_processor_and_into_half_precision():
     model, _ = make_llava()
     model.bfloat16()
     assert swap_vision_tower(model, make_tower("flexivit", model)) is None
-    assert model.model.vision_tower.dtype == torch.bfloat16
+    assert model.model.vision_tower.dtype == model.config.vision_config.dtype == torch.bfloat16
 
 
 def test_models_that_do_not_fit_are_refused_and_nothing_changes():

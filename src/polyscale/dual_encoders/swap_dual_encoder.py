@@ -104,6 +104,7 @@ def _around(
         swapped = model_class(config, vision_model=tower, text_model=model.text_model)
     swapped.logit_scale = model.logit_scale
     parameter = next(model.parameters())
+    tower.config.dtype = parameter.dtype
     return swapped.to(device=parameter.device, dtype=parameter.dtype).train(model.training)
 
 

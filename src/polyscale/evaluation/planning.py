@@ -127,9 +127,9 @@ def plan_rows(
     """Finds out what a model can take of what it is asked for: one image goes through it at each row.
 
     Args:
+        model, processor, split, budgets: as in `evaluate_budgets`.
         options (`EvaluationOptions`): what it is asked for beside the budgets.
         typed (`bool`, *optional*, defaults to `True`): whether `budgets` are a user's, and not a ladder, or empty.
-        others: as in `evaluate_budgets`.
 
     Raises:
         ValueError: for classes of the data that the model does not have, values that no model could take, an image

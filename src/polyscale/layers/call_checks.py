@@ -1,6 +1,7 @@
 """What every model's `forward` refuses before it computes: words that are not its own, labels that do not fit."""
 
 import inspect
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import ClassVar
 
@@ -21,6 +22,8 @@ _HOST_WORDS = frozenset(
         *("output_hidden_states", "position_ids", "return_dict", "token_type_ids", "use_cache"),
     }
 )
+
+_INNER_WORD = "pooled_only"  # an argument of models without a head alone
 
 
 @lru_cache(maxsize=1024)
@@ -80,6 +83,10 @@ class CheckedModelMixin:
         config.check_fit()
         super().__init__(config, *args, **kwargs)
 
+    def num_tokens_for(self, image_size: int | Sequence[int] | None = None, **budget) -> int | None:
+        """How many tokens an image costs: see `num_tokens_for` of its config."""
+        return self.config.num_tokens_for(image_size, **budget)
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
         """As in transformers; tensors with names of older versions are read under today's."""
@@ -89,8 +96,8 @@ class CheckedModelMixin:
 
 
 def check_words(model: nn.Module, kwargs: dict, *receivers: nn.Module) -> None:
-    """Refuses the budget words of other families, and near misses of the model's own arguments; token merging too,
-    where there is none.
+    """Refuses the budget words of other families, and near misses of the model's own arguments; token merging and
+    `pooled_only` too, where there is none.
 
     Every other word passes: hosts hand their models much that a vision model does not need.
 
@@ -104,6 +111,11 @@ def check_words(model: nn.Module, kwargs: dict, *receivers: nn.Module) -> None:
     """
     if not kwargs:
         return
+    if _INNER_WORD in kwargs:
+        raise ValueError(
+            f"`{_INNER_WORD}` is no argument of {type(model).__name__}, which gives it to the model inside where its "
+            "head allows."
+        )
     classes = (type(model), *(type(receiver) for receiver in receivers))
     for word in kwargs:
         complaint = _complaint(word, classes)

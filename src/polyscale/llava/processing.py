@@ -145,9 +145,10 @@ class CallBudgetMixin(BudgetWordsMixin):
             raise ValueError("`images` holds no image: leave it out where no text has one.")
         options = [self._image_options(config) for config in configs]
         if any(other != options[0] for other in options):
+            sizes = [to_pair(config.image_size, "image_size") for config in configs]
             raise ValueError(
-                f"The budgets of one batch need images of one size, these need {options}: give such images to calls "
-                "of their own."
+                "The budgets of one batch need images of one size, and of as many tiles; these need (height, width) "
+                f"{sizes}: give such images to calls of their own."
             )
         processed = self.image_processor(images, **{**options[0], **kwargs})
         replacements = self._carry(processed, configs)

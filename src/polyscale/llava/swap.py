@@ -273,6 +273,7 @@ def swap_vision_tower(
         tower = PackedTower.around(tower, **adapter.packed_fields(config))
     weight = reads.weight
     tower = tower.to(device=weight.device, dtype=weight.dtype).train(llava.vision_tower.training)
+    tower.config.dtype = weight.dtype
     _commit(llava, config, plan, tower)
     if isinstance(projector, dict):
         for name, module in projector.items():

@@ -16,3 +16,5 @@ def _is_of_use(record: logging.LogRecord) -> bool:
 
 for _name in ("torch.utils._pytree", "torchao"):
     logging.getLogger(_name).addFilter(_is_of_use)
+
+__all__: list[str] = []

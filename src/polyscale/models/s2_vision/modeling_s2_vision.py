@@ -173,6 +173,8 @@ class S2VisionWrapper(S2VisionPreTrainedModel):
                 and row by row; in place of the detail that a tile shows and the first scale does not.
             output_hidden_states (`bool` or `int` or `list[int]`, *optional*): `True` for all layers of the wrapped
                 model, or the index or indices of those that are wanted; only those are put together.
+            output_attentions (`bool`, *optional*, defaults to `config.output_attentions`): whether the output holds
+                the attentions of the wrapped model.
             pooled_only (`bool`, *optional*, defaults to `False`): leaves out of a wrapped model of this library what
                 `pooler_output` does not need; `last_hidden_state` is then `None`. Without effect around other models,
                 with `dynamic` and with `num_tiles`.
