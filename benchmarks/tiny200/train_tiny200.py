@@ -115,7 +115,7 @@ def images_of_step(arguments: argparse.Namespace, model: PreTrainedModel, budget
     """The batch size, or fewer where their tokens would be more than `--tokens-per-step`."""
     if not arguments.tokens_per_step:
         return arguments.batch_size
-    tokens = model.config.num_tokens_for(**model.config.resolve_budget(**budget))
+    tokens = model.config.num_tokens_for(**budget)
     return max(1, min(arguments.batch_size, arguments.tokens_per_step // tokens))
 
 
