@@ -23,6 +23,7 @@ from .embedding_source import Contents, Item, content_of, items_of, times_of
 from .layers.budget_choice import at_budget
 from .layers.token_budget import budget_kwargs
 from .loading import LoadedModel, load_base_model
+from .utils.arrays import plain_values
 from .utils.identity import changes_of, digest_of, processing_of, weights_digest
 from .utils.images import UnreadableImageError
 from .utils.outputs import check_output, only_writer, write_text, written_beside
@@ -225,13 +226,6 @@ def _identity_of(loaded: LoadedModel) -> dict[str, Any]:
     return {"weights": weights_digest(loaded.model), "processing": processing_of(loaded.image_processor)}
 
 
-def _plain(budget: Any) -> Any:
-    """A budget as JSON holds it."""
-    if isinstance(budget, list | tuple):
-        return [_plain(entry) for entry in budget]
-    return budget.tolist() if isinstance(budget, np.generic | np.ndarray | torch.Tensor) else budget
-
-
 def embed_images(
     source: str | os.PathLike,
     out: str | os.PathLike,
@@ -296,7 +290,7 @@ def embed_images(
         "images": len(items),
         "names": digest_of(item.name for item in items),
         "model": model_name,
-        "budget": _plain(budget),
+        "budget": json.loads(json.dumps(plain_values(budget), default=str)),
         "tokens": tokens,
         "shard_size": shard_size,
         **_identity_of(loaded),

@@ -11,7 +11,7 @@ import numpy as np
 from datasets import Dataset
 from PIL import Image
 
-from .utils.identity import digest_of
+from .utils.identity import digest_of, file_digest
 from .utils.images import UnreadableImageError, files_below, find_images, open_pixels
 from .utils.validation import check_path
 
@@ -121,8 +121,7 @@ def content_of(item: Item) -> str:
 def _digest(stored: Any) -> str:
     if isinstance(stored, Path):
         try:
-            with stored.open("rb") as stream:
-                return hashlib.file_digest(stream, "sha256").hexdigest()
+            return file_digest(stored)
         except OSError:
             return ""
     value = stored.get("bytes") if isinstance(stored, dict) else stored

@@ -4,10 +4,9 @@ from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
-import torch
 from transformers import PreTrainedConfig
 
+from ..utils.arrays import plain_values
 from ..utils.validation import check_distinct, check_list
 from .token_budget import budget_kwargs
 
@@ -20,13 +19,6 @@ def _key(budget: Any) -> Hashable:
     return budget if isinstance(budget, Hashable) else repr(budget)
 
 
-def _plain(budget: Any) -> Any:
-    """A budget of Python, where it is of NumPy or torch; true and false stay what they are, for an error to say."""
-    if isinstance(budget, list | tuple):
-        return type(budget)(map(_plain, budget)) if type(budget) in (list, tuple) else budget
-    return budget.tolist() if isinstance(budget, np.generic | np.ndarray | torch.Tensor) else budget
-
-
 def distinct_budgets(budgets: object, name: str = "budgets") -> list:
     """The budgets that a caller gives by the argument `name`, as a list.
 
@@ -34,7 +26,7 @@ def distinct_budgets(budgets: object, name: str = "budgets") -> list:
         ValueError: for no list, an empty one, or a budget that comes twice.
     """
     entries = check_list(name, budgets, what="budgets")
-    entries = [_plain(entry) for entry in entries]
+    entries = plain_values(entries)
     check_distinct(name, entries, map(_key, entries))
     return entries
 

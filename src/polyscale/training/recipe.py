@@ -9,8 +9,7 @@ from dataclasses import asdict, dataclass, field, fields
 from numbers import Integral, Real
 from typing import Any
 
-import numpy as np
-
+from ..utils.arrays import plain_values
 from ..utils.validation import check_choice, check_flag, check_list, shown, to_pair
 from .transforms import AUGMENTATIONS
 
@@ -19,11 +18,6 @@ TUNED_BY = ("budget", "merging")
 _MOST_SEED = 2**32 - 1  # that NumPy takes
 # More of anything that is counted is a slip.
 _MOST, _MOST_WORKERS = 2**31, 1024
-
-
-def _plain(value: Any) -> Any:
-    """Numbers as JSON can hold them, where they are of NumPy."""
-    return value.tolist() if isinstance(value, np.generic | np.ndarray) else value
 
 
 def _check_json(name: str, value: Any) -> None:
@@ -145,7 +139,7 @@ class TrainingRecipe:
             value = getattr(self, name)
             if value is not None and not isinstance(value, Mapping):
                 raise ValueError(f"`{name}` must be a dict, got {shown(value)}.")
-        self.model_options = {name: _plain(value) for name, value in (self.model_options or {}).items()}
+        self.model_options = {name: plain_values(value) for name, value in (self.model_options or {}).items()}
         for name, value in self.model_options.items():
             _check_json(f"model_options[{name!r}]", value)
         for name in ("num_labels", "id2label", "label2id", "problem_type"):
@@ -202,7 +196,7 @@ class TrainingRecipe:
         value = getattr(self, name)
         if value is None and _defaults()[name] is None:
             return
-        value = _plain(value)
+        value = plain_values(value)
         setattr(self, name, value)
         kind = Integral if whole else Real
         if isinstance(value, bool) or not isinstance(value, kind) or not math.isfinite(value):
@@ -224,7 +218,7 @@ class TrainingRecipe:
             if values is None:
                 continue
             given = [values] if isinstance(values, Real) else values
-            values = tuple(map(_plain, check_list(name, given, Real, "numbers, one for each channel")))
+            values = tuple(map(plain_values, check_list(name, given, Real, "numbers, one for each channel")))
             if not all(math.isfinite(value) and not isinstance(value, bool) for value in values):
                 raise ValueError(f"`{name}` must hold a finite number for each channel, got {values}.")
             if name == "image_std" and min(values) <= 0:
@@ -276,7 +270,7 @@ class TrainingRecipe:
 
     def _check_tuning(self) -> None:
         shares = check_list("tune_budgets", self.tune_budgets, Real, "two shares, the lowest and the highest")
-        shares = tuple(map(_plain, shares))
+        shares = tuple(map(plain_values, shares))
         if len(shares) != 2 or bool in map(type, shares) or not 0 < shares[0] <= shares[1] <= 1:
             raise ValueError(
                 "`tune_budgets` must be two shares of the full budget, the lowest and the highest, such as 0.3 and "

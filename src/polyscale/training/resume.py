@@ -17,7 +17,7 @@ from filelock import FileLock, SoftFileLock, Timeout
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
-from ..utils.identity import digest_of
+from ..utils.identity import digest_of, file_digest
 from .recipe import TrainingRecipe
 
 
@@ -25,16 +25,7 @@ RUN_FILE = "run.json"
 RECORD_FILE = "training.json"  # of a finished run, in its output
 LOCK_FILE = "lock"
 WHOLE_FILE = "whole.json"
-_CHUNK = 1 << 22
 _IMAGES_TO_READ = 1000  # of a split, to tell its images from others
-
-
-def _digest(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while chunk := stream.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _files_of(folder: Path) -> list[Path]:
@@ -43,7 +34,7 @@ def _files_of(folder: Path) -> list[Path]:
 
 def mark_whole(folder: Path) -> None:
     """Writes down what a checkpoint consists of, as the last step of saving it."""
-    files = {str(file.relative_to(folder)): [file.stat().st_size, _digest(file)] for file in _files_of(folder)}
+    files = {str(file.relative_to(folder)): [file.stat().st_size, file_digest(file)] for file in _files_of(folder)}
     write_json(folder / WHOLE_FILE, files)
 
 
@@ -55,7 +46,7 @@ def damage_of(folder: Path) -> str | None:
             file = folder / name
             if not file.is_file():
                 return f"{name} is missing"
-            if file.stat().st_size != size or _digest(file) != digest:
+            if file.stat().st_size != size or file_digest(file) != digest:
                 return f"{name} is damaged"
     except (OSError, ValueError, AttributeError, TypeError):
         return "it was not written to its end"
@@ -292,7 +283,7 @@ def _sizes_of(split: Dataset) -> Iterator[int]:
 def _content_of(cell: Any) -> bytes:
     if isinstance(cell, dict) and cell.get("bytes") is None:
         path = cell.get("path")
-        return bytes.fromhex(_digest(Path(path))) if path and os.path.isfile(path) else b""
+        return bytes.fromhex(file_digest(Path(path))) if path and os.path.isfile(path) else b""
     return cell["bytes"] if isinstance(cell, dict) else np.asarray(cell).tobytes()
 
 

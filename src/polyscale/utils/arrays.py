@@ -94,9 +94,16 @@ def resized_bands(image: np.ndarray, size: tuple[int, int], resample: object) ->
     return np.stack([np.asarray(band) for band in bands])
 
 
+def plain_values(value: Any) -> Any:
+    """Numbers and lists of Python, as JSON holds them, where a value is of NumPy or torch; others as they are."""
+    if type(value) in (list, tuple):
+        return type(value)(map(plain_values, value))
+    return value.tolist() if isinstance(value, np.generic | np.ndarray | torch.Tensor) else value
+
+
 def as_floats(value: object) -> object:
     """Numbers as transformers takes them: floats, and lists of them."""
-    value = value.tolist() if isinstance(value, np.ndarray | np.generic | torch.Tensor) else value
+    value = plain_values(value)
     if isinstance(value, list | tuple):
         return [as_floats(entry) for entry in value]
     return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
@@ -192,6 +199,7 @@ __all__ = [
     "channel_axis",
     "check_finite",
     "map_images",
+    "plain_values",
     "readable_arrays",
     "resized_bands",
     "with_values_of_files",

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,12 @@ def digest_of(texts: Iterable[str]) -> str:
     for text in texts:
         digest.update(f"{len(text)} {text}".encode(errors="surrogateescape"))
     return digest.hexdigest()[:16]
+
+
+def file_digest(file: Path) -> str:
+    """SHA-256 of what is in a file."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def weights_digest(model: nn.Module) -> str:
@@ -55,4 +62,4 @@ def changes_of(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return changes
 
 
-__all__ = ["changes_of", "digest_of", "processing_of", "weights_digest"]
+__all__ = ["changes_of", "digest_of", "file_digest", "processing_of", "weights_digest"]
