@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import sys
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from numbers import Real
 from operator import index
@@ -87,11 +88,15 @@ def check_int(name: str, value: object, minimum: int | None = None) -> int:
 
 
 def check_number(name: str, value: object) -> None:
-    """Raises ValueError naming `name` for anything but an int or a float, of Python or NumPy, that is not NaN."""
+    """Raises ValueError naming `name` for anything but an int or a float, of Python or NumPy, that is not NaN and not
+    larger than floats are.
+    """
     if isinstance(value, bool) or not isinstance(value, (Real, torch.SymInt, torch.SymFloat)):
         raise ValueError(f"`{name}` must be a number, got {shown(value)}.")
     if value != value:
         raise ValueError(f"`{name}` is NaN: expected a number.")
+    if isinstance(value, int) and abs(value) > sys.float_info.max:
+        raise ValueError(f"`{name}` must be at most {sys.float_info.max}, the largest float; got {shown(value)}.")
 
 
 def check_path(name: str, value: object) -> str:

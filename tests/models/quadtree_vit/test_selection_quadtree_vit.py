@@ -126,6 +126,7 @@ def test_constants_of_few_sizes_are_kept_and_serve_every_mode(monkeypatch):
         ([torch.zeros(1, 2, 2)], {"num_tokens": 4.0}, "int"),
         ([torch.zeros(1, 2, 2)], {}, "split_threshold"),
         ([torch.zeros(1, 2, 2)], {"split_threshold": float("nan")}, "NaN"),
+        ([torch.zeros(1, 2, 2)], {"split_threshold": 10**400}, "`split_threshold` must be at most"),
         ([torch.zeros(1, 2, 2), torch.zeros(1, 4, 5)], {"num_tokens": 4}, r"scores\[1\].*\(1, 4, 4\)"),
         ([torch.zeros(1, 2, 2), torch.zeros(2, 4, 4)], {"num_tokens": 4}, r"scores\[1\]"),
         ([torch.zeros(2, 2)], {"num_tokens": 4}, r"\(batch, rows, columns\)"),
@@ -218,3 +219,6 @@ def test_a_threshold_may_be_any_number(kind):
     for found, wanted in zip(quadtree_tokens(scores, split_threshold=kind(1)), expected, strict=True):
         assert torch.equal(found, wanted)
     assert expected.mask.sum() == 7  # one patch is split
+    if kind is int:  # of Python, without bounds
+        assert quadtree_tokens(scores, split_threshold=10**30).mask.sum() == 4
+        assert quadtree_tokens(scores, split_threshold=-(10**30)).mask.sum() == 16

@@ -305,6 +305,8 @@ def select_nodes(
         num_tokens = max(budgets)
     if split_threshold is not None:
         check_number("split_threshold", split_threshold)
+        if isinstance(split_threshold, int):
+            split_threshold = float(split_threshold)  # torch compares with no int above 64 bits
 
     flat_scores = torch.cat([score.flatten(1) for score in scores], dim=1).detach()
     _check_values(flat_scores)
