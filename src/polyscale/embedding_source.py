@@ -1,9 +1,8 @@
 """The images that `polyscale embed` embeds, and what tells them from others under the same names."""
 
-import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +10,7 @@ import numpy as np
 from datasets import Dataset
 from PIL import Image
 
-from .utils.identity import digest_of, file_digest
+from .utils.identity import digest_of, image_digest
 from .utils.images import UnreadableImageError, files_below, find_images, open_pixels
 from .utils.validation import check_path
 
@@ -59,7 +58,8 @@ class Contents(NamedTuple):
 
     def are_those_of(self, items: Sequence[Item]) -> bool:
         """Whether images are still the same. They are read only where one was written since."""
-        return self.times == times_of(items) or self.bytes == digest_of(map(content_of, items))
+        are_untouched = self.times != "" and self.times == times_of(items)
+        return are_untouched or self.bytes == digest_of(map(content_of, items))
 
 
 def items_of(source: str | os.PathLike) -> list[Item]:
@@ -97,15 +97,15 @@ def _row_item(name: str, split: Dataset, stored: Dataset, row: int) -> Item:
     return Item(name, lambda: split[row]["image"], cell)
 
 
-def times_of(items: Iterable[Item]) -> str:
-    """`Contents.times`; of what is no file, what is in it."""
-    return digest_of(map(_time_of, items))
+def times_of(items: Sequence[Item]) -> str:
+    """`Contents.times`; empty where images are no files, which have no times."""
+    stored = (item.stored() for item in items)
+    return digest_of(map(_time_of, stored)) if isinstance(items[0].stored(), Path) else ""
 
 
-def _time_of(item: Item) -> str:
-    stored = item.stored()
+def _time_of(stored: Any) -> str:
     if not isinstance(stored, Path):
-        return _digest(stored)
+        return image_digest(stored)
     try:
         status = stored.stat()
     except OSError:
@@ -115,17 +115,7 @@ def _time_of(item: Item) -> str:
 
 def content_of(item: Item) -> str:
     """A digest of what is in an image; empty where it cannot be read."""
-    return _digest(item.stored())
-
-
-def _digest(stored: Any) -> str:
-    if isinstance(stored, Path):
-        try:
-            return file_digest(stored)
-        except OSError:
-            return ""
-    value = stored.get("bytes") if isinstance(stored, dict) else stored
-    return hashlib.sha256(value if isinstance(value, bytes) else np.asarray(value).tobytes()).hexdigest()
+    return image_digest(item.stored())
 
 
 __all__ = ["Contents", "Item", "content_of", "items_of", "times_of"]

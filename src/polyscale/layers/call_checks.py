@@ -46,6 +46,11 @@ def _nearest_argument(word: str, arguments: tuple[str, ...]) -> str | None:
 def _complaint(word: str, model_classes: tuple[type, ...]) -> str | None:
     """What is wrong with a keyword argument, for models of these classes that are handed it; `None` for nothing."""
     own = tuple(dict.fromkeys(name for model_class in model_classes for name in _arguments(model_class)))
+    if word == _INNER_WORD:  # also where a receiver takes it
+        return (
+            f"`{word}` is no argument of {model_classes[0].__name__}, which gives it to the model inside where its "
+            "head allows."
+        )
     if word in own or word in _HOST_WORDS:
         return None
     budgets = registered_budget_words()
@@ -111,11 +116,6 @@ def check_words(model: nn.Module, kwargs: dict, *receivers: nn.Module) -> None:
     """
     if not kwargs:
         return
-    if _INNER_WORD in kwargs:
-        raise ValueError(
-            f"`{_INNER_WORD}` is no argument of {type(model).__name__}, which gives it to the model inside where its "
-            "head allows."
-        )
     classes = (type(model), *(type(receiver) for receiver in receivers))
     for word in kwargs:
         complaint = _complaint(word, classes)

@@ -17,7 +17,7 @@ from filelock import FileLock, SoftFileLock, Timeout
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
-from ..utils.identity import digest_of, file_digest
+from ..utils.identity import digest_of, file_digest, image_digest
 from .recipe import TrainingRecipe
 
 
@@ -267,7 +267,7 @@ def contents_digest(splits: DatasetDict) -> str:
         digest.update(digest_of(map(str, _sizes_of(split))).encode())
         stored = split.with_format(None)
         for row in np.unique(np.linspace(0, len(split) - 1, min(len(split), _IMAGES_TO_READ)).astype(int)):
-            digest.update(_content_of(stored[int(row)]["image"]))
+            digest.update(image_digest(stored[int(row)]["image"]).encode())
     return digest.hexdigest()[:16]
 
 
@@ -278,13 +278,6 @@ def _sizes_of(split: Dataset) -> Iterator[int]:
         lengths = pc.binary_length(pc.struct_field(images, "bytes")).to_pylist()
         for path, length in zip(pc.struct_field(images, "path").to_pylist(), lengths, strict=True):
             yield length if length is not None else os.path.getsize(path) if path and os.path.isfile(path) else -1
-
-
-def _content_of(cell: Any) -> bytes:
-    if isinstance(cell, dict) and cell.get("bytes") is None:
-        path = cell.get("path")
-        return bytes.fromhex(file_digest(Path(path))) if path and os.path.isfile(path) else b""
-    return cell["bytes"] if isinstance(cell, dict) else np.asarray(cell).tobytes()
 
 
 def data_digest(splits: DatasetDict, source: str | os.PathLike) -> str:

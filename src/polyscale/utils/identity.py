@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers.image_processing_utils import BaseImageProcessor
@@ -28,6 +29,21 @@ def file_digest(file: Path) -> str:
     """SHA-256 of what is in a file."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def image_digest(stored: Any) -> str:
+    """A digest of an image as it is stored: a file, a cell of a table with its bytes or path, or an array; empty where
+    it cannot be read.
+    """
+    if isinstance(stored, dict):
+        path = stored.get("path")
+        stored = Path(path) if stored.get("bytes") is None and path is not None else stored.get("bytes")
+    if isinstance(stored, Path):
+        try:
+            return file_digest(stored)
+        except OSError:
+            return ""
+    return hashlib.sha256(stored if isinstance(stored, bytes) else np.asarray(stored).tobytes()).hexdigest()
 
 
 def weights_digest(model: nn.Module) -> str:
@@ -62,4 +78,4 @@ def changes_of(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return changes
 
 
-__all__ = ["changes_of", "digest_of", "file_digest", "processing_of", "weights_digest"]
+__all__ = ["changes_of", "digest_of", "file_digest", "image_digest", "processing_of", "weights_digest"]

@@ -25,7 +25,7 @@ from ...layers.pooled_only import pooled_only_suffices
 from ...layers.token_merging import check_nothing_merges
 from ...utils.transformers_internals import capture_outputs, filter_output_hidden_states, merge_with_config_defaults
 from .configuration_quadtree_vit import QuadtreeViTConfig
-from .pyramid_quadtree_vit import ZeroLinear, reverse_quadtree
+from .pyramid_quadtree_vit import ZeroLinear, dense_map
 from .scoring_quadtree_vit import PatchScorer
 from .tokenizing_quadtree_vit import PatchTokenizer, QuadtreeTokenizer, TokenizerOutput, VanillaTokenizer
 
@@ -143,7 +143,7 @@ class QuadtreeViTModel(QuadtreeViTPreTrainedModel):
         if is_merged and layer is not None and layer <= self.config.merge_layer:
             return tokens  # all smallest patches
         prefix, patches = tokens[:, : self.config.num_prefix_tokens], tokens[:, self.config.num_prefix_tokens :]
-        maps = reverse_quadtree(
+        maps = dense_map(
             patches,
             outputs["patch_centers"],
             outputs["patch_sizes"],

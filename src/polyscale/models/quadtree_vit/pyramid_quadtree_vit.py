@@ -198,7 +198,22 @@ def reverse_quadtree(
     """
     height, width = to_pair(image_size, "image_size")
     _check_reverse(tokens, patch_centers, patch_sizes, (height, width), min_patch_size, token_mask)
-    rows, columns = height // min_patch_size, width // min_patch_size
+    # A look at the values waits for the device: only on the CPU.
+    has_values = tokens.device.type == "cpu" and not (is_traced(patch_centers) or torch.jit.is_tracing())
+    return dense_map(tokens, patch_centers, patch_sizes, (height, width), min_patch_size, token_mask, has_values)
+
+
+def dense_map(
+    tokens: torch.Tensor,
+    patch_centers: torch.Tensor,
+    patch_sizes: torch.Tensor,
+    image_size: tuple[int, int],
+    min_patch_size: int,
+    token_mask: torch.Tensor | None = None,
+    check_values: bool = False,
+) -> torch.Tensor:
+    """`reverse_quadtree` of what is known to fit together, as what a model says of its own tokens."""
+    rows, columns = image_size[0] // min_patch_size, image_size[1] // min_patch_size
     batch, num_tokens, channels = tokens.shape
 
     patch_sizes = patch_sizes.to(patch_centers.dtype)
@@ -206,9 +221,7 @@ def reverse_quadtree(
     cells = (patch_sizes / min_patch_size).round().long()  # side of a patch in cells
     if token_mask is not None:
         cells = torch.where(token_mask, cells, 0)
-    # A look at the values waits for the device: only on the CPU.
-    has_values = tokens.device.type == "cpu" and not (is_traced(patch_centers) or torch.jit.is_tracing())
-    if has_values:
+    if check_values:
         corners = (top, left, cells)
         _check_places(patch_centers, patch_sizes, corners, (rows, columns), min_patch_size, token_mask)
 
@@ -225,7 +238,7 @@ def reverse_quadtree(
         owners = owners[:, :-1].reshape(batch, grid_rows, 1, grid_columns, 1).expand(-1, -1, side, -1, side)
         owner = owner + owners.reshape(batch, grid_rows * side, grid_columns * side)[:, :rows, :columns]
         side *= 2
-    if has_values:
+    if check_values:
         _check_apart(owner, corners, (rows, columns))
 
     padded = F.pad(tokens, (0, 0, 1, 0)).flatten(0, 1)  # (batch * (1 + tokens), channels), token 0 is zero
@@ -237,6 +250,7 @@ def reverse_quadtree(
 __all__ = [
     "PatchAggregation",
     "ZeroLinear",
+    "dense_map",
     "embedding_pyramid",
     "feature_pyramid",
     "feature_scores",

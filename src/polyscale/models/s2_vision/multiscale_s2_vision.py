@@ -192,6 +192,23 @@ def features_of(output: object, output_shape: str) -> torch.Tensor:
     return output
 
 
+def in_row_order(
+    model: Callable, tokens: torch.Tensor, outputs: object, tile: tuple[int, int], layer: int | None = None
+) -> torch.Tensor:
+    """Tokens (n, tokens, channels) of a model in row order, where it can tell where each is from; others as they are.
+
+    `layer` counts as in `hidden_states`; the last when None.
+    """
+    to_grid = getattr(model, "tokens_to_grid", None)
+    return tokens if tokens.ndim != 3 or to_grid is None else to_grid(tokens, outputs, tile, layer)
+
+
+def drawn_budget(model: Callable) -> dict:
+    """A budget for all forwards of a call, where the model draws one in training."""
+    draw_budget = getattr(model, "draw_budget", None)
+    return {} if draw_budget is None else draw_budget()
+
+
 def _features_function(model: Callable, output_shape: str) -> Callable[[torch.Tensor], torch.Tensor]:
     """Tiles -> features in row order. A model that has a config is asked where its tokens are from; of a bare function
     nothing is known.
@@ -202,17 +219,13 @@ def _features_function(model: Callable, output_shape: str) -> Callable[[torch.Te
     if isinstance(model, PreTrainedModel):
         check_nothing_merges(model.config, "`multiscale_forward`")
         check_tokens_have_places(model.config, "`model`")
-    to_grid = getattr(model, "tokens_to_grid", None)
-    draw_budget = getattr(model, "draw_budget", None)
-    drawn = {} if draw_budget is None else draw_budget()  # one draw for all tiles, however many forwards they take
-    if to_grid is None:
-        return lambda tiles: features_of(model(tiles, **drawn), output_shape)
+    options = {**drawn_budget(model), **({"return_dict": True} if hasattr(model, "tokens_to_grid") else {})}
 
-    def placed(tiles: torch.Tensor) -> torch.Tensor:
-        outputs = model(tiles, return_dict=True, **drawn)
-        return to_grid(features_of(outputs, output_shape), outputs, tuple(tiles.shape[-2:]))
+    def run(tiles: torch.Tensor) -> torch.Tensor:
+        outputs = model(tiles, **options)
+        return in_row_order(model, features_of(outputs, output_shape), outputs, tuple(tiles.shape[-2:]))
 
-    return placed
+    return run
 
 
 def multiscale_forward(
@@ -318,7 +331,9 @@ __all__ = [
     "OUTPUT_SHAPES",
     "Part",
     "TileFeatures",
+    "drawn_budget",
     "features_of",
+    "in_row_order",
     "map_as_tokens",
     "multiscale_forward",
     "named_parts",

@@ -9,7 +9,7 @@ from transformers.utils import ModelOutput
 
 from ...layers.token_merging import MERGING_WORD, check_nothing_merges
 from .configuration_s2_vision import S2VisionConfig
-from .multiscale_s2_vision import Part, features_of, named_parts
+from .multiscale_s2_vision import Part, drawn_budget, features_of, in_row_order, named_parts
 
 
 def _wanted(output_hidden_states: bool | int | Sequence[int] | None, count: int) -> set[int]:
@@ -60,9 +60,7 @@ class TileRunner:
         self.config = config
         self.output_hidden_states = output_hidden_states
         self.output_attentions = output_attentions
-        draw_budget = getattr(model, "draw_budget", None)
-        drawn = {} if draw_budget is None else draw_budget()  # one draw per call, however many forwards it takes
-        self.options = {**drawn, **options}
+        self.options = {**drawn_budget(model), **options}  # one draw per call, however many forwards it takes
         check_nothing_merges(model.config, "a model at several scales", options.get(MERGING_WORD))
         # The models of this library that take the argument have the field that turns it off.
         self.pooled_only = pooled_only and not getattr(model.config, "keep_all_tokens", True)
@@ -114,14 +112,8 @@ class TileRunner:
     def _on_grid(
         self, tensor: torch.Tensor | None, outputs: ModelOutput, tile: tuple[int, int], layer: int | None = None
     ) -> torch.Tensor | None:
-        """Tokens (n, tokens, channels) of the wrapped model in row order, where it can tell where each is from.
-
-        `layer` counts as in `hidden_states`; the last when None.
-        """
-        to_grid = getattr(self.model, "tokens_to_grid", None)
-        if tensor is None or tensor.ndim != 3 or to_grid is None:
-            return tensor
-        return to_grid(tensor, outputs, tile, layer)
+        """`in_row_order` of what the wrapped model gave, if anything."""
+        return None if tensor is None else in_row_order(self.model, tensor, outputs, tile, layer)
 
     def run_in_chunks(self, tiles: torch.Tensor, batch: int, **budget) -> dict[Part, torch.Tensor | None]:
         """`run` on any number of tiles, as many at a time as the config says for a batch of `batch` images."""
