@@ -14,6 +14,7 @@ classes follow the probe's. lite_teacher.py embeds augmented views: then the stu
 """
 
 import argparse
+import copy
 import math
 import time
 from pathlib import Path
@@ -94,7 +95,8 @@ def accuracy(
     model.eval()
     right = 0
     for start in range(0, len(images), batch_size):
-        logits = model(sized(normalize(images[start : start + batch_size]), model), **budget).logits
+        pixel_values = sized(normalize(images[start : start + batch_size]), model).to(model.dtype)
+        logits = model(pixel_values, **budget).logits
         right += (logits.argmax(-1) == labels[start : start + batch_size]).sum().item()
     model.train()
     return right / len(images)
@@ -128,6 +130,43 @@ def parameter_groups(modules: list[nn.Module], weight_decay: float) -> list[dict
     ]
 
 
+def make_optimizers(arguments: argparse.Namespace, model: PreTrainedModel, adapter: nn.Linear) -> list:
+    """AdamW for all parameters, or with `--muon` for all but the matrices of the layers, which Muon trains."""
+    muon = arguments.muon_learning_rate
+    matrices = [p for name, p in model.named_parameters() if muon and p.ndim == 2 and ".layers." in name]
+    taken = {id(parameter) for parameter in matrices}
+    groups = parameter_groups([model, adapter], arguments.weight_decay)
+    for group in groups:
+        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in taken]
+    optimizers = [torch.optim.AdamW(groups, lr=arguments.learning_rate, betas=(0.9, 0.98), fused=True)]
+    if matrices:
+        decay = arguments.weight_decay
+        optimizers.append(torch.optim.Muon(matrices, lr=muon, weight_decay=decay, adjust_lr_fn="match_rms_adamw"))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak"] = group["lr"]
+    return optimizers
+
+
+@torch.no_grad()
+def take_gradients(model: PreTrainedModel, worker: PreTrainedModel) -> None:
+    """Moves the gradients of the bfloat16 copy to the float32 weights."""
+    if worker is model:
+        return
+    for weight, copied in zip(model.parameters(), worker.parameters(), strict=True):
+        weight.grad = None if copied.grad is None else copied.grad.float()
+        copied.grad = None
+
+
+@torch.no_grad()
+def give_weights(model: PreTrainedModel, worker: PreTrainedModel) -> None:
+    """Rounds the float32 weights into the bfloat16 copy."""
+    if worker is model:
+        return
+    for weight, copied in zip(model.parameters(), worker.parameters(), strict=True):
+        copied.copy_(weight)
+
+
 def save_all(folder: Path, model: PreTrainedModel, state: dict) -> None:
     """The checkpoint, and what resuming needs; the state last, by a rename."""
     model.save_pretrained(folder)
@@ -152,19 +191,15 @@ def train(arguments: argparse.Namespace) -> None:
 
     teacher = Teacher(arguments.embeddings, len(labels)) if arguments.embeddings else None
     adapter = nn.Linear(classifier_of(model).in_features, teacher.embeddings[0].shape[1] if teacher else 1)
-    optimizer = torch.optim.AdamW(
-        parameter_groups([model, adapter], arguments.weight_decay),
-        lr=arguments.learning_rate,
-        betas=(0.9, 0.98),
-        fused=True,
-    )
+    optimizers = make_optimizers(arguments, model, adapter)
     step, trained, elapsed = 0, 0, 0.0
     resumed = arguments.output / "state.pt"
     if resumed.exists():
         state = torch.load(resumed, weights_only=True)
         model.load_state_dict(state["model"])
         adapter.load_state_dict(state["adapter"])
-        optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved_state in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved_state)
         step, trained, elapsed = state["step"], state["trained"], state["elapsed"]
         print(f"goes on at step {step}, after {elapsed / 60:.1f} minutes")
     elif arguments.probe_per_class:
@@ -180,7 +215,8 @@ def train(arguments: argparse.Namespace) -> None:
     order, position, epoch = torch.randperm(len(labels)), 0, trained // len(labels)
     began, saved, seen, losses = time.monotonic() - elapsed, time.monotonic(), 0, []
     window_began = time.monotonic()
-    model.train()
+    worker = copy.deepcopy(model).to(torch.bfloat16) if arguments.bf16 else model
+    worker.train()
     while True:
         if arguments.minutes:
             progress = (time.monotonic() - began) / (60 * arguments.minutes)
@@ -189,25 +225,27 @@ def train(arguments: argparse.Namespace) -> None:
         finished = progress >= 1
         if finished or time.monotonic() - saved > 60 * arguments.save_minutes:
             now = time.monotonic()
-            scores = [accuracy(model, quick_images, quick_labels, **budget) for budget in shown]
+            scores = [accuracy(worker, quick_images, quick_labels, **budget) for budget in shown]
             print(
                 f"{progress:.3f} step {step}: {seen / (now - window_began):.0f} images/s, "
                 f"loss {np.mean(losses or [0]):.3f}, "
                 + ", ".join(f"{budget}: {score:.4f}" for budget, score in zip(shown, scores, strict=True)),
                 flush=True,
             )
-            state = {"adapter": adapter.state_dict(), "optimizer": optimizer.state_dict()}
+            state = {"adapter": adapter.state_dict()}
+            state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
             state |= {"step": step, "trained": trained, "elapsed": now - began}
             save_all(arguments.output, model, state)
             saved = window_began = time.monotonic()
             seen, losses = 0, []
         if finished:
             break
-        for group in optimizer.param_groups:
-            warm = min(1.0, progress / arguments.warmup)
-            group["lr"] = arguments.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+        warm = min(1.0, progress / arguments.warmup)
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            group["lr"] = group["peak"] * warm * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
         if position + arguments.batch_size > len(order):
             order, position, epoch = torch.randperm(len(labels)), 0, epoch + 1
+        label_loss = 0.0
         weights = (1 - progress) * early_probs / early_probs.sum() + progress * probs / probs.sum()
         budget = budgets[generator.choice(len(budgets), p=weights / weights.sum())]
         taken = images_of_step(arguments, model, budget)
@@ -220,16 +258,23 @@ def train(arguments: argparse.Namespace) -> None:
             pixel_values[mirrored] = pixel_values[mirrored].flip(-1)
         else:
             pixel_values = normalize(augment(images[indices.numpy()], generator))
-        with torch.autocast("cpu", torch.bfloat16, enabled=arguments.bf16):
-            pooled, logits = pooled_and_logits(model, sized(pixel_values, model), **budget)
-        loss = F.cross_entropy(logits.float(), labels[indices], label_smoothing=arguments.label_smoothing)
-        losses.append(loss.item())
-        if teacher:
-            loss = 0.5 * loss + teacher.loss(logits.float(), pooled.float(), adapter, indices, view)
-        loss.backward()
+        for part in torch.arange(len(indices)).split(arguments.micro_batch_size):
+            inputs = sized(pixel_values[part], model).to(worker.dtype)
+            pooled, logits = (output.float() for output in pooled_and_logits(worker, inputs, **budget))
+            targets = indices[part]
+            loss = F.cross_entropy(logits, labels[targets], label_smoothing=arguments.label_smoothing)
+            share = len(part) / len(indices)
+            label_loss += share * loss.item()
+            if teacher:
+                loss = 0.5 * loss + teacher.loss(logits, pooled, adapter, targets, view)
+            (share * loss).backward()
+        losses.append(label_loss)
+        take_gradients(model, worker)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        give_weights(model, worker)
         step += 1
         trained += len(indices)
         seen += len(indices)
@@ -248,8 +293,10 @@ def main() -> None:
     parser.add_argument("--probs", type=float, nargs="+", help="of the budgets, at the end")
     parser.add_argument("--early-probs", type=float, nargs="+", help="at the start; they change over evenly")
     parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--micro-batch-size", type=int, default=128, help="images whose gradients are taken at once")
     parser.add_argument("--tokens-per-step", type=int, default=0, help="at most; small patches then get fewer images")
     parser.add_argument("--learning-rate", type=float, default=5e-4)
+    parser.add_argument("--muon-learning-rate", type=float, default=0.0, help="trains the layers' matrices with Muon")
     parser.add_argument("--warmup", type=float, default=0.03, help="share of the time")
     parser.add_argument("--weight-decay", type=float, default=0.05)
     parser.add_argument("--label-smoothing", type=float, default=0.1)
@@ -257,7 +304,7 @@ def main() -> None:
     parser.add_argument("--quick-per-class", type=int, default=2, help="validation images of the progress lines")
     parser.add_argument("--save-minutes", type=float, default=5)
     parser.add_argument("--embeddings", type=Path)
-    parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast, for CPUs made for it")
+    parser.add_argument("--bf16", action="store_true", help="a bfloat16 copy works, for CPUs made for it")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
