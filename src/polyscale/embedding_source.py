@@ -11,7 +11,7 @@ from datasets import Dataset
 from PIL import Image
 
 from .utils.identity import digest_of, image_digest
-from .utils.images import UnreadableImageError, files_below, find_images, open_pixels
+from .utils.images import UnreadableImageError, check_names, files_below, find_images, is_parquet_file, open_pixels
 from .utils.validation import check_path
 
 
@@ -69,11 +69,13 @@ def items_of(source: str | os.PathLike) -> list[Item]:
         ValueError: for a source without images.
     """
     path = Path(check_path("source", source))
-    if path.is_dir() or (path.is_file() and path.suffix != ".parquet"):
+    if path.is_dir() or (path.is_file() and not is_parquet_file(path)):
         try:
-            return [_file_item(file) for file in find_images(path)]
+            files = find_images(path)
+            check_names("source", files)
+            return [_file_item(file) for file in files]
         except UnreadableImageError:  # a folder without images
-            if not any(file.suffix == ".parquet" for file in files_below(path)):
+            if not any(map(is_parquet_file, files_below(path))):
                 raise
     from .training.data import load_image_dataset
 

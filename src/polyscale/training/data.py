@@ -2,8 +2,10 @@
 
 import os
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -15,6 +17,7 @@ from datasets import (
     DatasetDict,
     Features,
     Image,
+    Value,
     concatenate_datasets,
     load_dataset,
 )
@@ -25,9 +28,19 @@ from huggingface_hub import HfApi
 from PIL import Image as PILImage
 
 from ..loading import is_offline
-from ..utils.images import ARRAY_SUFFIX, UnreadableImageError, files_below, is_image_file, open_pixels, read_image
+from ..utils.images import (
+    ARRAY_SUFFIX,
+    UnreadableImageError,
+    check_names,
+    files_below,
+    is_image_file,
+    is_parquet_file,
+    open_pixels,
+    read_image,
+)
 from ..utils.validation import check_flag, check_int, check_path, shown
 from .labels import listed, unify_labels
+from .metadata import METADATA_FILES, read_metadata_folder
 
 
 # What the folder of a split may be called, and the name it gets.
@@ -41,11 +54,10 @@ SPLIT_NAMES = {
     "test": "test",
     "testing": "test",
 }
-LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target")
+LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target", "cls")
 IMAGE_COLUMNS = ("image", "img", "images")
 # Of one file of several: "train-00000-of-00002".
 _SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}.*")
-_METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 # Up to so many bytes of files, every image is decoded before training; above, files are only looked for.
 _BYTES_TO_CHECK = 100_000_000
@@ -89,20 +101,19 @@ def _read(source: str | Path, labelled: bool) -> list[tuple[str, list[Dataset]]]
     """(split, its parts), as they are stored."""
     path = Path(source).expanduser()
     if path.is_file():
-        if path.suffix != ".parquet":
+        if not is_parquet_file(path):
             raise ValueError(f"`dataset` must be a folder, a parquet file or a hub name; {source!s} is another file.")
         return [("train", [_read_parquet(str(path))])]
     if path.is_dir():
         files = list(files_below(path))
-        if any(file.name in _METADATA_FILES for file in files):
-            patterns = _patterns_of_splits(path, files)
-            return [
-                (name, [split])
-                for name, split in _load("imagefolder", data_dir=str(path), data_files=patterns).items()
-            ]
+        check_names("dataset", files)
+        if any(file.name in METADATA_FILES for file in files):
+            found = _split_folders(path, [file.relative_to(path) for file in files])
+            tops = {top: SPLIT_NAMES[top.lower()] for top in found}
+            return list(_in_order(read_metadata_folder(path, files, tops)).items())
         if any(is_image_file(file) for file in files):
             return _read_image_folder(path, files, labelled)
-        parquet = [file for file in files if file.suffix == ".parquet"]
+        parquet = list(filter(is_parquet_file, files))
         if parquet:
             return [
                 (name, [_read_parquet(str(file)) for file in part])
@@ -128,6 +139,8 @@ def _load(name: str, **options) -> DatasetDict:
             f"`dataset` {name!r} is no folder or file here, and cannot be read from the hub: offline, or no such data "
             f"set ({type(error).__name__})."
         ) from error
+    except Exception as error:  # of the readers of every kind of file
+        raise ValueError(f"`dataset` {name!r} cannot be read: {_first_line(error).rstrip('.')}.") from error
 
 
 def _full_name(name: str) -> str:
@@ -204,14 +217,6 @@ def _split_folders(path: Path, files: Sequence[Path]) -> list[str]:
     return []
 
 
-def _patterns_of_splits(path: Path, files: Sequence[Path]) -> dict[str, list[str]]:
-    """Which files belong to each split of a folder with a metadata file, as `datasets` is told."""
-    patterns: dict[str, list[str]] = {}
-    for top in _split_folders(path, [file.relative_to(path) for file in files]):
-        patterns.setdefault(SPLIT_NAMES[top.lower()], []).append(f"{top}/**")
-    return _in_order(patterns) if patterns else {"train": ["**"]}
-
-
 def _read_image_folder(path: Path, files: list[Path], labelled: bool) -> list[tuple[str, list[Dataset]]]:
     images = [file.relative_to(path) for file in files if is_image_file(file)]
     has_splits = bool(_split_folders(path, images))
@@ -231,11 +236,13 @@ def _read_image_folder(path: Path, files: list[Path], labelled: bool) -> list[tu
     columns: Mapping[str, dict] = {name: {"image": [str(path / file) for file in splits[name]]} for name in order}
     features = {"image": Image(decode=False)}
     if labelled:
-        names = sorted({file.parts[depth] for file in images})
+        # file systems spell accents in two ways, perhaps each split in another
+        class_of = {file: unicodedata.normalize("NFC", file.parts[depth]) for file in images}
+        names = sorted(set(class_of.values()))
         features["label"] = ClassLabel(names=names)
         numbers = {name: index for index, name in enumerate(names)}
         for name in order:
-            columns[name]["label"] = [numbers[file.parts[depth]] for file in splits[name]]
+            columns[name]["label"] = [numbers[class_of[file]] for file in splits[name]]
     return [(name, [Dataset.from_dict(columns[name], features=Features(features))]) for name in order]
 
 
@@ -262,7 +269,9 @@ def _with_standard_columns(part: Dataset, source: str, labelled: bool) -> Datase
     features = part.features
     images = [name for name, feature in features.items() if isinstance(feature, Image)]
     images = images or [name for name, feature in features.items() if isinstance(feature, Array2D | Array3D)]
-    columns = {_the_column(images, IMAGE_COLUMNS, "image", "", source, features): "image"}
+    images = images or [name for name in IMAGE_COLUMNS if _holds_files(features.get(name))]
+    accepted = f" (of the type Image, or files as bytes in {', '.join(IMAGE_COLUMNS)})"
+    columns = {_the_column(images, IMAGE_COLUMNS, "image", accepted, source, features): "image"}
     if labelled:
         classes = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
         named = [name for name in LABEL_COLUMNS if name in features]
@@ -271,7 +280,14 @@ def _with_standard_columns(part: Dataset, source: str, labelled: bool) -> Datase
         columns[_the_column(labels, LABEL_COLUMNS, "label", accepted, source, features)] = "label"
     part = part.select_columns(list(columns))
     part = part.rename_columns({old: new for old, new in columns.items() if old != new})
-    return part.cast_column("image", Image(decode=False)) if isinstance(part.features["image"], Image) else part
+    is_array = isinstance(part.features["image"], Array2D | Array3D)
+    return part if is_array else part.cast_column("image", Image(decode=False))
+
+
+def _holds_files(feature: Any) -> bool:
+    """Whether a column is what `Image` stores, or bytes, as other libraries than `datasets` write them."""
+    kind = feature.get("bytes") if isinstance(feature, Mapping) and {*feature} == {"bytes", "path"} else feature
+    return isinstance(kind, Value) and kind.dtype in ("binary", "large_binary")
 
 
 def opened(batch: dict[str, list]) -> dict[str, list]:

@@ -6,7 +6,7 @@ Files of arrays (`.npy`) count as images too: they may have any number of channe
 import io
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,35 @@ def files_below(folder: str | os.PathLike) -> Iterator[Path]:
 def is_image_file(file: Path) -> bool:
     """Whether a file is an image by its name."""
     return file.suffix.lower() in (*IMAGE_SUFFIXES, ARRAY_SUFFIX)
+
+
+def is_parquet_file(file: Path) -> bool:
+    """Whether a file is a parquet file by its name."""
+    return file.suffix.lower() == ".parquet"
+
+
+def check_names(name: str, files: Iterable[str | os.PathLike]) -> None:
+    """Refuses files whose names are no text: tables and records cannot hold them.
+
+    Args:
+        name (`str`): of the argument that they come from, for the error.
+        files (`Iterable[str or os.PathLike]`): the files.
+
+    Raises:
+        ValueError: naming the first one, and how many there are.
+    """
+    unnamed = [os.fsencode(file) for file in files if not _is_text(file)]
+    if unnamed:
+        raise ValueError(
+            f"`{name}` holds {len(unnamed)} files whose names are not UTF-8, such as {unnamed[0]!r}: rename them."
+        )
+
+
+def _is_text(file: str | os.PathLike) -> bool:
+    try:
+        return bool(os.fspath(file).encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def find_images(path: str | os.PathLike) -> list[Path]:
@@ -205,10 +234,12 @@ __all__ = [
     "ARRAY_SUFFIX",
     "IMAGE_SUFFIXES",
     "UnreadableImageError",
+    "check_names",
     "displayed",
     "files_below",
     "find_images",
     "is_image_file",
+    "is_parquet_file",
     "open_image",
     "open_pixels",
     "read_image",
