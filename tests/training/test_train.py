@@ -138,6 +138,10 @@ def test_bad_choices_are_refused_before_anything_is_written(parquet_folder, trai
     with pytest.raises(ValueError, match="exists already"):
         train(parquet_folder, output, small_recipe())
     assert list(tmp_path.iterdir()) == [output]
+    output.rmdir()
+    output.symlink_to(tmp_path / "nowhere")  # in whose place nothing could be put at the end
+    with pytest.raises(ValueError, match="exists already"):
+        train(parquet_folder, output, small_recipe())
 
 
 def test_published_recipes_take_changes():

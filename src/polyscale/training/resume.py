@@ -95,7 +95,7 @@ class RunFolder:
             raise ValueError(
                 f"`output_dir` {self.output_dir} exists already: its run is finished, and `resume` has nothing to do."
             )
-        if self.output_dir.exists() and not (resume and self.has_run()):
+        if os.path.lexists(self.output_dir) and not (resume and self.has_run()):
             raise ValueError(f"`output_dir` {self.output_dir} exists already. Name another, or remove it first.")
         if resume and not self.has_run():
             raise ValueError(f"`resume`: there is no checkpoint in {self.path}. Start without `resume`.")
