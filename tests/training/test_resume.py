@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import os
 import shutil
 from pathlib import Path
 
@@ -284,6 +285,14 @@ def test_data_are_told_from_others_by_their_images(tmp_path, stored):
     assert plain == again
     assert plain[0] == other[0]  # the same names and labels
     assert plain[1] != other[1]
+
+
+def test_data_are_the_same_however_their_place_is_spelled(tmp_path, monkeypatch):
+    write_images(tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    spelled = ["data", tmp_path / "data", "data/../data", "../" + tmp_path.name + "/data"]
+    digests = {data_digest(load_image_dataset(place), os.path.abspath(place)) for place in spelled}
+    assert len(digests) == 1
 
 
 @pytest.mark.slow

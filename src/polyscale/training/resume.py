@@ -288,7 +288,9 @@ def data_digest(splits: DatasetDict, source: str | os.PathLike) -> str:
         images = split.data.column("image")
         if pa_types.is_struct(images.type) and images.type.get_field_index("path") >= 0:
             paths = pc.struct_field(images, "path").to_pylist()
-            texts += [os.path.relpath(path, source) if path and os.path.isabs(path) else str(path) for path in paths]
+            are_files = pc.is_null(pc.struct_field(images, "bytes")).to_pylist()
+            for path, is_file in zip(paths, are_files, strict=True):
+                texts.append(os.path.relpath(os.path.abspath(path), source) if path and is_file else str(path))
         if "label" in split.column_names:
             texts += map(str, split.data.column("label").to_pylist())
     return digest_of(texts)

@@ -94,7 +94,9 @@ def find_images(path: str | os.PathLike) -> list[Path]:
     path = Path(path)
     if not path.is_dir():
         return [path]
-    files = sorted(file for file in files_below(path) if is_image_file(file) and file.is_file())
+    # a link to nothing is an image that cannot be read, and is told as such; a pipe or a socket is none
+    found = (file for file in files_below(path) if is_image_file(file))
+    files = sorted(file for file in found if file.is_file() or not file.exists())
     if not files:
         suffixes = ", ".join((*IMAGE_SUFFIXES, ARRAY_SUFFIX))
         raise UnreadableImageError(path, f"a folder without image files ({suffixes})")
