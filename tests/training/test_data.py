@@ -1,3 +1,4 @@
+import errno
 import io
 import os
 import tarfile
@@ -11,6 +12,7 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from datasets import Image as ImageFeature
+from datasets.exceptions import DatasetGenerationError
 from PIL import Image
 
 from polyscale.training.data import check_images, evaluation_split, load_image_dataset, sample_rows
@@ -367,6 +369,17 @@ def test_web_data_sets(tmp_path):
                 archive.addfile(entry, io.BytesIO(content))
     split = load_image_dataset(tmp_path)["train"]
     assert [(row["image"].getpixel((0, 0))[0], row["label"]) for row in split] == [(0, 2), (10, 0), (20, 1)]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.ENOTDIR])
+def test_a_cache_that_cannot_be_written_is_no_fault_of_the_data(tmp_path, monkeypatch, number):
+    def full(*_, **__):
+        raise DatasetGenerationError from OSError(number, os.strerror(number))
+
+    make_split(2).to_parquet(tmp_path / "x.parquet")
+    monkeypatch.setattr("polyscale.training.data.Dataset.from_parquet", full)
+    with pytest.raises(ValueError, match=rf"The cache .* cannot be written \({os.strerror(number)}\): set HF_HOME to"):
+        load_image_dataset(tmp_path / "x.parquet")
 
 
 @pytest.mark.parametrize("name", ["x.tar", "train.zip", "data.py", "x.jsonl"])

@@ -22,3 +22,14 @@ def test_a_link_to_nothing_is_no_folder(tmp_path):
         check_output(tmp_path / "link", "out", folder=True)
     (tmp_path / "folder").mkdir()
     assert check_output(tmp_path / "link", "out", folder=True) == tmp_path / "link"
+
+
+def test_a_user_may_have_no_home(tmp_path, monkeypatch):
+    def unknown(_):
+        raise KeyError("no such user")
+
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    with only_writer(tmp_path / "out", "out", "conversion"):
+        (tmp_path / "out").touch()
+    assert (tmp_path / "out").exists()

@@ -41,23 +41,11 @@ from ..utils.images import (
 from ..utils.validation import check_flag, check_int, check_path, shown
 from .labels import listed, unify_labels
 from .metadata import METADATA_FILES, read_metadata_folder
+from .splits import SPLIT_NAMES, in_order, parquet_splits, split_folders
 
 
-# What the folder of a split may be called, and the name it gets.
-SPLIT_NAMES = {
-    "train": "train",
-    "training": "train",
-    "validation": "validation",
-    "valid": "validation",
-    "val": "validation",
-    "dev": "validation",
-    "test": "test",
-    "testing": "test",
-}
 LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target", "cls")
 IMAGE_COLUMNS = ("image", "img", "images")
-# Of one file of several: "train-00000-of-00002".
-_SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}.*")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 # Up to so many bytes of files, every image is decoded before training; above, files are only looked for.
 _BYTES_TO_CHECK = 100_000_000
@@ -108,16 +96,16 @@ def _read(source: str | Path, labelled: bool) -> list[tuple[str, list[Dataset]]]
         files = list(files_below(path))
         check_names("dataset", files)
         if any(file.name in METADATA_FILES for file in files):
-            found = _split_folders(path, [file.relative_to(path) for file in files])
+            found = split_folders(path, [file.relative_to(path) for file in files])
             tops = {top: SPLIT_NAMES[top.lower()] for top in found}
-            return list(_in_order(read_metadata_folder(path, files, tops)).items())
+            return list(in_order(read_metadata_folder(path, files, tops)).items())
         if any(is_image_file(file) for file in files):
             return _read_image_folder(path, files, labelled)
         parquet = list(filter(is_parquet_file, files))
         if parquet:
             return [
                 (name, [_read_parquet(str(file)) for file in part])
-                for name, part in _parquet_splits(path, parquet).items()
+                for name, part in parquet_splits(path, parquet).items()
             ]
         if not files:
             raise ValueError(f"`dataset` {source!s} is an empty folder.")
@@ -127,20 +115,20 @@ def _read(source: str | Path, labelled: bool) -> list[tuple[str, list[Dataset]]]
     return [(name, [split]) for name, split in _load(str(source)).items()]
 
 
-def _load(name: str, **options) -> DatasetDict:
-    is_on_the_hub = not options and not Path(name).exists()
+def _load(name: str) -> DatasetDict:
+    is_on_the_hub = not Path(name).exists()
     kept = Path(datasets_config.HF_DATASETS_CACHE, name.replace("/", "___"))
     if is_on_the_hub and is_offline() and ("/" not in name or not kept.exists()):  # else it is asked again and again
         raise ValueError(f"`dataset` {name!r} is no folder or file here, and cannot be read from the hub: offline.")
     try:
-        return load_dataset(_full_name(name) if is_on_the_hub else name, **options)
+        return load_dataset(_full_name(name) if is_on_the_hub else name)
     except (DatasetNotFoundError, ConnectionError, EmptyDatasetError) as error:
         raise ValueError(
             f"`dataset` {name!r} is no folder or file here, and cannot be read from the hub: offline, or no such data "
             f"set ({type(error).__name__})."
         ) from error
     except Exception as error:  # of the readers of every kind of file
-        raise ValueError(f"`dataset` {name!r} cannot be read: {_first_line(error).rstrip('.')}.") from error
+        raise _unread(f"`dataset` {name!r} cannot be read", error) from error
 
 
 def _full_name(name: str) -> str:
@@ -156,70 +144,35 @@ def _full_name(name: str) -> str:
 
 
 def _read_parquet(path: str) -> Dataset:
+    said = f"{path} is no readable parquet file"
     try:
         pq.read_schema(path)
+    except Exception as error:  # pyarrow raises many kinds for a damaged file
+        raise ValueError(f"{said}: {_first_line(error)}.") from error
+    try:
         return Dataset.from_parquet(path)
-    except Exception as error:  # pyarrow and datasets raise many kinds for a damaged file
-        raise ValueError(f"{path} is no readable parquet file: {_first_line(error)}") from error
+    except Exception as error:  # and so does datasets
+        raise _unread(said, error) from error
+
+
+def _unread(said: str, error: BaseException) -> ValueError:
+    """The fault of the data, or of the place where `datasets` keeps what it made of them."""
+    cause = error.__cause__ or error
+    if isinstance(cause, OSError) and cause.errno is not None:
+        return ValueError(
+            f"The cache {datasets_config.HF_DATASETS_CACHE} cannot be written ({cause.strerror}): set HF_HOME to a "
+            "folder that can."
+        )
+    return ValueError(f"{said}: {_first_line(cause)}.")
 
 
 def _first_line(error: BaseException) -> str:
-    cause = error.__cause__ or error
-    return (str(cause).strip().splitlines() or [type(cause).__name__])[0]
-
-
-def _in_order(splits: Mapping[str, list]) -> dict[str, list]:
-    """Splits with the usual ones first."""
-    usual = [name for name in ("train", "validation", "test") if name in splits]
-    return {name: splits[name] for name in [*usual, *sorted(splits.keys() - set(usual))]}
-
-
-def _parquet_splits(path: Path, files: Sequence[Path]) -> dict[str, list[Path]]:
-    """The files of each split: by their own names (train.parquet, train-00000-of-00002.parquet), or by those of the
-    folders that they lie in; one split where no name says anything.
-
-    Raises:
-        ValueError: where some names do, and others do not.
-    """
-    splits: dict[str, list[Path]] = {}
-    for file in files:
-        shard = _SHARD.fullmatch(file.stem)
-        own = shard[1] if shard else file.stem
-        words = [own, re.split(r"[\W\d_]", own, maxsplit=1)[0], *reversed(file.relative_to(path).parts[:-1])]
-        found = next((SPLIT_NAMES[word.lower()] for word in words if word.lower() in SPLIT_NAMES), shard and own)
-        splits.setdefault(found or "", []).append(file)
-    unnamed = splits.pop("", [])
-    if unnamed and splits:
-        raise ValueError(
-            f"`dataset` {path} has files of the splits {listed(list(splits))}, and others that name none, such as "
-            f"{unnamed[0].name}: begin their names with train, validation or test."
-        )
-    return _in_order(splits) if splits else {"train": unnamed}
-
-
-def _split_folders(path: Path, files: Sequence[Path]) -> list[str]:
-    """The folders at the top of a data set, where they are its splits; none where they are its classes.
-
-    Raises:
-        ValueError: where folders of folders are called like splits, but not all of them.
-    """
-    tops = sorted({file.parts[0] for file in files if len(file.parts) > 1})
-    if tops and all(top.lower() in SPLIT_NAMES for top in tops):
-        return tops
-    deep = sorted({file.parts[0] for file in files if len(file.parts) > 2})
-    like = [top for top in deep if re.split(r"[\W\d_]", top, maxsplit=1)[0].lower() in SPLIT_NAMES]
-    if like and len(tops) > 1:
-        raise ValueError(
-            f"`dataset` {path}: {listed(like)} are called like splits, and hold folders; all of {listed(tops)} would "
-            "be classes. Call the splits train, validation and test, with nothing beside them, or give the folder of "
-            "one."
-        )
-    return []
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def _read_image_folder(path: Path, files: list[Path], labelled: bool) -> list[tuple[str, list[Dataset]]]:
     images = [file.relative_to(path) for file in files if is_image_file(file)]
-    has_splits = bool(_split_folders(path, images))
+    has_splits = bool(split_folders(path, images))
     depth = int(has_splits)
     bare = [file for file in images if len(file.parts) < depth + 2]
     if labelled and bare:
@@ -232,7 +185,7 @@ def _read_image_folder(path: Path, files: list[Path], labelled: bool) -> list[tu
     for file in images:
         name = SPLIT_NAMES[file.parts[0].lower()] if has_splits and len(file.parts) > 1 else "train"
         splits.setdefault(name, []).append(file)
-    order = list(_in_order(splits))
+    order = list(in_order(splits))
     columns: Mapping[str, dict] = {name: {"image": [str(path / file) for file in splits[name]]} for name in order}
     features = {"image": Image(decode=False)}
     if labelled:

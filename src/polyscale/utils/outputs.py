@@ -71,7 +71,8 @@ def only_writer(path: str | os.PathLike, name: str, what: str) -> Iterator[None]
     Raises:
         ValueError: where another one writes to it.
     """
-    key = hashlib.sha256(f"{Path.home()}\n{Path(path).resolve()}".encode()).hexdigest()[:24]
+    home = os.path.expanduser("~")  # where there is none it stays as it is
+    key = hashlib.sha256(f"{home}\n{Path(path).resolve()}".encode()).hexdigest()[:24]
     try:
         with FileLock(Path(tempfile.gettempdir()) / f"polyscale-{key}.lock", timeout=0):
             yield
