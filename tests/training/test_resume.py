@@ -296,6 +296,25 @@ def test_data_are_the_same_however_their_place_is_spelled(tmp_path, monkeypatch)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_run_that_met_a_damaged_image_goes_on_when_it_is_mended(tmp_path, monkeypatch, num_workers):
+    data, output = tmp_path / "data", tmp_path / "model"
+    write_images(data)
+    damaged = data / "train" / "light" / "5.png"
+
+    def damage(*_, **__):
+        damaged.write_bytes(b"no image")
+
+    said = r"Images cannot be read: .*5\.png: not a .* Mend it, then: .* --resume"
+    with monkeypatch.context() as patch:
+        patch.setattr(PatchSizeCallback, "on_step_end", damage, raising=False)
+        with pytest.raises(TrainingStopped, match=said):
+            train(data, output, recipe(num_workers=num_workers), verbose=False)
+    Image.new("RGB", (8, 8), "white").save(damaged)
+    assert train(data, output, resume=True, verbose=False)["budgets"]
+
+
+@pytest.mark.slow
 def test_another_teacher_than_that_of_the_run_is_refused(tmp_path, monkeypatch):
     data, output, teacher = tmp_path / "data", tmp_path / "model", tmp_path / "teacher"
     write_images(data)

@@ -155,6 +155,12 @@ class RunFolder:
             raise ValueError(f"{self.path / RUN_FILE} cannot be read ({error}): remove {self.path}.") from error
         return facts
 
+    def expect_mended_images(self) -> None:
+        """Forgets what was in the images, so that the run goes on when the damaged one is replaced."""
+        facts = self.read()
+        facts["data"].pop("contents", None)
+        self.record(**facts)
+
     def discard(self) -> None:
         """Removes the folder; what tells that there is a run goes last, so that a killed removal can go on."""
         self.release()
