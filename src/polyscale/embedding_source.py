@@ -68,17 +68,19 @@ def items_of(source: str | os.PathLike) -> list[Item]:
     Raises:
         ValueError: for a source without images.
     """
+    from .training.data import check_one_kind, load_image_dataset
+
     path = Path(check_path("source", source))
     if path.is_dir() or (path.is_file() and not is_parquet_file(path)):
         try:
             files = find_images(path)
-            check_names("source", files)
-            return [_file_item(file) for file in files]
         except UnreadableImageError:  # a folder without images
             if not any(map(is_parquet_file, files_below(path))):
                 raise
-    from .training.data import load_image_dataset
-
+        else:
+            check_names("source", files)
+            check_one_kind("source", path, files_below(path))
+            return [_file_item(file) for file in files]
     items = []
     for split_name, split in load_image_dataset(source, labelled=False).items():
         stored = split.with_format(None)

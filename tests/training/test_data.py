@@ -15,6 +15,7 @@ from datasets import Image as ImageFeature
 from datasets.exceptions import DatasetGenerationError
 from PIL import Image
 
+from polyscale.embedding_source import items_of
 from polyscale.training.data import check_images, evaluation_split, load_image_dataset, sample_rows
 from polyscale.training.plans import hold_out, splits_for
 from polyscale.training.recipe import TrainingRecipe
@@ -420,3 +421,18 @@ def test_classes_too_small_to_keep_any_image_back_are_all_trained_on():
     splits, notes = splits_for(DatasetDict({"train": train}), TrainingRecipe())
     assert {name: len(split) for name, split in splits.items()} == {"train": 52}
     assert notes == ["There is no validation or test split: none of its images is kept back, for each class has few."]
+
+
+def test_a_folder_holds_images_in_files_or_in_tables(tmp_path):
+    _parquet(tmp_path / "data" / "train.parquet", label=([0, 1, 0], Value("int64")))
+    (tmp_path / "assets").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "assets" / "logo.png")
+    with pytest.raises(ValueError, match=r"`dataset` .* holds image files, and images in data/train\.parquet: give"):
+        load_image_dataset(tmp_path)
+    with pytest.raises(ValueError, match=r"`source` .* holds image files, and images in data/train\.parquet: give"):
+        items_of(tmp_path)
+    assert len(load_image_dataset(tmp_path / "data")["train"]) == len(items_of(tmp_path / "data")) == 3
+    (tmp_path / "data" / "train.parquet").unlink()
+    pq.write_table(pa.table({"file": ["logo.png"], "embedding": [[0.5]]}), tmp_path / "part-00000.parquet")
+    (tmp_path / "damaged.parquet").write_bytes(b"no")
+    assert len(load_image_dataset(tmp_path)["train"]) == len(items_of(tmp_path)) == 1

@@ -3,11 +3,13 @@
 import os
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import (
     Array2D,
@@ -100,6 +102,7 @@ def _read(source: str | Path, labelled: bool) -> list[tuple[str, list[Dataset]]]
             tops = {top: SPLIT_NAMES[top.lower()] for top in found}
             return list(in_order(read_metadata_folder(path, files, tops)).items())
         if any(is_image_file(file) for file in files):
+            check_one_kind("dataset", path, files)
             return _read_image_folder(path, files, labelled)
         parquet = list(filter(is_parquet_file, files))
         if parquet:
@@ -113,6 +116,27 @@ def _read(source: str | Path, labelled: bool) -> list[tuple[str, list[Dataset]]]
     if path.exists() or not _HUB_NAME.fullmatch(str(source)) or str(source).startswith("."):
         raise ValueError(f"`dataset` must be a folder, a parquet file or a hub name; {source!s} is none of them.")
     return [(name, [split]) for name, split in _load(str(source)).items()]
+
+
+def check_one_kind(name: str, path: Path, files: Iterable[Path]) -> None:
+    """Refuses a folder with images both in files and in tables, such as a copy of a hub's data set with its pictures.
+
+    Args:
+        name: of the argument that gives the folder, for the error.
+        path: the folder.
+        files: below it; some are images.
+
+    Raises:
+        ValueError: naming one of the tables.
+    """
+    for file in filter(is_parquet_file, files):
+        with suppress(OSError, pa.ArrowException):
+            columns = [field.type for field in pq.read_schema(file)]
+            if any(pa.types.is_struct(column) and column.get_field_index("bytes") >= 0 for column in columns):
+                raise ValueError(
+                    f"`{name}` {path} holds image files, and images in {file.relative_to(path)}: give the folder or "
+                    "the parquet file that is meant."
+                )
 
 
 def _load(name: str) -> DatasetDict:
@@ -343,6 +367,7 @@ __all__ = [
     "LABEL_COLUMNS",
     "SPLIT_NAMES",
     "check_images",
+    "check_one_kind",
     "evaluation_split",
     "image_shapes",
     "load_image_dataset",
