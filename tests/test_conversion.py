@@ -99,6 +99,11 @@ def test_an_output_that_exists_is_kept_unless_told_otherwise(vit, tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(ValueError, match="exists already"):
         polyscale.convert_checkpoint(folder, tmp_path / "file")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="exists already"):
+        polyscale.convert_checkpoint(folder, tmp_path / "link")
+    with pytest.raises(ValueError, match=r"`out` .*link is a link to nothing"):
+        polyscale.convert_checkpoint(folder, tmp_path / "link", overwrite=True)
 
 
 @pytest.mark.parametrize("breaking", ["source", "saving"])

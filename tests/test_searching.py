@@ -1,5 +1,7 @@
 """Search in embeddings: the nearest by cosine, by images and by words."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -124,3 +126,16 @@ def test_what_cannot_be_searched_is_refused(folder, tmp_path):
     embed_images(folder, tmp_path / "out", checkpoint, tokens=True)
     with pytest.raises(ValueError, match="holds the tokens of each image"):
         search_embeddings(tmp_path / "out", folder / "4.png")
+
+
+def test_an_unfinished_folder_says_how_much_was_searched(folder, tmp_path):
+    (folder / "9.png").write_bytes(b"no image")
+    checkpoint = save_tiny_flexivit(tmp_path / "flexivit")
+    embed_images(folder, tmp_path / "out", checkpoint, shard_size=3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(search_embeddings(tmp_path / "out", folder / "4.png", top=10)) == 7
+    (tmp_path / "out" / "part-00001.parquet").unlink()
+    with pytest.warns(UserWarning, match="holds 5 of its 8 images: the others were not searched"):
+        found = search_embeddings(tmp_path / "out", folder / "4.png", top=10)
+    assert sorted(file.file[-5:] for file in found) == ["0.png", "1.png", "2.png", "6.png"]

@@ -153,7 +153,7 @@ def _is_checkpoint(folder: Path) -> bool:
 def _check_free(out: Path, name: str, overwrite: bool, source: Path | None) -> None:
     """Refuses an output that is there, unless it may be replaced: a checkpoint (or file) that is not the source."""
     is_empty_folder = out.is_dir() and not any(out.iterdir())
-    if not out.exists() or is_empty_folder:
+    if not os.path.lexists(out) or is_empty_folder:
         return
     if not overwrite:
         raise ValueError(

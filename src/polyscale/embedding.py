@@ -333,7 +333,7 @@ def _embed_shards(
             contents = Contents.of_metadata(shard.schema_arrow.metadata)
             if contents is None or contents.are_those_of(items):
                 found += shard.metadata.num_rows
-                damaged += _read_damaged(listed) if listed.exists() else []
+                damaged += read_damaged(listed) if listed.exists() else []
                 continue
         batches = [items[start : start + batch_size] for start in range(0, len(items), batch_size)]
         names: list[str] = []
@@ -361,7 +361,12 @@ def _embed_shards(
     return EmbeddingSummary(written, found, damaged)
 
 
-def _read_damaged(listed: Path) -> list[dict]:
+def read_damaged(listed: Path) -> list[dict]:
+    """ "file" and "error" of the images of a shard that could not be read.
+
+    Raises:
+        ValueError: for a damaged list of them.
+    """
     try:
         return [
             {"file": str(entry["file"]), "error": str(entry["error"])}
@@ -379,6 +384,7 @@ __all__ = [
     "image_outputs",
     "open_shard",
     "pooled_vectors",
+    "read_damaged",
     "read_record",
     "takes_texts",
 ]

@@ -11,7 +11,7 @@ from datasets import Dataset
 from PIL import Image
 
 from .utils.identity import digest_of, image_digest
-from .utils.images import UnreadableImageError, files_below, find_images, open_pixels
+from .utils.images import UnreadableImageError, check_names, files_below, find_images, is_parquet_file, open_pixels
 from .utils.validation import check_path
 
 
@@ -68,15 +68,19 @@ def items_of(source: str | os.PathLike) -> list[Item]:
     Raises:
         ValueError: for a source without images.
     """
-    path = Path(check_path("source", source))
-    if path.is_dir() or (path.is_file() and path.suffix != ".parquet"):
-        try:
-            return [_file_item(file) for file in find_images(path)]
-        except UnreadableImageError:  # a folder without images
-            if not any(file.suffix == ".parquet" for file in files_below(path)):
-                raise
-    from .training.data import load_image_dataset
+    from .training.data import check_one_kind, load_image_dataset
 
+    path = Path(check_path("source", source))
+    if path.is_dir() or (path.is_file() and not is_parquet_file(path)):
+        try:
+            files = find_images(path)
+        except UnreadableImageError:  # a folder without images
+            if not any(map(is_parquet_file, files_below(path))):
+                raise
+        else:
+            check_names("source", files)
+            check_one_kind("source", path, files_below(path))
+            return [_file_item(file) for file in files]
     items = []
     for split_name, split in load_image_dataset(source, labelled=False).items():
         stored = split.with_format(None)

@@ -2,6 +2,7 @@
 
 import heapq
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -10,7 +11,16 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer
 
-from .embedding import RECORD, check_same_model, image_outputs, open_shard, pooled_vectors, read_record, takes_texts
+from .embedding import (
+    RECORD,
+    check_same_model,
+    image_outputs,
+    open_shard,
+    pooled_vectors,
+    read_damaged,
+    read_record,
+    takes_texts,
+)
 from .layers.token_budget import budget_kwargs
 from .loading import LoadedModel, checkpoint_source, load_base_model, reading
 from .utils.images import is_image_file, open_pixels
@@ -128,8 +138,16 @@ def search_embeddings(
     check_same_model(out, record, loaded)
     vector = _normalized(_query_embedding(query, record, loaded, record["model"]))
     nearest: list[tuple[float, str]] = []
+    found = sum(len(read_damaged(listed)) for listed in out.glob("damaged-*.json"))
     for names, vectors in _rows(out):
+        found += len(names)
         nearest = heapq.nlargest(top, [*nearest, *zip((vectors @ vector).tolist(), names, strict=True)])
+    if found < record["images"]:
+        warnings.warn(
+            f"`out` {out} holds {found} of its {record['images']} images: the others were not searched. Embed them "
+            "(`embed_images` goes on where it stopped).",
+            stacklevel=2,
+        )
     return [SearchResult(file, score) for score, file in nearest]
 
 

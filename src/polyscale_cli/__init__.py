@@ -17,7 +17,7 @@ from .embed import embed
 from .evaluate import evaluate
 from .explore import explore
 from .library import written_in
-from .printing import silence_torch
+from .printing import escape_unprintable, silence_torch
 from .show import show
 from .train import train
 from .wording import WordedCommand
@@ -69,6 +69,7 @@ for command in _COMMANDS:
 def main() -> None:
     """The entry point of the `polyscale` command."""
     silence_torch()
+    escape_unprintable()
     app()
 
 

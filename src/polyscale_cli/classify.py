@@ -97,15 +97,18 @@ def classify(
                     batch_size=batch_size,
                     progress=progress,
                 )
-        if as_json:
-            typer.echo(json.dumps(records, indent=2, allow_nan=False))
-        elif records:
-            _print_tables(records, loaded.model.config, policy is not None)
         for error in errors:
             note("classify", f"{error['file']}: {error['error']}")
+        try:
+            if as_json:
+                typer.echo(json.dumps(records, indent=2, allow_nan=False))
+            elif records:
+                _print_tables(records, loaded.model.config, policy is not None)
+        finally:  # also where nobody reads what is printed
+            if output is not None and records:
+                with written_beside(output) as scratch:
+                    draw_classification(*loaded, records).savefig(scratch)
         if output is not None and records:
-            with written_beside(output) as scratch:
-                draw_classification(*loaded, records).savefig(scratch)
             typer.echo(f"Wrote {output}", err=as_json)
         if errors:
             raise typer.Exit(1)

@@ -44,17 +44,20 @@ def demo(
             check_image_output(output)
         with progress_bar("Classifying") as progress:
             answers = answer_photographs(model or None, device=device, progress=progress)
-        if as_json:
-            records = [record for answer in answers for record in answer.records]
-            typer.echo(json.dumps(records, indent=2, allow_nan=False))
-        else:
-            console = Console()
-            for answer in answers:
-                console.print(plain(answer.name), style="bold")
-                console.print(_table(answer, console.encoding.startswith("utf")))
+        try:
+            if as_json:
+                records = [record for answer in answers for record in answer.records]
+                typer.echo(json.dumps(records, indent=2, allow_nan=False))
+            else:
+                console = Console()
+                for answer in answers:
+                    console.print(plain(answer.name), style="bold")
+                    console.print(_table(answer, console.encoding.startswith("utf")))
+        finally:  # also where nobody reads what is printed
+            if output is not None:
+                with written_beside(output) as scratch:
+                    draw_answer_sheet(answers).savefig(scratch)
         if output is not None:
-            with written_beside(output) as scratch:
-                draw_answer_sheet(answers).savefig(scratch)
             typer.echo(f"Wrote {output}", err=as_json)
 
 

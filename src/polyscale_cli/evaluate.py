@@ -166,19 +166,21 @@ def evaluate(
                 records = frontier_records(evaluations, progress=progress)
         if split is None and evaluations[0].split not in ("validation", "valid", "test"):
             note("evaluate", f"{dataset} has no validation or test split: scored on {evaluations[0].split!r}.")
-        if as_json:
-            typer.echo(json.dumps(records, indent=2, allow_nan=False))
-        else:
-            for evaluation in evaluations:
-                Console().print(results_table(evaluation))
-                if per_class:
-                    Console().print(per_class_table(evaluation))
-            if speed:
-                Console().print(costs_table(evaluations, records, references))
-        if output is not None:
-            written = write_evaluations(evaluations, output)
-            if speed:
+        try:
+            if as_json:
+                typer.echo(json.dumps(records, indent=2, allow_nan=False))
+            else:
+                for evaluation in evaluations:
+                    Console().print(results_table(evaluation))
+                    if per_class:
+                        Console().print(per_class_table(evaluation))
+                if speed:
+                    Console().print(costs_table(evaluations, records, references))
+        finally:  # also where nobody reads what is printed
+            written = [] if output is None else write_evaluations(evaluations, output)
+            if output is not None and speed:
                 written += write_frontier(evaluations, records, output, references)
+        if written:
             typer.echo(f"Wrote {', '.join(str(path) for path in written)}", err=as_json)
 
 

@@ -1,5 +1,6 @@
 """What commands print: errors in one line, progress on the standard error, tables."""
 
+import io
 import logging
 import os
 import signal
@@ -19,6 +20,13 @@ INTERRUPTED, TERMINATED = 130, 143
 def silence_torch() -> None:
     """Leaves out warnings of libraries about each other, which a user of a command can do nothing about."""
     logging.getLogger("torch.utils._pytree").addFilter(lambda record: record.levelno >= logging.ERROR)
+
+
+def escape_unprintable() -> None:
+    """Lets names through that the terminal's encoding does not have, as escapes: they must not cost a result."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def no_bars() -> None:
@@ -108,4 +116,4 @@ def progress_bar(text: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-__all__ = ["fail", "no_bars", "note", "progress_bar", "quiet", "reporting", "silence_torch"]
+__all__ = ["escape_unprintable", "fail", "no_bars", "note", "progress_bar", "quiet", "reporting", "silence_torch"]

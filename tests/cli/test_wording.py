@@ -1,5 +1,8 @@
 """What commands say of a mistake is in the words that the user typed."""
 
+import io
+import sys
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -9,6 +12,7 @@ from polyscale.assets import sample_photographs
 from polyscale.cli import app
 from polyscale.evaluation.labels import read_label_map
 from polyscale.utils.outputs import only_writer
+from polyscale_cli.printing import escape_unprintable
 from polyscale_cli.wording import as_typed, printable
 
 from ..tiny_checkpoints import save_tiny_flexivit, save_tiny_quadtree_vit
@@ -137,3 +141,12 @@ def test_without_a_command_words_stay():
 
 def test_control_characters_do_nothing():
     assert printable("a\x1b[31m\nb") == "a\N{REPLACEMENT CHARACTER}[31m\nb"
+
+
+def test_names_that_an_encoding_lacks_are_written_as_escapes(monkeypatch):
+    written = io.BytesIO()
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, io.TextIOWrapper(written, encoding="ascii"))
+    escape_unprintable()
+    print("caf\N{LATIN SMALL LETTER E WITH ACUTE} \udce9", flush=True)
+    assert written.getvalue() == b"caf\\xe9 \\udce9\n"

@@ -306,3 +306,11 @@ def test_bad_input(split, checkpoint):
         assert set(seen) <= {1}  # nothing was scored before
     with pytest.raises(ValueError, match="is empty"):
         evaluate_budgets(model, processor, split.select([]))
+
+
+def test_results_need_no_cache_of_another_library(split, checkpoint, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("evaluate.config.HF_METRICS_CACHE", tmp_path / "file" / "cache")
+    model, processor = load_classifier(checkpoint)
+    (result,) = evaluate_budgets(model, processor, split, [8])
+    assert result.images == len(split)

@@ -1,14 +1,24 @@
+import errno
+import io
+import os
+import tarfile
+import unicodedata
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from datasets import Image as ImageFeature
+from datasets.exceptions import DatasetGenerationError
 from PIL import Image
 
+from polyscale.embedding_source import items_of
 from polyscale.training.data import check_images, evaluation_split, load_image_dataset, sample_rows
-from polyscale.training.plans import hold_out
+from polyscale.training.plans import hold_out, splits_for
+from polyscale.training.recipe import TrainingRecipe
 from polyscale.training.transforms import AugmentedImages, ImageCollator, TrainingTransform, pixels_of
 from polyscale.utils.images import open_image
 
@@ -324,3 +334,105 @@ def test_names_of_images_beside_a_metadata_file_are_no_splits(tmp_path):
 def test_a_source_that_is_none(source):
     with pytest.raises(ValueError, match="`dataset` must be a path or a name"):
         load_image_dataset(source)
+
+
+def _png(red):
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), (red, 0, 0)).save(buffer, "png")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    "kind", [pa.binary(), pa.large_binary(), pa.struct({"bytes": pa.binary(), "path": pa.string()})]
+)
+def test_parquet_files_of_other_libraries(tmp_path, kind):
+    cells = [_png(0), _png(10)] if not pa.types.is_struct(kind) else [{"bytes": _png(red)} for red in (0, 10)]
+    table = pa.table({"image": pa.array(cells, kind), "label": pa.array(["owl", "cat"]).dictionary_encode()})
+    pq.write_table(table, tmp_path / "TRAIN.PARQUET")
+    for source in (tmp_path, tmp_path / "TRAIN.PARQUET"):
+        split = load_image_dataset(source)["train"]
+        assert [(row["image"].getpixel((0, 0))[0], row["label"]) for row in split] == [(0, 1), (10, 0)]
+        assert check_images(split, "train") == 2
+
+
+def test_a_column_of_paths_is_no_column_of_images(tmp_path):
+    pq.write_table(pa.table({"image": ["a.png"], "label": [0]}), tmp_path / "x.parquet")
+    with pytest.raises(ValueError, match=r"must have an image column \(of the type Image, or files as bytes in image"):
+        load_image_dataset(tmp_path / "x.parquet")
+
+
+def test_web_data_sets(tmp_path):
+    with tarfile.open(tmp_path / "train-000.tar", "w") as archive:
+        for index, label in enumerate([2, 0, 1]):
+            for name, content in ((f"{index}.png", _png(10 * index)), (f"{index}.cls", str(label).encode())):
+                entry = tarfile.TarInfo(name)
+                entry.size = len(content)
+                archive.addfile(entry, io.BytesIO(content))
+    split = load_image_dataset(tmp_path)["train"]
+    assert [(row["image"].getpixel((0, 0))[0], row["label"]) for row in split] == [(0, 2), (10, 0), (20, 1)]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.ENOTDIR])
+def test_a_cache_that_cannot_be_written_is_no_fault_of_the_data(tmp_path, monkeypatch, number):
+    def full(*_, **__):
+        raise DatasetGenerationError from OSError(number, os.strerror(number))
+
+    make_split(2).to_parquet(tmp_path / "x.parquet")
+    monkeypatch.setattr("polyscale.training.data.Dataset.from_parquet", full)
+    with pytest.raises(ValueError, match=rf"The cache .* cannot be written \({os.strerror(number)}\): set HF_HOME to"):
+        load_image_dataset(tmp_path / "x.parquet")
+
+
+@pytest.mark.parametrize("name", ["x.tar", "train.zip", "data.py", "x.jsonl"])
+def test_files_that_datasets_cannot_read_are_told_in_one_line(tmp_path, name):
+    (tmp_path / name).write_bytes(b"no archive, no JSON")
+    with pytest.raises(ValueError, match=r"`dataset` '.*' cannot be read: .+\.$"):
+        load_image_dataset(tmp_path)
+
+
+def test_accents_spelled_otherwise_are_the_same_class(tmp_path):
+    for split, form in (("train", "NFC"), ("test", "NFD")):
+        for index, name in enumerate(("caf\N{LATIN SMALL LETTER E WITH ACUTE}", "zoo")):
+            folder = tmp_path / split / unicodedata.normalize(form, name)
+            folder.mkdir(parents=True)
+            Image.new("RGB", (8, 8), (10 * index, 0, 0)).save(folder / "0.png")
+    splits = load_image_dataset(tmp_path)
+    assert splits["test"].features["label"].names == ["caf\N{LATIN SMALL LETTER E WITH ACUTE}", "zoo"]
+    for split in splits.values():
+        assert [(row["image"].getpixel((0, 0))[0], row["label"]) for row in split] == [(0, 0), (10, 1)]
+
+
+def test_names_that_are_no_text_are_refused(tmp_path):
+    folder = os.fsencode(tmp_path) + b"/cat\xe9"
+    os.mkdir(folder)
+    with open(folder + b"/0.png", "wb") as file:
+        file.write(_png(0))
+    with pytest.raises(ValueError, match=r"`dataset` holds 1 files whose names are not UTF-8, such as b'.*cat\\xe9"):
+        load_image_dataset(tmp_path)
+
+
+def test_classes_too_small_to_keep_any_image_back_are_all_trained_on():
+    images = [make_picture(0, index) for index in range(52)]
+    train = Dataset.from_dict(
+        {"image": images, "label": [index // 4 for index in range(52)]},
+        features=Features({"image": ImageFeature(), "label": ClassLabel(names=[f"c{index}" for index in range(13)])}),
+    )
+    train = train.cast_column("image", ImageFeature(decode=False))
+    splits, notes = splits_for(DatasetDict({"train": train}), TrainingRecipe())
+    assert {name: len(split) for name, split in splits.items()} == {"train": 52}
+    assert notes == ["There is no validation or test split: none of its images is kept back, for each class has few."]
+
+
+def test_a_folder_holds_images_in_files_or_in_tables(tmp_path):
+    _parquet(tmp_path / "data" / "train.parquet", label=([0, 1, 0], Value("int64")))
+    (tmp_path / "assets").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "assets" / "logo.png")
+    with pytest.raises(ValueError, match=r"`dataset` .* holds image files, and images in data/train\.parquet: give"):
+        load_image_dataset(tmp_path)
+    with pytest.raises(ValueError, match=r"`source` .* holds image files, and images in data/train\.parquet: give"):
+        items_of(tmp_path)
+    assert len(load_image_dataset(tmp_path / "data")["train"]) == len(items_of(tmp_path / "data")) == 3
+    (tmp_path / "data" / "train.parquet").unlink()
+    pq.write_table(pa.table({"file": ["logo.png"], "embedding": [[0.5]]}), tmp_path / "part-00000.parquet")
+    (tmp_path / "damaged.parquet").write_bytes(b"no")
+    assert len(load_image_dataset(tmp_path)["train"]) == len(items_of(tmp_path)) == 1

@@ -52,6 +52,29 @@ def test_files_that_number_their_classes_otherwise_are_aligned(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "kinds",
+    [
+        [(["1", "10", "2"], Value("string")), ([1, 10, 2], Value("int64"))],
+        [([0, 1], Value("int64")), (["cat", "dog"], Value("string"))],
+        [([0], ClassLabel(names=["a", "b"])), ([0], ClassLabel(names=["b", "a"])), ([1], Value("int64"))],
+    ],
+)
+def test_integers_beside_other_names_mean_no_class(tmp_path, kinds):
+    for name, (labels, feature) in zip(("train", "test", "validation"), kinds, strict=False):
+        write(tmp_path / f"{name}.parquet", labels, feature)
+    with pytest.raises(ValueError, match="class names in some parts, and plain integers in others"):
+        load_image_dataset(tmp_path)
+
+
+def test_integers_beside_one_list_of_names_are_places_in_it(tmp_path):
+    write(tmp_path / "train.parquet", [0, 1], ClassLabel(names=["owl", "cat"]))
+    write(tmp_path / "test.parquet", [1, 0], Value("int64"))
+    splits = load_image_dataset(tmp_path)
+    assert splits["test"].features["label"].names == ["owl", "cat"]
+    assert labels_of(splits["test"]) == [1, 0]
+
+
+@pytest.mark.parametrize(
     ("labels", "feature", "message"),
     [
         ([0, None, 1], Value("int64"), "has 1 images without a label .missing or negative., the first in row 1"),

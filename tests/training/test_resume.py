@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import os
 import shutil
 from pathlib import Path
 
@@ -284,6 +285,33 @@ def test_data_are_told_from_others_by_their_images(tmp_path, stored):
     assert plain == again
     assert plain[0] == other[0]  # the same names and labels
     assert plain[1] != other[1]
+
+
+def test_data_are_the_same_however_their_place_is_spelled(tmp_path, monkeypatch):
+    write_images(tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    spelled = ["data", tmp_path / "data", "data/../data", "../" + tmp_path.name + "/data"]
+    digests = {data_digest(load_image_dataset(place), os.path.abspath(place)) for place in spelled}
+    assert len(digests) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_run_that_met_a_damaged_image_goes_on_when_it_is_mended(tmp_path, monkeypatch, num_workers):
+    data, output = tmp_path / "data", tmp_path / "model"
+    write_images(data)
+    damaged = data / "train" / "light" / "5.png"
+
+    def damage(*_, **__):
+        damaged.write_bytes(b"no image")
+
+    said = r"Images cannot be read: .*5\.png: not a .* Mend it, then: .* --resume"
+    with monkeypatch.context() as patch:
+        patch.setattr(PatchSizeCallback, "on_step_end", damage, raising=False)
+        with pytest.raises(TrainingStopped, match=said):
+            train(data, output, recipe(num_workers=num_workers), verbose=False)
+    Image.new("RGB", (8, 8), "white").save(damaged)
+    assert train(data, output, resume=True, verbose=False)["budgets"]
 
 
 @pytest.mark.slow

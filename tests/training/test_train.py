@@ -138,6 +138,10 @@ def test_bad_choices_are_refused_before_anything_is_written(parquet_folder, trai
     with pytest.raises(ValueError, match="exists already"):
         train(parquet_folder, output, small_recipe())
     assert list(tmp_path.iterdir()) == [output]
+    output.rmdir()
+    output.symlink_to(tmp_path / "nowhere")  # in whose place nothing could be put at the end
+    with pytest.raises(ValueError, match="exists already"):
+        train(parquet_folder, output, small_recipe())
 
 
 def test_published_recipes_take_changes():
@@ -189,3 +193,13 @@ def test_weights_beyond_the_range_of_a_dtype_stay_as_they_are(tmp_path):
     }
     for name, tensor in weights.items():
         assert torch.equal(stored[name].to(tensor.dtype), tensor)
+
+
+def test_a_training_whose_output_nobody_reads_goes_on(image_folder, tmp_path, monkeypatch):
+    def closed(*_, **__):
+        raise SystemExit(1)  # as rich ends a program at a closed pipe
+
+    monkeypatch.setattr("rich.console.Console.print", closed)
+    metrics = train(image_folder, tmp_path / "model", small_recipe(epochs=1))
+    assert [result["budget"] for result in metrics["budgets"]] == [4, 8]
+    assert (tmp_path / "model" / "model.safetensors").is_file()

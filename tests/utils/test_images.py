@@ -1,6 +1,7 @@
 """One way from an image file to RGB, whoever reads it."""
 
 import io
+import os
 import pickle
 import struct
 import zlib
@@ -154,3 +155,14 @@ def test_image_processors_refuse_pixels_of_unknown_range(dtype):
 def test_what_stands_for_no_image_is_refused():
     with pytest.raises(UnreadableImageError, match="row 3: expected a file, bytes or a PIL image, got NoneType"):
         read_image(None, "row 3")
+
+
+def test_a_link_to_nothing_is_found_and_cannot_be_read(tmp_path):
+    Image.new("RGB", (2, 2)).save(tmp_path / "a.png")
+    (tmp_path / "b.png").symlink_to(tmp_path / "gone.png")
+    (tmp_path / "c.png").symlink_to(tmp_path / "a.png")
+    os.mkfifo(tmp_path / "d.png")  # which nobody should wait for
+    found = find_images(tmp_path)
+    assert [file.name for file in found] == ["a.png", "b.png", "c.png"]
+    with pytest.raises(UnreadableImageError, match=r"b\.png: no such file"):
+        open_image(found[1])

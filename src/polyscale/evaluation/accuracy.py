@@ -13,7 +13,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from ..layers.token_budget import TokenBudgetMixin
 from ..utils.timing import device_wait, timed
 from .inputs import image_batches, model_inputs, size_options
-from .metrics import TopKAccuracy, wilson_interval
+from .metrics import top_k_shares, wilson_interval
 from .options import EvaluationOptions
 from .planning import Plan, plan_rows
 from .settings import BUDGET, Setting
@@ -199,7 +199,7 @@ def _result(
     image_size: tuple[int, int] | None, score: _Scores, labels: np.ndarray, split: Dataset | None
 ) -> BudgetResult:
     logits = np.concatenate(score.logits)
-    accuracy = TopKAccuracy().compute(predictions=logits, references=labels)
+    accuracy = top_k_shares(logits, labels)
     mean = sum(score.tokens) / len(score.tokens)
     return BudgetResult(
         image_size=image_size,

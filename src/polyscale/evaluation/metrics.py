@@ -7,6 +7,12 @@ import evaluate
 import numpy as np
 
 
+def top_k_shares(scores: np.ndarray, labels: np.ndarray, ks: tuple[int, ...] = (1, 5)) -> dict[str, float]:
+    """`{"top1": ..., "top5": ...}` of scores (images, classes) and labels (images,), as `TopKAccuracy` defines it."""
+    ranking = np.argsort(-scores, axis=1, kind="stable")
+    return {f"top{k}": float((ranking[:, :k] == labels[:, None]).any(axis=1).mean()) for k in ks}
+
+
 class TopKAccuracy(evaluate.Metric):
     """The share of images whose label is among the k classes with the highest scores.
 
@@ -33,9 +39,7 @@ class TopKAccuracy(evaluate.Metric):
         )
 
     def _compute(self, predictions, references) -> dict[str, float]:
-        scores, labels = np.asarray(predictions), np.asarray(references)
-        ranking = np.argsort(-scores, axis=1, kind="stable")
-        return {f"top{k}": float((ranking[:, :k] == labels[:, None]).any(axis=1).mean()) for k in self.ks}
+        return top_k_shares(np.asarray(predictions), np.asarray(references), self.ks)
 
 
 def wilson_interval(share: float, count: int, z: float = 1.959963984540054) -> tuple[float, float]:
@@ -54,4 +58,4 @@ def wilson_interval(share: float, count: int, z: float = 1.959963984540054) -> t
     return max(centre - margin, 0.0), min(centre + margin, 1.0)
 
 
-__all__ = ["TopKAccuracy", "wilson_interval"]
+__all__ = ["TopKAccuracy", "top_k_shares", "wilson_interval"]

@@ -2,10 +2,14 @@
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import (
     Array2D,
@@ -15,6 +19,7 @@ from datasets import (
     DatasetDict,
     Features,
     Image,
+    Value,
     concatenate_datasets,
     load_dataset,
 )
@@ -25,27 +30,24 @@ from huggingface_hub import HfApi
 from PIL import Image as PILImage
 
 from ..loading import is_offline
-from ..utils.images import ARRAY_SUFFIX, UnreadableImageError, files_below, is_image_file, open_pixels, read_image
+from ..utils.images import (
+    ARRAY_SUFFIX,
+    UnreadableImageError,
+    check_names,
+    files_below,
+    is_image_file,
+    is_parquet_file,
+    open_pixels,
+    read_image,
+)
 from ..utils.validation import check_flag, check_int, check_path, shown
 from .labels import listed, unify_labels
+from .metadata import METADATA_FILES, read_metadata_folder
+from .splits import SPLIT_NAMES, in_order, parquet_splits, split_folders
 
 
-# What the folder of a split may be called, and the name it gets.
-SPLIT_NAMES = {
-    "train": "train",
-    "training": "train",
-    "validation": "validation",
-    "valid": "validation",
-    "val": "validation",
-    "dev": "validation",
-    "test": "test",
-    "testing": "test",
-}
-LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target")
+LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target", "cls")
 IMAGE_COLUMNS = ("image", "img", "images")
-# Of one file of several: "train-00000-of-00002".
-_SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}.*")
-_METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 # Up to so many bytes of files, every image is decoded before training; above, files are only looked for.
 _BYTES_TO_CHECK = 100_000_000
@@ -89,24 +91,24 @@ def _read(source: str | Path, labelled: bool) -> list[tuple[str, list[Dataset]]]
     """(split, its parts), as they are stored."""
     path = Path(source).expanduser()
     if path.is_file():
-        if path.suffix != ".parquet":
+        if not is_parquet_file(path):
             raise ValueError(f"`dataset` must be a folder, a parquet file or a hub name; {source!s} is another file.")
         return [("train", [_read_parquet(str(path))])]
     if path.is_dir():
         files = list(files_below(path))
-        if any(file.name in _METADATA_FILES for file in files):
-            patterns = _patterns_of_splits(path, files)
-            return [
-                (name, [split])
-                for name, split in _load("imagefolder", data_dir=str(path), data_files=patterns).items()
-            ]
+        check_names("dataset", files)
+        if any(file.name in METADATA_FILES for file in files):
+            found = split_folders(path, [file.relative_to(path) for file in files])
+            tops = {top: SPLIT_NAMES[top.lower()] for top in found}
+            return list(in_order(read_metadata_folder(path, files, tops)).items())
         if any(is_image_file(file) for file in files):
+            check_one_kind("dataset", path, files)
             return _read_image_folder(path, files, labelled)
-        parquet = [file for file in files if file.suffix == ".parquet"]
+        parquet = list(filter(is_parquet_file, files))
         if parquet:
             return [
                 (name, [_read_parquet(str(file)) for file in part])
-                for name, part in _parquet_splits(path, parquet).items()
+                for name, part in parquet_splits(path, parquet).items()
             ]
         if not files:
             raise ValueError(f"`dataset` {source!s} is an empty folder.")
@@ -116,18 +118,41 @@ def _read(source: str | Path, labelled: bool) -> list[tuple[str, list[Dataset]]]
     return [(name, [split]) for name, split in _load(str(source)).items()]
 
 
-def _load(name: str, **options) -> DatasetDict:
-    is_on_the_hub = not options and not Path(name).exists()
+def check_one_kind(name: str, path: Path, files: Iterable[Path]) -> None:
+    """Refuses a folder with images both in files and in tables, such as a copy of a hub's data set with its pictures.
+
+    Args:
+        name: of the argument that gives the folder, for the error.
+        path: the folder.
+        files: below it; some are images.
+
+    Raises:
+        ValueError: naming one of the tables.
+    """
+    for file in filter(is_parquet_file, files):
+        with suppress(OSError, pa.ArrowException):
+            columns = [field.type for field in pq.read_schema(file)]
+            if any(pa.types.is_struct(column) and column.get_field_index("bytes") >= 0 for column in columns):
+                raise ValueError(
+                    f"`{name}` {path} holds image files, and images in {file.relative_to(path)}: give the folder or "
+                    "the parquet file that is meant."
+                )
+
+
+def _load(name: str) -> DatasetDict:
+    is_on_the_hub = not Path(name).exists()
     kept = Path(datasets_config.HF_DATASETS_CACHE, name.replace("/", "___"))
     if is_on_the_hub and is_offline() and ("/" not in name or not kept.exists()):  # else it is asked again and again
         raise ValueError(f"`dataset` {name!r} is no folder or file here, and cannot be read from the hub: offline.")
     try:
-        return load_dataset(_full_name(name) if is_on_the_hub else name, **options)
+        return load_dataset(_full_name(name) if is_on_the_hub else name)
     except (DatasetNotFoundError, ConnectionError, EmptyDatasetError) as error:
         raise ValueError(
             f"`dataset` {name!r} is no folder or file here, and cannot be read from the hub: offline, or no such data "
             f"set ({type(error).__name__})."
         ) from error
+    except Exception as error:  # of the readers of every kind of file
+        raise _unread(f"`dataset` {name!r} cannot be read", error) from error
 
 
 def _full_name(name: str) -> str:
@@ -143,78 +168,35 @@ def _full_name(name: str) -> str:
 
 
 def _read_parquet(path: str) -> Dataset:
+    said = f"{path} is no readable parquet file"
     try:
         pq.read_schema(path)
+    except Exception as error:  # pyarrow raises many kinds for a damaged file
+        raise ValueError(f"{said}: {_first_line(error)}.") from error
+    try:
         return Dataset.from_parquet(path)
-    except Exception as error:  # pyarrow and datasets raise many kinds for a damaged file
-        raise ValueError(f"{path} is no readable parquet file: {_first_line(error)}") from error
+    except Exception as error:  # and so does datasets
+        raise _unread(said, error) from error
+
+
+def _unread(said: str, error: BaseException) -> ValueError:
+    """The fault of the data, or of the place where `datasets` keeps what it made of them."""
+    cause = error.__cause__ or error
+    if isinstance(cause, OSError) and cause.errno is not None:
+        return ValueError(
+            f"The cache {datasets_config.HF_DATASETS_CACHE} cannot be written ({cause.strerror}): set HF_HOME to a "
+            "folder that can."
+        )
+    return ValueError(f"{said}: {_first_line(cause)}.")
 
 
 def _first_line(error: BaseException) -> str:
-    cause = error.__cause__ or error
-    return (str(cause).strip().splitlines() or [type(cause).__name__])[0]
-
-
-def _in_order(splits: Mapping[str, list]) -> dict[str, list]:
-    """Splits with the usual ones first."""
-    usual = [name for name in ("train", "validation", "test") if name in splits]
-    return {name: splits[name] for name in [*usual, *sorted(splits.keys() - set(usual))]}
-
-
-def _parquet_splits(path: Path, files: Sequence[Path]) -> dict[str, list[Path]]:
-    """The files of each split: by their own names (train.parquet, train-00000-of-00002.parquet), or by those of the
-    folders that they lie in; one split where no name says anything.
-
-    Raises:
-        ValueError: where some names do, and others do not.
-    """
-    splits: dict[str, list[Path]] = {}
-    for file in files:
-        shard = _SHARD.fullmatch(file.stem)
-        own = shard[1] if shard else file.stem
-        words = [own, re.split(r"[\W\d_]", own, maxsplit=1)[0], *reversed(file.relative_to(path).parts[:-1])]
-        found = next((SPLIT_NAMES[word.lower()] for word in words if word.lower() in SPLIT_NAMES), shard and own)
-        splits.setdefault(found or "", []).append(file)
-    unnamed = splits.pop("", [])
-    if unnamed and splits:
-        raise ValueError(
-            f"`dataset` {path} has files of the splits {listed(list(splits))}, and others that name none, such as "
-            f"{unnamed[0].name}: begin their names with train, validation or test."
-        )
-    return _in_order(splits) if splits else {"train": unnamed}
-
-
-def _split_folders(path: Path, files: Sequence[Path]) -> list[str]:
-    """The folders at the top of a data set, where they are its splits; none where they are its classes.
-
-    Raises:
-        ValueError: where folders of folders are called like splits, but not all of them.
-    """
-    tops = sorted({file.parts[0] for file in files if len(file.parts) > 1})
-    if tops and all(top.lower() in SPLIT_NAMES for top in tops):
-        return tops
-    deep = sorted({file.parts[0] for file in files if len(file.parts) > 2})
-    like = [top for top in deep if re.split(r"[\W\d_]", top, maxsplit=1)[0].lower() in SPLIT_NAMES]
-    if like and len(tops) > 1:
-        raise ValueError(
-            f"`dataset` {path}: {listed(like)} are called like splits, and hold folders; all of {listed(tops)} would "
-            "be classes. Call the splits train, validation and test, with nothing beside them, or give the folder of "
-            "one."
-        )
-    return []
-
-
-def _patterns_of_splits(path: Path, files: Sequence[Path]) -> dict[str, list[str]]:
-    """Which files belong to each split of a folder with a metadata file, as `datasets` is told."""
-    patterns: dict[str, list[str]] = {}
-    for top in _split_folders(path, [file.relative_to(path) for file in files]):
-        patterns.setdefault(SPLIT_NAMES[top.lower()], []).append(f"{top}/**")
-    return _in_order(patterns) if patterns else {"train": ["**"]}
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def _read_image_folder(path: Path, files: list[Path], labelled: bool) -> list[tuple[str, list[Dataset]]]:
     images = [file.relative_to(path) for file in files if is_image_file(file)]
-    has_splits = bool(_split_folders(path, images))
+    has_splits = bool(split_folders(path, images))
     depth = int(has_splits)
     bare = [file for file in images if len(file.parts) < depth + 2]
     if labelled and bare:
@@ -227,15 +209,17 @@ def _read_image_folder(path: Path, files: list[Path], labelled: bool) -> list[tu
     for file in images:
         name = SPLIT_NAMES[file.parts[0].lower()] if has_splits and len(file.parts) > 1 else "train"
         splits.setdefault(name, []).append(file)
-    order = list(_in_order(splits))
+    order = list(in_order(splits))
     columns: Mapping[str, dict] = {name: {"image": [str(path / file) for file in splits[name]]} for name in order}
     features = {"image": Image(decode=False)}
     if labelled:
-        names = sorted({file.parts[depth] for file in images})
+        # file systems spell accents in two ways, perhaps each split in another
+        class_of = {file: unicodedata.normalize("NFC", file.parts[depth]) for file in images}
+        names = sorted(set(class_of.values()))
         features["label"] = ClassLabel(names=names)
         numbers = {name: index for index, name in enumerate(names)}
         for name in order:
-            columns[name]["label"] = [numbers[file.parts[depth]] for file in splits[name]]
+            columns[name]["label"] = [numbers[class_of[file]] for file in splits[name]]
     return [(name, [Dataset.from_dict(columns[name], features=Features(features))]) for name in order]
 
 
@@ -262,7 +246,9 @@ def _with_standard_columns(part: Dataset, source: str, labelled: bool) -> Datase
     features = part.features
     images = [name for name, feature in features.items() if isinstance(feature, Image)]
     images = images or [name for name, feature in features.items() if isinstance(feature, Array2D | Array3D)]
-    columns = {_the_column(images, IMAGE_COLUMNS, "image", "", source, features): "image"}
+    images = images or [name for name in IMAGE_COLUMNS if _holds_files(features.get(name))]
+    accepted = f" (of the type Image, or files as bytes in {', '.join(IMAGE_COLUMNS)})"
+    columns = {_the_column(images, IMAGE_COLUMNS, "image", accepted, source, features): "image"}
     if labelled:
         classes = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
         named = [name for name in LABEL_COLUMNS if name in features]
@@ -271,7 +257,14 @@ def _with_standard_columns(part: Dataset, source: str, labelled: bool) -> Datase
         columns[_the_column(labels, LABEL_COLUMNS, "label", accepted, source, features)] = "label"
     part = part.select_columns(list(columns))
     part = part.rename_columns({old: new for old, new in columns.items() if old != new})
-    return part.cast_column("image", Image(decode=False)) if isinstance(part.features["image"], Image) else part
+    is_array = isinstance(part.features["image"], Array2D | Array3D)
+    return part if is_array else part.cast_column("image", Image(decode=False))
+
+
+def _holds_files(feature: Any) -> bool:
+    """Whether a column is what `Image` stores, or bytes, as other libraries than `datasets` write them."""
+    kind = feature.get("bytes") if isinstance(feature, Mapping) and {*feature} == {"bytes", "path"} else feature
+    return isinstance(kind, Value) and kind.dtype in ("binary", "large_binary")
 
 
 def opened(batch: dict[str, list]) -> dict[str, list]:
@@ -374,6 +367,7 @@ __all__ = [
     "LABEL_COLUMNS",
     "SPLIT_NAMES",
     "check_images",
+    "check_one_kind",
     "evaluation_split",
     "image_shapes",
     "load_image_dataset",

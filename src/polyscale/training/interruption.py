@@ -7,6 +7,8 @@ from types import FrameType
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..utils.images import UnreadableImageError
+
 
 class TrainingInterrupted(KeyboardInterrupt):
     """A signal ended the run; the message says how to go on.
@@ -77,6 +79,13 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
+def is_unreadable_image(error: BaseException) -> bool:
+    """Whether an error, perhaps of a process that reads images, says that one of them is damaged."""
+    return isinstance(error, UnreadableImageError) or (
+        worker_failure(error) is not None and UnreadableImageError.__name__ in str(error)
+    )
+
+
 def worker_failure(error: BaseException) -> str | None:
     """The one line of what a process that reads images failed with; `None` for any other error."""
     text = str(error).strip()
@@ -92,5 +101,6 @@ __all__ = [
     "TrainingInterrupted",
     "TrainingStopped",
     "is_out_of_memory",
+    "is_unreadable_image",
     "worker_failure",
 ]

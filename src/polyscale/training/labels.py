@@ -81,6 +81,12 @@ def _is_known(column: np.ndarray) -> np.ndarray:
 def _class_names(parts: Sequence[tuple[Dataset, np.ndarray]], source: str) -> list[str]:
     named = [part.features["label"].names for part, _ in parts if isinstance(part.features["label"], ClassLabel)]
     text = sorted({value for _, column in parts for value in column if isinstance(value, str)})
+    unnamed = [part for part, column in parts if len(column) and not _names_classes(part, column)]
+    if unnamed and (text or len(set(map(tuple, named))) > 1):
+        raise ValueError(
+            f"The {source} has class names in some parts, and plain integers in others: nothing says which class an "
+            "integer means. Give all of them names, or all of them integers."
+        )
     if named and text:
         return list(dict.fromkeys([name for names in named for name in names] + text))
     if text:
@@ -101,6 +107,10 @@ def _class_names(parts: Sequence[tuple[Dataset, np.ndarray]], source: str) -> li
             "different ones. Number the classes 0, 1, 2, ..., or give their names as text."
         )
     return [str(label) for label in range(highest + 1)]
+
+
+def _names_classes(part: Dataset, column: np.ndarray) -> bool:
+    return isinstance(part.features["label"], ClassLabel) or isinstance(column[0], str)
 
 
 def _numbered(part: Dataset, column: np.ndarray, names: list[str], numbers: dict[str, int]) -> Dataset:

@@ -58,8 +58,12 @@ def splits_for(splits: DatasetDict, recipe: TrainingRecipe) -> tuple[DatasetDict
     name = evaluation_split(splits)
     if name is None and len(splits["train"]) >= _FEWEST_TO_HOLD_OUT:
         train, held_out = hold_out(splits["train"], recipe.seed)
-        splits, name = DatasetDict({**splits, "train": train, "validation": held_out}), "validation"
-        notes.append(f"There is no validation or test split: {len(held_out)} images, drawn from all, are kept back.")
+        if len(held_out) > 0:
+            splits, name = DatasetDict({**splits, "train": train, "validation": held_out}), "validation"
+            kept = f"{len(held_out)} images, drawn from all, are kept back."
+        else:
+            kept = "none of its images is kept back, for each class has few."
+        notes.append(f"There is no validation or test split: {kept}")
     train = sample_rows(splits["train"], recipe.limit, recipe.seed)
     used = {"train": train} if name is None else {"train": train, name: splits[name]}
     for key, split in used.items():

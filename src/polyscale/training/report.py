@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -141,7 +142,8 @@ class Reporter(TrainerCallback):
     def say(self, text: str) -> None:
         """One line."""
         if self.console is not None and self.trainer.is_world_process_zero():
-            self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+            with suppress(SystemExit):  # rich would end a program whose output nobody reads on: a training goes on
+                self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         self._started, self._first_step = time.perf_counter(), state.global_step

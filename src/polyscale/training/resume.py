@@ -95,7 +95,7 @@ class RunFolder:
             raise ValueError(
                 f"`output_dir` {self.output_dir} exists already: its run is finished, and `resume` has nothing to do."
             )
-        if self.output_dir.exists() and not (resume and self.has_run()):
+        if os.path.lexists(self.output_dir) and not (resume and self.has_run()):
             raise ValueError(f"`output_dir` {self.output_dir} exists already. Name another, or remove it first.")
         if resume and not self.has_run():
             raise ValueError(f"`resume`: there is no checkpoint in {self.path}. Start without `resume`.")
@@ -154,6 +154,12 @@ class RunFolder:
         except (OSError, ValueError, RecursionError) as error:
             raise ValueError(f"{self.path / RUN_FILE} cannot be read ({error}): remove {self.path}.") from error
         return facts
+
+    def expect_mended_images(self) -> None:
+        """Forgets what was in the images, so that the run goes on when the damaged one is replaced."""
+        facts = self.read()
+        facts["data"].pop("contents", None)
+        self.record(**facts)
 
     def discard(self) -> None:
         """Removes the folder; what tells that there is a run goes last, so that a killed removal can go on."""
@@ -288,7 +294,9 @@ def data_digest(splits: DatasetDict, source: str | os.PathLike) -> str:
         images = split.data.column("image")
         if pa_types.is_struct(images.type) and images.type.get_field_index("path") >= 0:
             paths = pc.struct_field(images, "path").to_pylist()
-            texts += [os.path.relpath(path, source) if path and os.path.isabs(path) else str(path) for path in paths]
+            are_files = pc.is_null(pc.struct_field(images, "bytes")).to_pylist()
+            for path, is_file in zip(paths, are_files, strict=True):
+                texts.append(os.path.relpath(os.path.abspath(path), source) if path and is_file else str(path))
         if "label" in split.column_names:
             texts += map(str, split.data.column("label").to_pylist())
     return digest_of(texts)

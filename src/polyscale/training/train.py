@@ -37,6 +37,7 @@ from .interruption import (
     TrainingInterrupted,
     TrainingStopped,
     is_out_of_memory,
+    is_unreadable_image,
     worker_failure,
 )
 from .outputs import draw_curve, versions, write_card, write_record
@@ -175,7 +176,9 @@ def _explained(error: BaseException, run: RunFolder, again: str) -> BaseExceptio
             "There is not enough memory for a step: start again with a smaller `batch_size` and as many more "
             f"`gradient_accumulation_steps`, after removing {run.path}."
         )
-    if reason := worker_failure(error):
+    if is_unreadable_image(error):
+        run.expect_mended_images()
+    if reason := worker_failure(error) or (is_unreadable_image(error) and str(error)):
         return TrainingStopped(f"Images cannot be read: {reason.rstrip('.')}. {done} Mend it, then: {again}")
     return error
 

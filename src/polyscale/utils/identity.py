@@ -40,7 +40,7 @@ def image_digest(stored: Any) -> str:
         stored = Path(path) if stored.get("bytes") is None and path is not None else stored.get("bytes")
     if isinstance(stored, Path):
         try:
-            return file_digest(stored)
+            return file_digest(stored) if stored.is_file() else ""
         except OSError:
             return ""
     return hashlib.sha256(stored if isinstance(stored, bytes) else np.asarray(stored).tobytes()).hexdigest()

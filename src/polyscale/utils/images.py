@@ -6,7 +6,7 @@ Files of arrays (`.npy`) count as images too: they may have any number of channe
 import io
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,35 @@ def is_image_file(file: Path) -> bool:
     return file.suffix.lower() in (*IMAGE_SUFFIXES, ARRAY_SUFFIX)
 
 
+def is_parquet_file(file: Path) -> bool:
+    """Whether a file is a parquet file by its name."""
+    return file.suffix.lower() == ".parquet"
+
+
+def check_names(name: str, files: Iterable[str | os.PathLike]) -> None:
+    """Refuses files whose names are no text: tables and records cannot hold them.
+
+    Args:
+        name (`str`): of the argument that they come from, for the error.
+        files (`Iterable[str or os.PathLike]`): the files.
+
+    Raises:
+        ValueError: naming the first one, and how many there are.
+    """
+    unnamed = [os.fsencode(file) for file in files if not _is_text(file)]
+    if unnamed:
+        raise ValueError(
+            f"`{name}` holds {len(unnamed)} files whose names are not UTF-8, such as {unnamed[0]!r}: rename them."
+        )
+
+
+def _is_text(file: str | os.PathLike) -> bool:
+    try:
+        return bool(os.fspath(file).encode())
+    except UnicodeEncodeError:
+        return False
+
+
 def find_images(path: str | os.PathLike) -> list[Path]:
     """The file itself, or the image files in a folder and below, sorted.
 
@@ -65,7 +94,9 @@ def find_images(path: str | os.PathLike) -> list[Path]:
     path = Path(path)
     if not path.is_dir():
         return [path]
-    files = sorted(file for file in files_below(path) if is_image_file(file) and file.is_file())
+    # a link to nothing is an image that cannot be read, and is told as such; a pipe or a socket is none
+    found = (file for file in files_below(path) if is_image_file(file))
+    files = sorted(file for file in found if file.is_file() or not file.exists())
     if not files:
         suffixes = ", ".join((*IMAGE_SUFFIXES, ARRAY_SUFFIX))
         raise UnreadableImageError(path, f"a folder without image files ({suffixes})")
@@ -205,10 +236,12 @@ __all__ = [
     "ARRAY_SUFFIX",
     "IMAGE_SUFFIXES",
     "UnreadableImageError",
+    "check_names",
     "displayed",
     "files_below",
     "find_images",
     "is_image_file",
+    "is_parquet_file",
     "open_image",
     "open_pixels",
     "read_image",

@@ -39,9 +39,12 @@ def check_output(path: str | os.PathLike, name: str = "output", folder: bool = F
         `Path`: the place.
 
     Raises:
-        ValueError: for no path, a folder in a file's place or a file in a folder's, and where one may not write.
+        ValueError: for no path, a folder in a file's place, a file or a link to nothing in a folder's, and where one
+            may not write.
     """
     path = Path(check_path(name, path))
+    if folder and path.is_symlink() and not path.exists():
+        raise ValueError(f"`{name}` {path} is a link to nothing: make the folder it points to, or remove it.")
     if path.is_dir() != folder and path.exists():
         raise ValueError(
             f"`{name}` {path} is a {'file' if folder else 'folder'}: give a {'folder' if folder else 'file'}."
@@ -68,7 +71,8 @@ def only_writer(path: str | os.PathLike, name: str, what: str) -> Iterator[None]
     Raises:
         ValueError: where another one writes to it.
     """
-    key = hashlib.sha256(f"{Path.home()}\n{Path(path).resolve()}".encode()).hexdigest()[:24]
+    home = os.path.expanduser("~")  # where there is none it stays as it is
+    key = hashlib.sha256(f"{home}\n{Path(path).resolve()}".encode()).hexdigest()[:24]
     try:
         with FileLock(Path(tempfile.gettempdir()) / f"polyscale-{key}.lock", timeout=0):
             yield

@@ -12,13 +12,16 @@ def plain(text: object) -> "Text":
     """Text for a rich table, whatever is in it: neither markup nor control characters have an effect."""
     from rich.text import Text
 
-    shown = (char if char.isprintable() or char == "\n" else "\N{REPLACEMENT CHARACTER}" for char in str(text))
-    return Text("".join(shown))
+    return Text(_printable(text))
+
+
+def _printable(text: object) -> str:
+    return "".join(char if char.isprintable() or char == "\n" else "\N{REPLACEMENT CHARACTER}" for char in str(text))
 
 
 def no_math(text: object) -> str:
-    """Text for matplotlib, which would read what stands between dollars as a formula."""
-    return str(text).replace("$", r"\$")
+    """Text for matplotlib, which would read what stands between dollars as a formula, and fail at half characters."""
+    return _printable(text).replace("$", r"\$")
 
 
 def no_markup(text: object) -> str:
