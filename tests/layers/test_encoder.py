@@ -130,3 +130,11 @@ def test_distilled_head_averages_both_classifiers():
 def test_configs_that_do_not_fit_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         make_config(**fields)
+
+
+def test_a_weighted_mean_in_half_precision_is_finite():
+    pooler = TokenPooler(make_config(pooling="mean", use_cls_token=False))
+    tokens = torch.full((1, 64, 8), 100.0, dtype=torch.float16)
+    pooled = pooler(tokens, torch.full((1, 64), 16))  # areas; the sum is 102,400
+    assert pooled.dtype == torch.float16
+    torch.testing.assert_close(pooled, tokens[:, 0])

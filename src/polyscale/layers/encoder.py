@@ -288,8 +288,8 @@ class TokenPooler(nn.Module):
         patches = hidden_states[:, self.num_prefix_tokens :]
         if token_weights is None:
             return patches.mean(dim=1)
-        weights = token_weights.to(patches.dtype)[..., None]
-        return (patches * weights).sum(dim=1) / weights.sum(dim=1)
+        weights = token_weights.float()[..., None]  # the sum may be more than float16 holds
+        return ((patches * weights).sum(dim=1) / weights.sum(dim=1)).to(patches.dtype)
 
     def forward(self, hidden_states: torch.Tensor, token_weights: torch.Tensor | None = None) -> torch.Tensor:
         """`token_weights` (batch, patch tokens): how much each counts in a mean, 0 for padding; all alike if None."""

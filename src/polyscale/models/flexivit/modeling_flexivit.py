@@ -174,7 +174,7 @@ class FlexiViTModel(FlexiViTPreTrainedModel):
             if padding is not None:
                 raise ValueError("`merge_tokens_to` needs one `patch_size` for all images: padding would be merged.")
             num_prefix = self.config.num_prefix_tokens
-            hidden_states, sizes = run_merging_layers(
+            hidden_states, weights = run_merging_layers(
                 self.layers,
                 hidden_states,
                 merge_tokens_to,
@@ -183,7 +183,7 @@ class FlexiViTModel(FlexiViTPreTrainedModel):
                 **kwargs,
             )
             hidden_states = self.layernorm(hidden_states)
-            pooled = self.pooler(hidden_states, sizes[:, num_prefix:])
+            pooled = self.pooler(hidden_states, weights[:, num_prefix:])
             return FlexiViTModelOutput(last_hidden_state=hidden_states, pooler_output=pooled)
         num_queries = self.config.num_pooled_tokens if pooled_only else None
         hidden_states = run_layers(self.layers, hidden_states, self.config, padding, num_queries, **kwargs)

@@ -261,12 +261,17 @@ class QuadtreeViTModel(QuadtreeViTPreTrainedModel):
         num_prefix = self.config.num_prefix_tokens
         bias = self.key_bias_for(tokens)
         merging = self.config.merge_layers and self.config.merge_layers - first
-        hidden_states, sizes = run_merging_layers(
-            self.layers[first:], hidden_states, merge_tokens_to, num_prefix, bias, merging, **kwargs
+        weights = self.token_weights_for(tokens)
+        if weights is None and bias is not None:
+            weights = torch.ones_like(tokens.patch_sizes)
+        if weights is not None:
+            weights = F.pad(weights, (num_prefix, 0), value=1)
+        hidden_states, weights = run_merging_layers(
+            self.layers[first:], hidden_states, merge_tokens_to, num_prefix, bias, merging, weights, **kwargs
         )
         hidden_states = self.layernorm(hidden_states)
         return QuadtreeViTModelOutput(
-            last_hidden_state=hidden_states, pooler_output=self.pooler(hidden_states, sizes[:, num_prefix:])
+            last_hidden_state=hidden_states, pooler_output=self.pooler(hidden_states, weights[:, num_prefix:])
         )
 
 

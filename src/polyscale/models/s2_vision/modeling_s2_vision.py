@@ -320,7 +320,8 @@ class S2VisionForImageClassification(S2VisionPreTrainedModel):
         patches = features[:, self.config.num_prefix_tokens :]
         if outputs.token_mask is None:
             return patches.mean(dim=1)
-        return patches.sum(dim=1) / outputs.num_tokens[:, None].to(patches.dtype)  # padding is zero
+        share = outputs.num_tokens[:, None] / patches.shape[1]
+        return (patches.mean(dim=1) / share).to(patches.dtype)  # padding is zero; a sum is more than float16 holds
 
 
 class S2VisionBackbone(BackboneMixin, S2VisionPreTrainedModel):
