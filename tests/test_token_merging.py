@@ -239,6 +239,22 @@ def test_models_of_this_library_merge_by_their_config(family, count):
     torch.testing.assert_close(model(pixels).logits, plain)
 
 
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize(("family", "count"), [("flexivit", 6), ("quadtree_vit", 13)])
+def test_models_of_this_library_take_gradient_checkpointing(family, count, use_reentrant):
+    torch.manual_seed(0)
+    pixel_values = torch.randn(pixels_shape(family))
+    model = tiny_classifier(family, num_hidden_layers=3, pooling="mean")
+    gradients = []
+    for checkpointing in (False, True):
+        model.train().zero_grad()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        model(pixel_values, merge_tokens_to=count, labels=torch.tensor([0, 1])).loss.backward()
+        gradients.append({name: weight.grad.clone() for name, weight in model.named_parameters()})
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
 def test_what_lays_tokens_out_as_maps_is_refused():
     small = {name: value for name, value in SHAPE.items() if name != "patch_size"}
     for model in (

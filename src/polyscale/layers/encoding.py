@@ -107,6 +107,7 @@ def run_merging_layers(
         bias = None if sizes is None else (sizes if token_weights is None else sizes[..., 0]).log()
         step = MergeStep(num_merged, sizes, num_prefix_tokens)
         hidden_states, sizes = layer(hidden_states, key_bias=bias, merge_step=step, **kwargs)
+        sizes = sizes.detach()  # reentrant checkpointing marks all that comes out of a layer as differentiable
     if sizes is None:  # there was no layer
         sizes = hidden_states.new_ones(hidden_states.shape[:2])
     return Encoded(hidden_states, sizes if token_weights is None else sizes[..., 1])
