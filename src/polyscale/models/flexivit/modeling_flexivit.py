@@ -87,10 +87,11 @@ class FlexiViTPreTrainedModel(EncoderPreTrainedModel):
                 "`freeze_budget` needs ordinary tensors as weights of the embeddings, and they are quantised, "
                 "offloaded or split over processes."
             )
-        embeddings.freeze(patch_size, patch_grid)
-        for module in self.modules():
-            if isinstance(module, EncoderAttention):
-                module.freeze()
+        with torch.inference_mode(False):  # what is kept may later take part in a backward pass
+            embeddings.freeze(patch_size, patch_grid)
+            for module in self.modules():
+                if isinstance(module, EncoderAttention):
+                    module.freeze()
 
     def unfreeze_budget(self) -> None:
         """Ends `freeze_budget`; without effect where nothing is frozen."""
