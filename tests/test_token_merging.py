@@ -1,12 +1,17 @@
 """Token merging in transformers' own models: against a forward pass written out, and what must stay as it was."""
 
 import copy
+import inspect
 
 import pytest
 import torch
 from transformers import (
+    BeitConfig,
+    BeitModel,
     CLIPConfig,
     CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModel,
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
     DeiTConfig,
@@ -16,6 +21,10 @@ from transformers import (
     Dinov2Model,
     Dinov2WithRegistersConfig,
     Dinov2WithRegistersModel,
+    DINOv3ViTConfig,
+    DINOv3ViTModel,
+    InternVLVisionConfig,
+    InternVLVisionModel,
     ResNetConfig,
     ResNetModel,
     SiglipVisionConfig,
@@ -225,6 +234,23 @@ def test_what_cannot_be_merged_is_refused(pixel_values):
     apply_token_merging(model, num_tokens=4)
     with pytest.raises(ValueError, match=r"at least 8 for 64 tokens and 3 layers.*got 4"):
         model(pixel_values)
+
+
+@pytest.mark.parametrize(
+    ("model_class", "config_class", "fields", "problem"),
+    [
+        (DINOv3ViTModel, DINOv3ViTConfig, {}, "its layers rotate queries and keys"),
+        (BeitModel, BeitConfig, {"use_relative_position_bias": True}, "its layers add a bias for the relative pos"),
+        (BeitModel, BeitConfig, {"use_shared_relative_position_bias": True}, "its layers add a bias for the relative"),
+        (InternVLVisionModel, InternVLVisionConfig, {"image_size": [32, 32], "patch_size": [4, 4]}, "take no mask"),
+        (CLIPTextModel, CLIPTextConfig, {}, "it takes `input_ids`, not images"),
+    ],
+)
+def test_models_whose_layers_know_the_patches_are_refused(model_class, config_class, fields, problem):
+    names = set(inspect.signature(config_class).parameters)
+    model = model_class(config_class(**{name: value for name, value in {**SHAPE, **fields}.items() if name in names}))
+    with pytest.raises(ValueError, match=problem):
+        apply_token_merging(model, num_tokens=20)
 
 
 @torch.no_grad()
