@@ -289,3 +289,14 @@ def test_rounded_budget_and_missing_scores(make_config, images):
     precomputed = make(QuadtreeViTModel, make_config(patch_scorer="precomputed"))
     with pytest.raises(ValueError, match="patch_scores"):
         precomputed(images)
+
+
+@torch.no_grad()
+def test_a_threshold_exports_with_a_maximum_alone(make_config, images):
+    model = make(QuadtreeViTModel, make_config(num_tokens=None, split_threshold=1.0))
+    with pytest.raises(ValueError, match="cannot be exported: give `num_tokens` besides `split_threshold`"):
+        torch.export.export(model, (images,))
+    exported = torch.export.export(model, (images,), {"num_tokens": 31, "split_threshold": 1.0}).module()
+    expected = model(images, num_tokens=31, split_threshold=1.0)
+    actual = exported(images, num_tokens=31, split_threshold=1.0)
+    torch.testing.assert_close(actual.pooler_output, expected.pooler_output, atol=1e-5, rtol=1e-5)
