@@ -1,12 +1,17 @@
 """Token merging in transformers' own models: against a forward pass written out, and what must stay as it was."""
 
 import copy
+import inspect
 
 import pytest
 import torch
 from transformers import (
+    BeitConfig,
+    BeitModel,
     CLIPConfig,
     CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModel,
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
     DeiTConfig,
@@ -16,6 +21,10 @@ from transformers import (
     Dinov2Model,
     Dinov2WithRegistersConfig,
     Dinov2WithRegistersModel,
+    DINOv3ViTConfig,
+    DINOv3ViTModel,
+    InternVLVisionConfig,
+    InternVLVisionModel,
     ResNetConfig,
     ResNetModel,
     SiglipVisionConfig,
@@ -227,6 +236,23 @@ def test_what_cannot_be_merged_is_refused(pixel_values):
         model(pixel_values)
 
 
+@pytest.mark.parametrize(
+    ("model_class", "config_class", "fields", "problem"),
+    [
+        (DINOv3ViTModel, DINOv3ViTConfig, {}, "its layers rotate queries and keys"),
+        (BeitModel, BeitConfig, {"use_relative_position_bias": True}, "its layers add a bias for the relative pos"),
+        (BeitModel, BeitConfig, {"use_shared_relative_position_bias": True}, "its layers add a bias for the relative"),
+        (InternVLVisionModel, InternVLVisionConfig, {"image_size": [32, 32], "patch_size": [4, 4]}, "take no mask"),
+        (CLIPTextModel, CLIPTextConfig, {}, "it takes `input_ids`, not images"),
+    ],
+)
+def test_models_whose_layers_know_the_patches_are_refused(model_class, config_class, fields, problem):
+    names = set(inspect.signature(config_class).parameters)
+    model = model_class(config_class(**{name: value for name, value in {**SHAPE, **fields}.items() if name in names}))
+    with pytest.raises(ValueError, match=problem):
+        apply_token_merging(model, num_tokens=20)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize(("family", "count"), [("flexivit", 6), ("quadtree_vit", 13)])
 def test_models_of_this_library_merge_by_their_config(family, count):
@@ -237,6 +263,22 @@ def test_models_of_this_library_merge_by_their_config(family, count):
     torch.testing.assert_close(model(pixels).logits, expected)
     remove_token_merging(model)
     torch.testing.assert_close(model(pixels).logits, plain)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize(("family", "count"), [("flexivit", 6), ("quadtree_vit", 13)])
+def test_models_of_this_library_take_gradient_checkpointing(family, count, use_reentrant):
+    torch.manual_seed(0)
+    pixel_values = torch.randn(pixels_shape(family))
+    model = tiny_classifier(family, num_hidden_layers=3, pooling="mean")
+    gradients = []
+    for checkpointing in (False, True):
+        model.train().zero_grad()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        model(pixel_values, merge_tokens_to=count, labels=torch.tensor([0, 1])).loss.backward()
+        gradients.append({name: weight.grad.clone() for name, weight in model.named_parameters()})
+    torch.testing.assert_close(gradients[1], gradients[0])
 
 
 def test_what_lays_tokens_out_as_maps_is_refused():

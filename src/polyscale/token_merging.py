@@ -4,6 +4,7 @@ The layers of a model merge tokens after they have run (`polyscale.layers.token_
 attention, and attention counts each token by its size. The model keeps its class, its weights and their names.
 """
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -122,6 +123,30 @@ def _encoder_layers(model: nn.Module) -> nn.ModuleList:
     return encoders[0]
 
 
+def _check_mergeable(model: PreTrainedModel, layer: nn.Module) -> None:
+    """Refuses models whose layers would read something of each patch that a merged token has not.
+
+    Raises:
+        ValueError: naming it.
+    """
+    arguments = inspect.signature(type(layer).forward).parameters
+    problem = None
+    if model.main_input_name != "pixel_values":
+        problem = f"it takes `{model.main_input_name}`, not images"
+    elif "position_embeddings" in arguments:
+        problem = "its layers rotate queries and keys by the positions of the patches"
+    elif any("relative_position" in name for name, _ in model.named_parameters()):
+        problem = "its layers add a bias for the relative positions of the patches"
+    elif "attention_mask" not in arguments:
+        problem = "its layers take no mask, by which tokens count more or less"
+    if problem is not None:
+        raise ValueError(
+            f"`model` must be a Vision Transformer that adds positions to its first tokens alone, such as ViT, DeiT, "
+            f"DINOv2 or the vision part of CLIP or SigLIP; of {type(model).__name__} no tokens can be merged: "
+            f"{problem}."
+        )
+
+
 def _merges_by_config(model: PreTrainedModel) -> bool:
     """Whether a model is one of this library that merges tokens by a field of its config.
 
@@ -158,9 +183,9 @@ def apply_token_merging(model: PreTrainedModel, *, num_tokens: int) -> PreTraine
         `PreTrainedModel`: the model itself.
 
     Raises:
-        ValueError: for a model that is no such transformer, a backbone or an S2, another attention implementation, or
-            a number below 1; from the call of the model, for a number that its layers cannot reach (each can merge
-            half of its tokens).
+        ValueError: for a model that is no such transformer (DINOv3 and others with positions in their layers are
+            none), a backbone or an S2, another attention implementation, or a number below 1; from the call of the
+            model, for a number that its layers cannot reach (each can merge half of its tokens).
 
     Example:
 
@@ -179,6 +204,7 @@ def apply_token_merging(model: PreTrainedModel, *, num_tokens: int) -> PreTraine
     if isinstance(layers[0], _MergingLayer):
         layers[0].merging.num_tokens = num_tokens
         return model
+    _check_mergeable(model, layers[0])
     implementation = attention_name(model.config)
     if implementation not in _IMPLEMENTATIONS:
         raise ValueError(

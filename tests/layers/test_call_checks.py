@@ -157,3 +157,31 @@ def test_targets_for_each_class_name_the_setting_that_takes_them(model, pixels):
     expected = torch.nn.functional.binary_cross_entropy_with_logits(outputs.logits, targets)
     torch.testing.assert_close(outputs.loss, expected)
     model.config.problem_type = None
+
+
+def test_a_refused_call_leaves_the_kind_of_labels_open(family, pixels):
+    model = tiny_classifier(family)
+    with pytest.raises(ValueError, match="`labels` of shape"):
+        model(pixels, labels=torch.tensor([0.0, 1.0]))
+    assert model.config.problem_type is None
+    logits = model(pixels).logits
+    loss = model(pixels, labels=torch.tensor([0, 1])).loss
+    torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(logits, torch.tensor([0, 1])))
+
+
+def test_regression_compares_each_logit_with_its_number(family, pixels):
+    one = tiny_classifier(family, num_labels=1)
+    logits = one(pixels).logits
+    numbers = torch.tensor([0.5, -2.0])
+    for labels in (numbers, numbers[:, None]):
+        torch.testing.assert_close(one(pixels, labels=labels).loss, (logits[:, 0] - numbers).square().mean())
+    with pytest.raises(ValueError, match=r"number for each logit in a regression, \(2, 1\), got the shape \(2, 2\)"):
+        one(pixels, labels=numbers.expand(2, 2))
+    with pytest.raises(ValueError, match=r"in a regression, \(1, 1\), got the shape \(1, 2\)"):
+        one(pixels[:1], labels=numbers[None])
+    two = tiny_classifier(family, num_labels=2, problem_type="regression")
+    for labels in (numbers, numbers[:, None]):
+        with pytest.raises(ValueError, match=r"in a regression, \(2, 2\), got the shape"):
+            two(pixels, labels=labels)
+    labels = torch.tensor([[0.5, -2.0], [1.0, 0.0]])
+    torch.testing.assert_close(two(pixels, labels=labels).loss, (two(pixels).logits - labels).square().mean())

@@ -130,3 +130,28 @@ def test_distilled_head_averages_both_classifiers():
 def test_configs_that_do_not_fit_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         make_config(**fields)
+
+
+def test_pooling_follows_the_config_where_no_weights_depend_on_it():
+    tokens = torch.randn(2, 5, 8)
+    pooler = TokenPooler(make_config(pooling="mean"))
+    pooler.config.pooling = "cls"
+    torch.testing.assert_close(pooler(tokens), tokens[:, 0])
+    pooler.config.pooling = "mean"
+    torch.testing.assert_close(pooler(tokens), tokens[:, 1:].mean(dim=1))
+    for other in ("cls_mean", "pooler", "attention"):
+        pooler.config.pooling = other
+        with pytest.raises(ValueError, match=f"`config.pooling` was 'mean' .* cannot pool by {other!r}"):
+            pooler(tokens)
+    without_cls = TokenPooler(make_config(pooling="mean", use_cls_token=False))
+    without_cls.config.pooling = "cls"
+    with pytest.raises(ValueError, match="cannot pool by 'cls'"):
+        without_cls(tokens)
+
+
+def test_a_weighted_mean_in_half_precision_is_finite():
+    pooler = TokenPooler(make_config(pooling="mean", use_cls_token=False))
+    tokens = torch.full((1, 64, 8), 100.0, dtype=torch.float16)
+    pooled = pooler(tokens, torch.full((1, 64), 16))  # areas; the sum is 102,400
+    assert pooled.dtype == torch.float16
+    torch.testing.assert_close(pooled, tokens[:, 0])

@@ -64,6 +64,28 @@ def test_gradients_are_the_reference_s():
     torch.testing.assert_close(actual, expected)
 
 
+def test_what_is_summed_with_the_sizes_is_summed_over_the_members():
+    torch.manual_seed(0)
+    hidden, metric = torch.randn(2, 9, 4), torch.randn(2, 9, 3)
+    sizes, weights = torch.rand(2, 9) + 1, torch.rand(2, 9)
+    both = merge_tokens(hidden, metric, 3, torch.stack([sizes, weights], dim=-1), 1)
+    alone = merge_tokens(hidden, metric, 3, sizes, 1)
+    torch.testing.assert_close(both.hidden_states, alone.hidden_states)
+    torch.testing.assert_close(both.sizes[..., 0], alone.sizes)
+    members = merge_tokens(torch.eye(9).expand(2, 9, 9), metric, 3, None, 1)  # which tokens each stands for
+    expected = ((members.hidden_states > 0).float() @ weights[..., None])[..., 0]
+    torch.testing.assert_close(both.sizes[..., 1], expected)
+
+
+def test_sums_in_half_precision_stay_finite():
+    torch.manual_seed(0)
+    hidden, metric = torch.full((1, 8, 4), 3000.0, dtype=torch.float16), torch.randn(1, 8, 3)
+    merged, sizes = merge_tokens(hidden, metric, 4, torch.full((1, 8), 16.0))
+    assert merged.dtype == torch.float16
+    assert float(sizes.sum()) == 128
+    torch.testing.assert_close(merged, hidden[:, :4])
+
+
 def test_the_mean_of_all_patches_weighted_by_size_stays():
     torch.manual_seed(0)
     hidden, metric, sizes = torch.randn(3, 16, 8), torch.randn(3, 16, 4), None

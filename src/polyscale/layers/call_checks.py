@@ -136,7 +136,8 @@ def classification_loss(
         kwargs (`dict`): further arguments of the loss function.
 
     Raises:
-        ValueError: for labels of another type or shape, or, on a CPU, out of range.
+        ValueError: for labels of another type or shape, or, on a CPU, out of range. They leave `config.problem_type`,
+            which transformers sets by the labels of the first call, as it was.
     """
     if labels is None:
         return None
@@ -147,12 +148,22 @@ def classification_loss(
             f"`labels` must have one entry for each of the {logits.shape[0]} inputs, got the shape "
             f"{tuple(labels.shape)}."
         )
+    problem = config.problem_type
+    is_alone = config.num_labels == 1  # one number for each input, with or without an axis of its own
+    if problem == "regression" or (problem is None and is_alone):
+        fits = labels.numel() == logits.numel() if is_alone else labels.shape == logits.shape
+        if not fits:  # torch would compare each with each
+            raise ValueError(
+                f"`labels` must hold one number for each logit in a regression, {tuple(logits.shape)}, got the shape "
+                f"{tuple(labels.shape)}."
+            )
     try:
         return model.loss_function(labels, logits, config, **kwargs)
     except (IndexError, RuntimeError, ValueError) as error:
+        config.problem_type = problem
         if labels.device.type != "cpu":
             raise
-        indices, problem = f"class indices from 0 to {config.num_labels - 1}", config.problem_type
+        indices = f"class indices from 0 to {config.num_labels - 1}"
         expected = f"{indices}, or one target for each logit"
         if labels.shape == logits.shape and problem == "single_label_classification":
             expected = (

@@ -267,7 +267,8 @@ class TokenPooler(nn.Module):
 
     def __init__(self, config: EncoderConfig):
         super().__init__()
-        self.pooling = config.pooling
+        self.config = config
+        self.made_for = config.pooling
         self.num_prefix_tokens = config.num_prefix_tokens
         if config.pooling == "pooler":
             self.dense = nn.Linear(config.hidden_size, config.pooled_size)
@@ -277,6 +278,21 @@ class TokenPooler(nn.Module):
         self.layernorm = (
             nn.LayerNorm(config.pooled_size, eps=config.layer_norm_eps) if config.fc_norm else nn.Identity()
         )
+
+    @property
+    def pooling(self) -> str:
+        """`config.pooling`, which may have changed since the model was made: where no weights depend on it.
+
+        Raises:
+            ValueError: where they do.
+        """
+        pooling, same_weights = self.config.pooling, ("cls", "mean") if self.config.use_cls_token else ("mean",)
+        if pooling != self.made_for and not (pooling in same_weights and self.made_for in ("cls", "mean")):
+            raise ValueError(
+                f"`config.pooling` was {self.made_for!r} when the model was made, whose weights cannot pool by "
+                f"{pooling!r}: make or load a model with `pooling={pooling!r}`."
+            )
+        return pooling
 
     def _with_prefix(self, token_weights: torch.Tensor | None) -> torch.Tensor | None:
         """Weights of the patch tokens -> of all tokens: prefix tokens count once."""
@@ -288,18 +304,19 @@ class TokenPooler(nn.Module):
         patches = hidden_states[:, self.num_prefix_tokens :]
         if token_weights is None:
             return patches.mean(dim=1)
-        weights = token_weights.to(patches.dtype)[..., None]
-        return (patches * weights).sum(dim=1) / weights.sum(dim=1)
+        weights = token_weights.float()[..., None]  # the sum may be more than float16 holds
+        return ((patches * weights).sum(dim=1) / weights.sum(dim=1)).to(patches.dtype)
 
     def forward(self, hidden_states: torch.Tensor, token_weights: torch.Tensor | None = None) -> torch.Tensor:
         """`token_weights` (batch, patch tokens): how much each counts in a mean, 0 for padding; all alike if None."""
-        if self.pooling == "mean":
+        pooling = self.pooling
+        if pooling == "mean":
             pooled = self._mean(hidden_states, token_weights)
-        elif self.pooling == "cls_mean":
+        elif pooling == "cls_mean":
             pooled = torch.cat([hidden_states[:, 0], self._mean(hidden_states, token_weights)], dim=-1)
-        elif self.pooling == "pooler":
+        elif pooling == "pooler":
             pooled = self.activation(self.dense(hidden_states[:, 0]))
-        elif self.pooling == "attention":
+        elif pooling == "attention":
             pooled = self.attention(hidden_states, self._with_prefix(token_weights))
         else:
             pooled = hidden_states[:, 0]

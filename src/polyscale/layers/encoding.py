@@ -12,15 +12,15 @@ from .token_merging import MergeStep, merge_schedule
 
 
 class Encoded(NamedTuple):
-    """What comes out of the layers.
+    """What comes out of layers that merge tokens.
 
     Attributes:
         hidden_states (`torch.Tensor`): (batch, tokens, hidden).
-        sizes (`torch.Tensor` or `None`): (batch, tokens), how many tokens each stands for; `None` without merging.
+        weights (`torch.Tensor`): (batch, tokens), how much each counts in a mean.
     """
 
     hidden_states: torch.Tensor
-    sizes: torch.Tensor | None
+    weights: torch.Tensor
 
 
 def run_layers(
@@ -77,6 +77,7 @@ def run_merging_layers(
     num_prefix_tokens: int,
     key_bias: torch.Tensor | None = None,
     num_merging: int | None = None,
+    token_weights: torch.Tensor | None = None,
     **kwargs,
 ) -> Encoded:
     """Runs layers that merge similar tokens between attention and MLP, down to an exact number (ToMe).
@@ -88,20 +89,28 @@ def run_merging_layers(
         num_prefix_tokens (`int`): tokens in front that are not merged.
         key_bias (`torch.Tensor`, *optional*): (batch, tokens), logarithms of sizes that tokens have from the start.
         num_merging (`int`, *optional*): layers, the first ones, that merge; all when `None`.
+        token_weights (`torch.Tensor`, *optional*): (batch, tokens), how much tokens count in a mean from the start; as
+            `key_bias` says when `None`.
         kwargs: for each layer.
 
     Raises:
         ValueError: for a number that the layers cannot reach: each merges at most half of its tokens.
     """
     sizes = None if key_bias is None else key_bias.exp()
+    if token_weights is not None:
+        token_weights = token_weights.float()
+        sizes = torch.stack([torch.ones_like(token_weights) if sizes is None else sizes, token_weights], dim=-1)
     num_merging = len(layers) if num_merging is None else min(max(num_merging, 0), len(layers))
     schedule = merge_schedule(hidden_states.shape[1] - num_prefix_tokens, merge_tokens_to, num_merging)
     schedule += [0] * (len(layers) - num_merging)
     for layer, num_merged in zip(layers, schedule, strict=True):
-        bias = None if sizes is None else sizes.log()
+        bias = None if sizes is None else (sizes if token_weights is None else sizes[..., 0]).log()
         step = MergeStep(num_merged, sizes, num_prefix_tokens)
         hidden_states, sizes = layer(hidden_states, key_bias=bias, merge_step=step, **kwargs)
-    return Encoded(hidden_states, sizes)
+        sizes = sizes.detach()  # reentrant checkpointing marks all that comes out of a layer as differentiable
+    if sizes is None:  # there was no layer
+        sizes = hidden_states.new_ones(hidden_states.shape[:2])
+    return Encoded(hidden_states, sizes if token_weights is None else sizes[..., 1])
 
 
 __all__ = ["Encoded", "run_layers", "run_merging_layers"]

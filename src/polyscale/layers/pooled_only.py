@@ -1,8 +1,10 @@
 """What a call wants of a model besides its result: when a classifier needs no more than what its head pools."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..utils.validation import check_int
 
 
 def is_output_wanted(name: str, config: PreTrainedConfig, kwargs: Mapping[str, object]) -> bool:
@@ -15,6 +17,20 @@ def is_output_wanted(name: str, config: PreTrainedConfig, kwargs: Mapping[str, o
     """
     wanted = kwargs.get(name, getattr(config, name, False))
     return wanted is not None and wanted is not False
+
+
+def layers_wanted(output_hidden_states: bool | int | Sequence[int] | None) -> bool | list[int] | None:
+    """`output_hidden_states` of a model that takes indices of layers: these as a list, for the index 0 is as good as
+    False to the model inside.
+
+    Raises:
+        ValueError: for anything but True, False, an index or a list of indices.
+    """
+    if output_hidden_states is None or isinstance(output_hidden_states, bool):
+        return output_hidden_states
+    is_list = isinstance(output_hidden_states, list | tuple)
+    layers = output_hidden_states if is_list else [output_hidden_states]
+    return [check_int("output_hidden_states", layer) for layer in layers]
 
 
 def pooled_only_suffices(model: PreTrainedModel, kwargs: Mapping[str, object]) -> bool:
@@ -33,4 +49,4 @@ def pooled_only_suffices(model: PreTrainedModel, kwargs: Mapping[str, object]) -
     return not any(is_output_wanted(f"output_{name}", model.config, kwargs) for name in names)
 
 
-__all__ = ["is_output_wanted", "pooled_only_suffices"]
+__all__ = ["is_output_wanted", "layers_wanted", "pooled_only_suffices"]

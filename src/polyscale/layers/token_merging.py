@@ -24,7 +24,8 @@ class MergedTokens(NamedTuple):
 
     Attributes:
         hidden_states (`torch.Tensor`): (batch, tokens, hidden), prefix tokens first.
-        sizes (`torch.Tensor`): (batch, tokens), how many patches each stands for; 1 for prefix tokens.
+        sizes (`torch.Tensor`): (batch, tokens), how many patches each stands for; 1 for prefix tokens. With further
+            kinds of sizes (batch, tokens, kinds), as they were given.
     """
 
     hidden_states: torch.Tensor
@@ -116,13 +117,15 @@ def merge_tokens(
         metric (`torch.Tensor`): (batch, tokens, width), what similarity is measured on; the paper takes the keys of
             attention, averaged over the heads.
         num_merged (`int`): tokens that go, at most half of the patch tokens.
-        sizes (`torch.Tensor`, *optional*): (batch, tokens); all 1 when `None`.
+        sizes (`torch.Tensor`, *optional*): (batch, tokens), or (batch, tokens, kinds), of which the first kind weighs
+            the members and the others are summed with it; all 1 when `None`.
         num_prefix_tokens (`int`, *optional*, defaults to 0): tokens in front that are no patches.
     """
     if sizes is None:
         sizes = hidden_states.new_ones(hidden_states.shape[:2], dtype=torch.float32)
     if num_merged == 0:
         return MergedTokens(hidden_states, sizes)
+    kinds = sizes if sizes.ndim == 3 else sizes[..., None]
     metric = F.normalize(metric[:, num_prefix_tokens:].float(), dim=-1)
     best, partner = (metric[:, ::2] @ metric[:, 1::2].transpose(1, 2)).max(dim=2)  # (batch, first set)
     order = best.argsort(dim=1, descending=True, stable=True)
@@ -130,15 +133,19 @@ def merge_tokens(
     target = partner.gather(1, gone)  # (batch, num_merged), places in the second set
 
     prefix, patches = hidden_states[:, :num_prefix_tokens], hidden_states[:, num_prefix_tokens:]
-    prefix_sizes, patch_sizes = sizes[:, :num_prefix_tokens], sizes[:, num_prefix_tokens:]
+    prefix_kinds, patch_kinds = kinds[:, :num_prefix_tokens], kinds[:, num_prefix_tokens:]
     first, second = patches[:, ::2], patches[:, 1::2]
-    first_sizes, second_sizes = patch_sizes[:, ::2], patch_sizes[:, 1::2]
-    given = _take(first, gone) * first_sizes.gather(1, gone)[..., None].to(first.dtype)
-    summed = (second * second_sizes[..., None].to(second.dtype)).scatter_add(1, _spread(target, given), given)
-    new_sizes = second_sizes.scatter_add(1, target, first_sizes.gather(1, gone))
+    first_kinds, second_kinds = patch_kinds[:, ::2], patch_kinds[:, 1::2]
+    given_kinds = _take(first_kinds, gone)
+    # Sizes are float32, and so are their products: a sum over many patches is more than float16 holds.
+    given = _take(first, gone) * given_kinds[..., :1]
+    summed = (second * second_kinds[..., :1]).scatter_add(1, _spread(target, given), given)
+    new_kinds = second_kinds.scatter_add(1, _spread(target, given_kinds), given_kinds)
+    mean = (summed / new_kinds[..., :1]).to(hidden_states.dtype)
+    merged_kinds = torch.cat([prefix_kinds, _take(first_kinds, kept), new_kinds], dim=1)
     return MergedTokens(
-        torch.cat([prefix, _take(first, kept), summed / new_sizes[..., None].to(summed.dtype)], dim=1),
-        torch.cat([prefix_sizes, first_sizes.gather(1, kept), new_sizes], dim=1),
+        torch.cat([prefix, _take(first, kept), mean], dim=1),
+        merged_kinds if sizes.ndim == 3 else merged_kinds[..., 0],
     )
 
 
@@ -156,7 +163,7 @@ class MergeStep(NamedTuple):
 
     Attributes:
         num_merged (`int`): tokens that it merges away.
-        sizes (`torch.Tensor` or `None`): (batch, tokens) before it; all 1 when `None`.
+        sizes (`torch.Tensor` or `None`): before it, as `merge_tokens` takes them.
         num_prefix_tokens (`int`): tokens in front that are no patches.
     """
 

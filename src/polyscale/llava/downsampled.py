@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import can_return_tuple
 
+from ..layers.pooled_only import layers_wanted
 from ..layers.token_budget import TokenBudgetMixin
 from ..layers.wrapping import OuterModelMixin
 from ..models.s2_vision.projector_s2_vision import space_to_depth
@@ -263,7 +264,7 @@ class DownsampledTower(OuterModelMixin, PreTrainedModel):
                 fewer tokens than others; `pooler_output` is the mean over the tokens of an image.
         """
         layer = self.config.vision_feature_layer
-        outputs = self.tower(pixel_values, output_hidden_states=layer, return_dict=True, **kwargs)
+        outputs = self.tower(pixel_values, output_hidden_states=[layer], return_dict=True, **kwargs)
         tokens = outputs.hidden_states[layer][:, self.config.num_dropped_tokens :]
         if self.config.tokens_vary:
             images = [
@@ -276,7 +277,7 @@ class DownsampledTower(OuterModelMixin, PreTrainedModel):
             grid = self.config.inner_grid(tuple(side.__index__() for side in pixel_values.shape[-2:]), kwargs)
             features = self._project(space_to_depth(tokens, grid, self.config.downsample, self.config.token_order))
             pooled = features.mean(dim=1)
-        wants_states = output_hidden_states is not None and output_hidden_states is not False
+        wants_states = layers_wanted(output_hidden_states) not in (None, False)
         return BaseModelOutputWithPooling(
             last_hidden_state=features,
             pooler_output=pooled,

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import can_return_tuple
 
+from ..layers.pooled_only import layers_wanted
 from ..layers.token_budget import TokenBudgetMixin
 from ..layers.wrapping import OuterModelMixin, wrap_in_memory
 from ..utils.transformers_internals import sub_config
@@ -165,6 +166,7 @@ class PackedTower(OuterModelMixin, PreTrainedModel):
             ValueError: without `image_sizes` where the number of tokens depends on the image; for values that are no
                 budget.
         """
+        output_hidden_states = layers_wanted(output_hidden_states)
         config, is_one_by_one = self.config.vision_config, image_sizes is not None
         if is_one_by_one:
             budgets = [(*read_budget_row(row), None) for row in torch.as_tensor(image_sizes).tolist()]

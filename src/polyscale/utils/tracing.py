@@ -13,4 +13,15 @@ def can_be_kept(tensor: torch.Tensor) -> bool:
     return type(tensor) is torch.Tensor and not tensor.is_meta
 
 
-__all__ = ["can_be_kept", "is_traced"]
+def longest(lengths: torch.Tensor, advice: str) -> int:
+    """The largest of some lengths as the size of a tensor.
+
+    Raises:
+        ValueError: in `torch.export`, whose shapes cannot depend on values; it ends with `advice`.
+    """
+    if torch.compiler.is_exporting():
+        raise ValueError(f"A model whose number of tokens depends on the images cannot be exported: {advice}.")
+    return int(lengths.max())
+
+
+__all__ = ["can_be_kept", "is_traced", "longest"]

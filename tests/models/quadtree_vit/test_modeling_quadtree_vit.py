@@ -7,6 +7,7 @@ from polyscale import (
     FeatureBasedPatchScorer,
     FlexiViTConfig,
     FlexiViTModel,
+    PixelBlurPatchScorer,
     QuadtreeViTBackbone,
     QuadtreeViTConfig,
     QuadtreeViTForImageClassification,
@@ -14,6 +15,7 @@ from polyscale import (
     RandomPatchScorer,
     reverse_quadtree,
 )
+from polyscale.models.quadtree_vit import EntropyPatchScorer
 
 
 def make(model_class, config):
@@ -220,6 +222,44 @@ def test_scorer_from_a_transformers_backbone(make_config, tmp_path):
         model.set_patch_scorer(RandomPatchScorer(4, 16))
 
 
+@torch.no_grad()
+def test_a_scorer_reduces_images_as_the_model_does(make_config, images, tmp_path):
+    model = make(QuadtreeViTModel, make_config(reduction="antialias"))
+    with pytest.raises(ValueError, match=r"by 'bilinear', and the model by 'antialias'.*`reduction='antialias'`"):
+        model.set_patch_scorer(PixelBlurPatchScorer(4, 16))
+    model.set_patch_scorer(PixelBlurPatchScorer(4, 16, reduction="antialias"))
+    model.save_pretrained(tmp_path)
+    loaded = QuadtreeViTModel.from_pretrained(tmp_path)
+    ours, theirs = (each(images, output_split_scores=True).split_scores for each in (model, loaded))
+    torch.testing.assert_close(ours, theirs)
+
+
+@torch.no_grad()
+def test_a_scorer_that_the_config_refuses_changes_nothing(make_config, images):
+    model = make(QuadtreeViTModel, make_config())
+    before = model(images).last_hidden_state
+    with pytest.raises(ValueError, match="`scorer_image_mean` must be a plain value"):
+        model.set_patch_scorer(EntropyPatchScorer(4, 16, image_mean=torch.tensor(0.5)))
+    assert model.config.patch_scorer == "pixel_blur"
+    torch.testing.assert_close(model(images).last_hidden_state, before)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("reduction", "antialias"), ("patch_scorer", "entropy"), ("max_patch_size", 8), ("scorer_seed", 3)],
+)
+def test_fields_that_a_scorer_was_made_of_do_not_change_under_it(make_config, images, tmp_path, field, value):
+    model = make(QuadtreeViTModel, make_config())
+    old = getattr(model.config, field)
+    setattr(model.config, field, value)
+    with pytest.raises(ValueError, match=f"`config.{field}` was {old!r} when .* and is {value!r} now"):
+        model(images)
+    model.save_pretrained(tmp_path)  # a checkpoint is made with the new value
+    assert QuadtreeViTModel.from_pretrained(tmp_path)(images).last_hidden_state.shape[0] == 3
+    setattr(model.config, field, old)
+    assert model(images).last_hidden_state.shape[0] == 3
+
+
 @pytest.mark.parametrize(
     ("pixels", "knobs", "message"),
     [
@@ -249,3 +289,14 @@ def test_rounded_budget_and_missing_scores(make_config, images):
     precomputed = make(QuadtreeViTModel, make_config(patch_scorer="precomputed"))
     with pytest.raises(ValueError, match="patch_scores"):
         precomputed(images)
+
+
+@torch.no_grad()
+def test_a_threshold_exports_with_a_maximum_alone(make_config, images):
+    model = make(QuadtreeViTModel, make_config(num_tokens=None, split_threshold=1.0))
+    with pytest.raises(ValueError, match="cannot be exported: give `num_tokens` besides `split_threshold`"):
+        torch.export.export(model, (images,))
+    exported = torch.export.export(model, (images,), {"num_tokens": 31, "split_threshold": 1.0}).module()
+    expected = model(images, num_tokens=31, split_threshold=1.0)
+    actual = exported(images, num_tokens=31, split_threshold=1.0)
+    torch.testing.assert_close(actual.pooler_output, expected.pooler_output, atol=1e-5, rtol=1e-5)

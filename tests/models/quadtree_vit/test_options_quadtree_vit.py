@@ -14,6 +14,7 @@ from polyscale import (
     quadtree_tokens,
 )
 from polyscale.layers.key_bias import with_key_bias
+from polyscale.layers.token_merging import merge_tokens
 from polyscale.models.quadtree_vit import (
     EmbeddingPatchScorer,
     EntropyPatchScorer,
@@ -219,6 +220,37 @@ def test_area_pooling_is_the_mean_of_the_dense_map(images):
     torch.testing.assert_close(
         model(images, num_tokens=31).pooler_output, dense.mean(dim=(2, 3)), atol=1e-5, rtol=1e-5
     )
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("area_pooling", [False, True])
+@pytest.mark.parametrize("area_attention", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("pooling", ["mean", "cls_mean", "attention"])
+def test_where_nothing_merges_areas_count_as_ever(images, pooling, area_attention, area_pooling):
+    model = make_model(pooling=pooling, area_attention=area_attention, area_pooling=area_pooling)
+    expected = model(images, num_tokens=31).pooler_output
+    actual = model(images, num_tokens=31, merge_tokens_to=31).pooler_output
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_merged_tokens_count_by_the_area_of_their_members(images):
+    model = make_model(area_pooling=True, num_hidden_layers=1)
+    layer = model.layers[0]
+    for part in (layer.attention.o_proj, layer.mlp.fc2):
+        part.weight.zero_()  # the layer does nothing but merge
+        part.bias.zero_()
+    model.layernorm = torch.nn.Identity()
+    tokens = model.embeddings(images, 31)
+    areas, patches = (tokens.patch_sizes // 4) ** 2, tokens.embeddings[:, 1:]
+    keys = layer.attention.k_proj(layer.layernorm_before(patches)).unflatten(2, (2, 8)).mean(dim=2)
+    merged, sizes = merge_tokens(patches, keys, 10)
+    assert sizes.max() > 1
+    members, _ = merge_tokens(torch.eye(31).expand(len(images), 31, 31), keys, 10)
+    weights = (members > 0).float() @ areas.float()[..., None]
+    expected = (merged * weights).sum(dim=1) / weights.sum(dim=1)
+    actual = model(images, num_tokens=31, merge_tokens_to=21).pooler_output
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from polyscale.models.s2_vision import (
     S2VisionWrapper,
 )
 from polyscale.models.s2_vision.dynamic_tiling_s2_vision import dynamic_tile_grid
+from polyscale.models.s2_vision.modeling_s2_vision import S2VisionOutput
 
 
 OPTIONS = {"scales": [1, 2], "dynamic": True, "max_tiles": 6, "resize_output_to_idx": -1}
@@ -125,6 +126,18 @@ def test_classifier_pools_only_real_tokens(photographs):
     for index, photograph in enumerate(photographs):
         alone = model(**processor(photograph, return_tensors="pt")).logits
         torch.testing.assert_close(alone[0], batch[index], atol=1e-5, rtol=1e-4)
+
+
+def test_the_mean_of_many_tokens_in_half_precision_is_finite():
+    model = S2VisionForImageClassification.from_vision_model(
+        make_base("clip"), **OPTIONS, num_labels=3, pooling="mean"
+    )
+    features = torch.full((2, model.config.num_prefix_tokens + 4000, 8), 20.0, dtype=torch.float16)
+    features[1, model.config.num_prefix_tokens + 1000 :] = 0  # padding
+    counts = torch.tensor([4000, 1000])
+    pooled = model._pool(S2VisionOutput(last_hidden_state=features, num_tokens=counts, token_mask=counts))
+    assert pooled.dtype == torch.float16
+    torch.testing.assert_close(pooled, features[:, 1])
 
 
 def test_bad_tiles_are_refused(model):

@@ -94,7 +94,22 @@ def test_pooler_is_the_mean_over_tiles_of_each_scale(clip, images):
     torch.testing.assert_close(model(images).pooler_output, expected, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("wanted", [True, -2, [1], [0, -1], 3])
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        (4, r"indices from -4 to 3 of the 4 hidden states .* got \[4\]"),
+        ([0, -5], r"indices from -4 to 3 of the 4 hidden states .* got \[0, -5\]"),
+        ("last", "`output_hidden_states` must be an int, got 'last'"),
+        ([1.0], "`output_hidden_states` must be an int, got 1.0"),
+    ],
+)
+def test_layers_that_there_are_not_are_refused(clip, images, wanted, message):
+    model = S2VisionWrapper.from_vision_model(clip, scales=[1, 2])
+    with pytest.raises(ValueError, match=message):
+        model(images, output_hidden_states=wanted)
+
+
+@pytest.mark.parametrize("wanted", [True, -2, [1], [0, -1], 3, 0])
 def test_hidden_states_of_the_layers_asked_for(clip, images, wanted):
     model = S2VisionWrapper.from_vision_model(clip, scales=[1, 2])
     states = model(images, output_hidden_states=wanted).hidden_states

@@ -1,5 +1,6 @@
 """S2 with a tile budget, against a reference that loops over images and tiles."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -135,6 +136,13 @@ def test_scores_from_outside_and_each_image_alone():
         for index in range(3):
             alone = model(batch[index : index + 1])
             torch.testing.assert_close(alone[0][0], own[0][index], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [np.int64, torch.tensor])
+def test_numbers_of_numpy_and_torch_are_taken(kind):
+    model = wrapped("flexivit")
+    with torch.no_grad():
+        torch.testing.assert_close(model(images(), num_tiles=kind(5))[0], model(images(), num_tiles=5)[0])
 
 
 @pytest.mark.parametrize("options", [{"tiles_per_forward": 2}, {"split_forward": True}])

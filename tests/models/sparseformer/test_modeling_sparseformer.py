@@ -345,6 +345,13 @@ def test_checkpoints_with_the_old_name_of_the_head_load(tmp_path):
         loaded.save_pretrained(tmp_path / "again")
 
 
+def test_pooling_by_a_cls_token_that_there_is_not_is_refused():
+    model = make_model(SparseFormerModel, tiny_config("v1"))
+    model.config.pooling = "cls"
+    with pytest.raises(ValueError, match=r"`config\.pooling='cls'` needs a CLS token, which this model has not"):
+        model(torch.randn(1, 3, 32, 32))
+
+
 def test_there_is_no_backbone():
     with pytest.raises(ValueError, match=r"Unrecognized configuration class .*SparseFormerConfig.*AutoBackbone"):
         AutoBackbone.from_config(tiny_config())

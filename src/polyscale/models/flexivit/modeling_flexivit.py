@@ -87,10 +87,11 @@ class FlexiViTPreTrainedModel(EncoderPreTrainedModel):
                 "`freeze_budget` needs ordinary tensors as weights of the embeddings, and they are quantised, "
                 "offloaded or split over processes."
             )
-        embeddings.freeze(patch_size, patch_grid)
-        for module in self.modules():
-            if isinstance(module, EncoderAttention):
-                module.freeze()
+        with torch.inference_mode(False):  # what is kept may later take part in a backward pass
+            embeddings.freeze(patch_size, patch_grid)
+            for module in self.modules():
+                if isinstance(module, EncoderAttention):
+                    module.freeze()
 
     def unfreeze_budget(self) -> None:
         """Ends `freeze_budget`; without effect where nothing is frozen."""
@@ -174,7 +175,7 @@ class FlexiViTModel(FlexiViTPreTrainedModel):
             if padding is not None:
                 raise ValueError("`merge_tokens_to` needs one `patch_size` for all images: padding would be merged.")
             num_prefix = self.config.num_prefix_tokens
-            hidden_states, sizes = run_merging_layers(
+            hidden_states, weights = run_merging_layers(
                 self.layers,
                 hidden_states,
                 merge_tokens_to,
@@ -183,7 +184,7 @@ class FlexiViTModel(FlexiViTPreTrainedModel):
                 **kwargs,
             )
             hidden_states = self.layernorm(hidden_states)
-            pooled = self.pooler(hidden_states, sizes[:, num_prefix:])
+            pooled = self.pooler(hidden_states, weights[:, num_prefix:])
             return FlexiViTModelOutput(last_hidden_state=hidden_states, pooler_output=pooled)
         num_queries = self.config.num_pooled_tokens if pooled_only else None
         hidden_states = run_layers(self.layers, hidden_states, self.config, padding, num_queries, **kwargs)

@@ -100,7 +100,7 @@ class FeatureBasedPatchScorer(PatchScorer):
             )
 
     def config_fields(self) -> dict[str, object]:
-        fields = {"patch_scorer": "feature", "scorer_error": self.error}
+        fields = {"patch_scorer": "feature", "scorer_error": self.error, "reduction": self.reduction}
         if isinstance(self.network, ShuffleNetFeatures):
             return {**fields, "scorer_stride": self.network.stride, "scorer_backbone_config": None}
         if isinstance(self.network, PreTrainedModel) and hasattr(self.network, "out_features"):

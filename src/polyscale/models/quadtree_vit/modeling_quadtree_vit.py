@@ -4,6 +4,7 @@ Faithful to TomerRonen34/mixed-resolution-vit, which published the tokenizers; t
 encoder.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -25,6 +26,7 @@ from ...layers.pooled_only import pooled_only_suffices
 from ...layers.token_merging import check_nothing_merges
 from ...utils.transformers_internals import capture_outputs, filter_output_hidden_states, merge_with_config_defaults
 from .configuration_quadtree_vit import QuadtreeViTConfig
+from .patch_scorers_quadtree_vit import check_scorer, scorer_fields
 from .pyramid_quadtree_vit import ZeroLinear, dense_map
 from .scoring_quadtree_vit import PatchScorer
 from .tokenizing_quadtree_vit import PatchTokenizer, QuadtreeTokenizer, TokenizerOutput, VanillaTokenizer
@@ -87,21 +89,18 @@ class QuadtreeViTPreTrainedModel(EncoderPreTrainedModel):
         """Puts a scorer with its weights into the model and its config, so that both are saved.
 
         Raises:
-            ValueError: if its patch sizes are not the model's, there is nothing to score, or a checkpoint could not
-                rebuild it.
+            ValueError: if its patch sizes or its `reduction` are not the model's, there is nothing to score, or a
+                checkpoint could not rebuild it.
         """
         config, tokenizer = self.config, self.base_model.embeddings
-        sizes = (scorer.min_patch_size, scorer.max_patch_size)
-        if sizes != (config.min_patch_size, config.max_patch_size):
-            raise ValueError(
-                f"`scorer` is for patches of {sizes} pixels (smallest, largest); the model has "
-                f"{(config.min_patch_size, config.max_patch_size)}."
-            )
+        check_scorer(scorer, config)
         if not isinstance(tokenizer, QuadtreeTokenizer):
             raise ValueError("All patches of this model have one size, so there is nothing to score.")
-        for name, value in scorer.config_fields().items():
-            setattr(config, name, value)
+        for changed in (copy.copy(config), config):  # nothing changes where a field is refused
+            for name, value in scorer.config_fields().items():
+                setattr(changed, name, value)
         tokenizer.patch_scorer = scorer.to(tokenizer.patch_embeddings.projection.weight.device)
+        tokenizer.scorer_fields = scorer_fields(config)
 
 
 class QuadtreeViTModel(QuadtreeViTPreTrainedModel):
@@ -261,12 +260,17 @@ class QuadtreeViTModel(QuadtreeViTPreTrainedModel):
         num_prefix = self.config.num_prefix_tokens
         bias = self.key_bias_for(tokens)
         merging = self.config.merge_layers and self.config.merge_layers - first
-        hidden_states, sizes = run_merging_layers(
-            self.layers[first:], hidden_states, merge_tokens_to, num_prefix, bias, merging, **kwargs
+        weights = self.token_weights_for(tokens)
+        if weights is None and bias is not None:
+            weights = torch.ones_like(tokens.patch_sizes)
+        if weights is not None:
+            weights = F.pad(weights, (num_prefix, 0), value=1)
+        hidden_states, weights = run_merging_layers(
+            self.layers[first:], hidden_states, merge_tokens_to, num_prefix, bias, merging, weights, **kwargs
         )
         hidden_states = self.layernorm(hidden_states)
         return QuadtreeViTModelOutput(
-            last_hidden_state=hidden_states, pooler_output=self.pooler(hidden_states, sizes[:, num_prefix:])
+            last_hidden_state=hidden_states, pooler_output=self.pooler(hidden_states, weights[:, num_prefix:])
         )
 
 

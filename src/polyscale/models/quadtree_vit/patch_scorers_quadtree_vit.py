@@ -57,6 +57,45 @@ def make_patch_scorer(config: QuadtreeViTConfig) -> PatchScorer:
     return PATCH_SCORERS[config.patch_scorer](config)
 
 
+def scorer_fields(config: QuadtreeViTConfig) -> dict[str, object]:
+    """The fields of a config that its scorer and its patch sizes are made of."""
+    return {name: getattr(config, name) for name in _SCORER_FIELDS}
+
+
+def check_unchanged(fields: dict[str, object], config: QuadtreeViTConfig) -> None:
+    """Refuses a config of which `scorer_fields` were set since they gave `fields`: the scorer does not follow.
+
+    Raises:
+        ValueError: naming the field.
+    """
+    for name, value in fields.items():
+        if getattr(config, name) != value:
+            raise ValueError(
+                f"`config.{name}` was {value!r} when the model was made, and is {getattr(config, name)!r} now: set it "
+                f"where a model is made or loaded, `from_pretrained(..., {name}=...)`. A scorer of a model in memory "
+                "is changed by `set_patch_scorer`."
+            )
+
+
+def check_scorer(scorer: PatchScorer, config: QuadtreeViTConfig) -> None:
+    """Refuses a scorer that sees patches of other sizes than a model, or reduced in another way.
+
+    Raises:
+        ValueError: naming both.
+    """
+    sizes = (scorer.min_patch_size, scorer.max_patch_size)
+    if sizes != _sizes(config):
+        raise ValueError(
+            f"`scorer` is for patches of {sizes} pixels (smallest, largest); the model has {_sizes(config)}."
+        )
+    reduction = scorer.config_fields().get("reduction", config.reduction)
+    if reduction != config.reduction:
+        raise ValueError(
+            f"`scorer` reduces images by {reduction!r}, and the model by {config.reduction!r}, which is all that a "
+            f"checkpoint says: make the scorer with `reduction={config.reduction!r}`."
+        )
+
+
 def _feature_scorer(config: QuadtreeViTConfig) -> FeatureBasedPatchScorer:
     backbone_config = config.scorer_backbone_config
     return FeatureBasedPatchScorer(
@@ -87,5 +126,9 @@ PATCH_SCORERS.update(
     }
 )
 _BUILT_IN = frozenset(PATCH_SCORERS)
+_SCORER_FIELDS = (
+    *("min_patch_size", "max_patch_size", "reduction", "patch_scorer", "scorer_stride", "scorer_error", "scorer_seed"),
+    *("scorer_image_mean", "scorer_image_std"),
+)
 
-__all__ = ["make_patch_scorer", "register_patch_scorer"]
+__all__ = ["check_scorer", "check_unchanged", "make_patch_scorer", "register_patch_scorer", "scorer_fields"]

@@ -118,7 +118,7 @@ class PixelBlurPatchScorer(PatchScorer):
     """Loss of pixels: sqrt(mean squared error between the sharp and the blurred patch * patch size)."""
 
     def config_fields(self) -> dict[str, object]:
-        return {"patch_scorer": "pixel_blur"}
+        return {"patch_scorer": "pixel_blur", "reduction": self.reduction}
 
     def score(self, pixel_values: torch.Tensor, patch_scores: object = None) -> list[torch.Tensor]:
         return [self._score_of(pixel_values, size) for size in self.scored_patch_sizes]

@@ -26,7 +26,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from ...utils.tracing import can_be_kept, is_traced
+from ...utils.tracing import can_be_kept, is_traced, longest
 from ...utils.validation import check_number
 
 
@@ -329,7 +329,7 @@ def select_nodes(
         if split_threshold is None:
             counts = budgets
         elif num_tokens is None and is_traced(lengths):
-            num_tokens = int(lengths.max())
+            num_tokens = longest(lengths, "give `num_tokens` besides `split_threshold`, the most of an image")
         elif num_tokens is None:
             counts = lengths.tolist()
             num_tokens = max(counts)

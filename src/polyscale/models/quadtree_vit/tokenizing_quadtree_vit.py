@@ -17,7 +17,7 @@ from ...layers.patch_projection import PatchProjection
 from ...layers.resizing import resize_abs_pos_embed
 from ...utils.validation import check_pixel_values
 from .configuration_quadtree_vit import QuadtreeViTConfig
-from .patch_scorers_quadtree_vit import make_patch_scorer
+from .patch_scorers_quadtree_vit import check_unchanged, make_patch_scorer, scorer_fields
 from .positions_quadtree_vit import sinusoid
 from .pyramid_quadtree_vit import (
     PatchAggregation,
@@ -238,9 +238,8 @@ class PatchTokenizer(nn.Module):
         levels: int,
         maps: Sequence[torch.Tensor] | None = None,
     ) -> TokenizerOutput:
-        """Tokens of the selected patches, whose nodes are counted from 1 through `levels` levels.
-
-        With `maps`, the embeddings of all patches of each level, the tokens are taken from there.
+        """Tokens of the selected patches, whose nodes are counted from 1 through `levels` levels; with `maps`, the
+        embeddings of all patches of each level, they are taken from there.
         """
         patch_grids = self.patch_grids_of(tuple(pixel_values.shape[-2:]), levels)
         # Prefix tokens get places among the patches from the start: no second copy of all tokens puts them in front.
@@ -304,6 +303,7 @@ class QuadtreeTokenizer(PatchTokenizer):
     def __init__(self, config: QuadtreeViTConfig):
         super().__init__(config)
         self.patch_scorer: PatchScorer = make_patch_scorer(config)
+        self.scorer_fields = scorer_fields(config)
         self.precomputed_scorer = PrecomputedPatchScorer(config.min_patch_size, config.max_patch_size)
         self.aggregation = PatchAggregation(config) if config.large_patch_embedding == "aggregate" else None
 
@@ -334,8 +334,8 @@ class QuadtreeTokenizer(PatchTokenizer):
         Raises:
             ValueError: for a wrong shape, size or budget, or scores of a wrong shape.
         """
-        height, width = self.check_channels(pixel_values)
-        config = self.config
+        config, (height, width) = self.config, self.check_channels(pixel_values)
+        check_unchanged(self.scorer_fields, config)
         check_multiple((height, width), config.max_patch_size, "max_patch_size")
         num_tokens, split_threshold = self.resolve_budget(num_tokens, split_threshold)
         if num_tokens is not None:

@@ -18,7 +18,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 
 from ...layers.backbone import feature_maps_of
 from ...layers.call_checks import CheckedModelMixin, check_words, classification_loss
-from ...layers.pooled_only import pooled_only_suffices
+from ...layers.pooled_only import layers_wanted, pooled_only_suffices
 from ...layers.wrapping import OuterModelMixin, check_has_no_head, wrap_in_memory
 from ...utils.transformers_internals import filter_output_hidden_states
 from ...utils.validation import check_pixel_values
@@ -196,9 +196,8 @@ class S2VisionWrapper(S2VisionPreTrainedModel):
         kwargs.pop("num_items_in_batch", None)
         num_tiles = self.config.num_tiles if num_tiles is None else num_tiles
         pooled_only = pooled_only and not self.config.dynamic and num_tiles is None
-        runner = TileRunner(
-            self.vision_model, self.config, output_hidden_states, output_attentions, kwargs, pooled_only
-        )
+        layers = layers_wanted(output_hidden_states)
+        runner = TileRunner(self.vision_model, self.config, layers, output_attentions, kwargs, pooled_only)
         if image_sizes is not None:
             return self._forward_cut(pixel_values, image_sizes, runner)
 
@@ -320,7 +319,8 @@ class S2VisionForImageClassification(S2VisionPreTrainedModel):
         patches = features[:, self.config.num_prefix_tokens :]
         if outputs.token_mask is None:
             return patches.mean(dim=1)
-        return patches.sum(dim=1) / outputs.num_tokens[:, None].to(patches.dtype)  # padding is zero
+        share = outputs.num_tokens[:, None] / patches.shape[1]
+        return (patches.mean(dim=1) / share).to(patches.dtype)  # padding is zero; a sum is more than float16 holds
 
 
 class S2VisionBackbone(BackboneMixin, S2VisionPreTrainedModel):

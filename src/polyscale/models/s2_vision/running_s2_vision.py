@@ -1,6 +1,5 @@
 """Tiles through the model that S2 wraps, and what it says about them, part by part."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,14 +11,22 @@ from .configuration_s2_vision import S2VisionConfig
 from .multiscale_s2_vision import Part, drawn_budget, features_of, in_row_order, named_parts
 
 
-def _wanted(output_hidden_states: bool | int | Sequence[int] | None, count: int) -> set[int]:
-    """The places in a tuple of `count` hidden states that are asked for."""
-    if output_hidden_states is None or output_hidden_states is False:
+def _wanted(layers: bool | list[int] | None, count: int) -> set[int]:
+    """The places in a tuple of `count` hidden states that are asked for.
+
+    Raises:
+        ValueError: for a layer that there is not.
+    """
+    if not layers or not count:
         return set()
-    if output_hidden_states is True:
+    if layers is True:
         return set(range(count))
-    layers = [output_hidden_states] if isinstance(output_hidden_states, int) else output_hidden_states
-    return {layer % count for layer in layers if -count <= layer < count}
+    if not all(-count <= layer < count for layer in layers):
+        raise ValueError(
+            f"`output_hidden_states` must be True, False or indices from {-count} to {count - 1} of the {count} "
+            f"hidden states of the wrapped model, got {layers}."
+        )
+    return {layer % count for layer in layers}
 
 
 def _pooled(outputs: ModelOutput, num_prefix_tokens: int) -> torch.Tensor:
@@ -38,7 +45,7 @@ class TileRunner:
     Args:
         model: the wrapped model.
         config: of S2.
-        output_hidden_states: the layers that are wanted, as in `S2VisionWrapper.forward`.
+        output_hidden_states: the layers that are wanted, as `layers_wanted` gives them.
         output_attentions: whether attentions are wanted.
         options: other arguments of the wrapped model.
         pooled_only: leaves out what is not for the pooled vector, where the wrapped model can.
@@ -51,7 +58,7 @@ class TileRunner:
         self,
         model: PreTrainedModel,
         config: S2VisionConfig,
-        output_hidden_states: bool | int | Sequence[int] | None,
+        output_hidden_states: bool | list[int] | None,
         output_attentions: bool,
         options: dict[str, Any],
         pooled_only: bool = False,

@@ -215,7 +215,7 @@ def run_best_tiles(
     """
     plan, batch = features.plan, features.batch
     total = sum(plan.num_tiles(scale) for scale in plan.higher_scales)
-    check_num_tiles(num_tiles, total)
+    num_tiles = check_num_tiles(num_tiles, total)
     if num_tiles < total and runner.config.tile_fill == "map" and tile_map is None:
         raise ValueError(
             "`tile_fill='map'` needs maps, and this model has none: fit them with `polyscale.fit_tile_map(model, "

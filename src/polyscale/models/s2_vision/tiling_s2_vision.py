@@ -265,13 +265,15 @@ def check_chunks(tiles_per_forward: int | None) -> None:
         check_int("tiles_per_forward", tiles_per_forward, 1)
 
 
-def check_num_tiles(num_tiles: int, total: int) -> None:
-    """Raises ValueError for a tile budget that is none of the `total` tiles of the higher scales."""
-    if isinstance(num_tiles, bool) or not isinstance(num_tiles, int) or not 0 <= num_tiles <= total:
+def check_num_tiles(num_tiles: int, total: int) -> int:
+    """A tile budget as an int; raises ValueError for one that is none of the `total` tiles of the higher scales."""
+    num_tiles = check_int("num_tiles", num_tiles)
+    if not 0 <= num_tiles <= total:
         raise ValueError(
             f"`num_tiles` must be between 0 and {total}, the tiles of the scales above the smallest, got "
             f"{num_tiles!r}."
         )
+    return num_tiles
 
 
 def check_scale_index(resize_output_to_idx: int, num_scales: int) -> None:

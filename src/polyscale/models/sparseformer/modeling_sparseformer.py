@@ -249,6 +249,8 @@ class SparseFormerModel(SparseFormerPreTrainedModel):
             ValueError: for a wrong shape of `pixel_values`, or a word that is no argument.
         """
         check_words(self, kwargs)
+        if self.config.pooling == "cls" and self.embeddings.cls_token is None:
+            raise ValueError("`config.pooling='cls'` needs a CLS token, which this model has not: use 'mean'.")
         features = self.encode(pixel_values)
         tokens, rois = self.embeddings(features.shape[0])
         if not self.config.restrict_grad_norm:
