@@ -26,6 +26,16 @@ def store_matrices_as_float8(folder: Path) -> None:
     save_file(weights, path, metadata={"format": "pt"})
 
 
+def forget_folders(folder: Path) -> None:
+    """Removes from the config where the model inside another one was loaded from."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    for inner in config.values():
+        if isinstance(inner, dict):
+            inner.pop("_name_or_path", None)
+    path.write_text(json.dumps(config, indent=2) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("trained", type=Path)
@@ -40,6 +50,7 @@ def main() -> None:
         setattr(model.config, field, json.loads(value))
     model.set_attn_implementation("sdpa")
     model.save_pretrained(arguments.output)
+    forget_folders(arguments.output)
     store_weights_as(arguments.output, "bfloat16")
     if arguments.float8:
         store_matrices_as_float8(arguments.output)

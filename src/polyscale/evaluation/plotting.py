@@ -192,6 +192,8 @@ def plot_frontier(
     figure.suptitle(
         no_math(f"{source_text(first)}. Times: {timed_images(evaluations)}, {first.device}, {first.dtype}"),
         fontsize=_FONT,
+        x=0.01,
+        horizontalalignment="left",  # the names of the curves stand at the right
     )
     with written_beside(path) as scratch:
         figure.savefig(scratch, dpi=150)
