@@ -275,7 +275,7 @@ def test_models_of_this_library_take_gradient_checkpointing(family, count, use_r
     for checkpointing in (False, True):
         model.train().zero_grad()
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+            model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
         model(pixel_values, merge_tokens_to=count, labels=torch.tensor([0, 1])).loss.backward()
         gradients.append({name: weight.grad.clone() for name, weight in model.named_parameters()})
     torch.testing.assert_close(gradients[1], gradients[0])

@@ -28,7 +28,7 @@ def layers_wanted(output_hidden_states: bool | int | Sequence[int] | None) -> bo
     """
     if output_hidden_states is None or isinstance(output_hidden_states, bool):
         return output_hidden_states
-    is_list = isinstance(output_hidden_states, list | tuple)
+    is_list = isinstance(output_hidden_states, (list, tuple))  # torch 2.8 cannot compile `list | tuple`
     layers = output_hidden_states if is_list else [output_hidden_states]
     return [check_int("output_hidden_states", layer) for layer in layers]
 

@@ -148,7 +148,6 @@ def test_gradients_reach_the_weights_also_when_frozen(model, images):
         torch.testing.assert_close(model.get_parameter(name).grad, gradient, msg=name)
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft asks for it
 def test_frozen_in_inference_mode_it_differentiates_after_it(model, images):
     model.requires_grad_(False)
     plain, frozen = images.clone().requires_grad_(), images.clone().requires_grad_()
@@ -159,6 +158,7 @@ def test_frozen_in_inference_mode_it_differentiates_after_it(model, images):
     torch.testing.assert_close(frozen.grad, plain.grad, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft asks for it
 def test_adapters_and_a_budget_do_not_mix(make_model, images):
     config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
     model = make_model(num_labels=3)
