@@ -379,3 +379,12 @@ def test_config_properties_and_round_trip(tmp_path):
     assert reloaded.to_dict() == config.to_dict()
     assert type(reloaded.vision_config) is CLIPVisionConfig
     assert S2VisionConfig().num_scales == 2
+
+
+@pytest.mark.parametrize("scale", [1e-5, 1e-313])
+def test_a_scale_too_small_for_any_image_is_refused(scale):
+    config = S2VisionConfig(scales=[1, 2])
+    with pytest.raises(ValueError, match="leaves an empty tile"):
+        config.num_tokens_for(64, scales=[1, scale])
+    with pytest.raises(ValueError, match="leaves an empty tile"):
+        config.num_tokens_for(64, scales=[scale, scale])

@@ -9,7 +9,7 @@ from transformers.backbone_utils import BackboneConfigMixin
 from ...layers.config_checks import CheckedConfigMixin, checked_config, non_negative, pixel_size, positive
 from ...layers.token_merging import check_nothing_merges
 from ...utils.transformers_internals import sub_config
-from ...utils.validation import to_pair
+from ...utils.validation import MAX_SIDE, to_pair
 from ...utils.vision_configs import (
     base_feature_grid,
     base_image_size,
@@ -384,7 +384,7 @@ class S2VisionConfig(CheckedConfigMixin, S2TokenBudgetMixin, BackboneConfigMixin
         """What scale 1 means for an image of `size`: an image of its aspect ratio that just covers a tile at
         the smallest scale of at most 1.
         """
-        numbers = [scale for scale in scales if isinstance(scale, (int, float)) and scale > 0]
+        numbers = [scale for scale in scales if isinstance(scale, (int, float)) and scale >= 1 / MAX_SIDE]
         smallest = min([1, *numbers])
         factor = max(tile / side for tile, side in zip(self.tile_size, size, strict=True)) / smallest
         return tuple(max(1, round(side * factor)) for side in size)
