@@ -245,7 +245,6 @@ def train(arguments: argparse.Namespace) -> None:
             group["lr"] = group["peak"] * warm * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
         if position + arguments.batch_size > len(order):
             order, position, epoch = torch.randperm(len(labels)), 0, epoch + 1
-        label_loss = 0.0
         weights = (1 - progress) * early_probs / early_probs.sum() + progress * probs / probs.sum()
         budget = budgets[generator.choice(len(budgets), p=weights / weights.sum())]
         taken = images_of_step(arguments, model, budget)
@@ -258,6 +257,7 @@ def train(arguments: argparse.Namespace) -> None:
             pixel_values[mirrored] = pixel_values[mirrored].flip(-1)
         else:
             pixel_values = normalize(augment(images[indices.numpy()], generator))
+        label_loss = 0.0
         for part in torch.arange(len(indices)).split(arguments.micro_batch_size):
             inputs = sized(pixel_values[part], model).to(worker.dtype)
             pooled, logits = (output.float() for output in pooled_and_logits(worker, inputs, **budget))

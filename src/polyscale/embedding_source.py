@@ -72,14 +72,15 @@ def items_of(source: str | os.PathLike) -> list[Item]:
 
     path = Path(check_path("source", source))
     if path.is_dir() or (path.is_file() and not is_parquet_file(path)):
+        below = list(files_below(path))
         try:
-            files = find_images(path)
+            files = find_images(path, below)
         except UnreadableImageError:  # a folder without images
-            if not any(map(is_parquet_file, files_below(path))):
+            if not any(map(is_parquet_file, below)):
                 raise
         else:
             check_names("source", files)
-            check_one_kind("source", path, files_below(path))
+            check_one_kind("source", path, below)
             return [_file_item(file) for file in files]
     items = []
     for split_name, split in load_image_dataset(source, labelled=False).items():

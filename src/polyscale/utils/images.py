@@ -85,8 +85,12 @@ def _is_text(file: str | os.PathLike) -> bool:
         return False
 
 
-def find_images(path: str | os.PathLike) -> list[Path]:
+def find_images(path: str | os.PathLike, files: Iterable[Path] | None = None) -> list[Path]:
     """The file itself, or the image files in a folder and below, sorted.
+
+    Args:
+        path (`str` or `os.PathLike`): the file or folder.
+        files (`Iterable[Path]`, *optional*): what `files_below` gives of the folder, where that is known.
 
     Raises:
         ValueError: for a folder that holds none.
@@ -95,12 +99,12 @@ def find_images(path: str | os.PathLike) -> list[Path]:
     if not path.is_dir():
         return [path]
     # a link to nothing is an image that cannot be read, and is told as such; a pipe or a socket is none
-    found = (file for file in files_below(path) if is_image_file(file))
-    files = sorted(file for file in found if file.is_file() or not file.exists())
-    if not files:
+    found = filter(is_image_file, files_below(path) if files is None else files)
+    images = sorted(file for file in found if file.is_file() or not file.exists())
+    if not images:
         suffixes = ", ".join((*IMAGE_SUFFIXES, ARRAY_SUFFIX))
         raise UnreadableImageError(path, f"a folder without image files ({suffixes})")
-    return files
+    return images
 
 
 def upright_8_bit(image: Image.Image, name: str = "image") -> Image.Image:
